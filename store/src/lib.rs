@@ -1,0 +1,21 @@
+//! The store owns what WeightFS knows of blobs: where their bytes come from, which of them are
+//! here, and whether they can be believed. It knows nothing of files, snapshots or containerd.
+//!
+//! A blob is cut into *segments*, each one sparse cache file, and each segment into *chunks* of
+//! [`CHUNK_BYTES`]. A chunk is absent or published; a published byte never changes.
+
+pub mod blob;
+pub mod digest;
+pub mod error;
+pub mod layout;
+pub mod registry;
+pub mod source;
+pub mod store;
+
+pub use blob::{Blob, BlobStats, Miss, Read, Slice, Trust};
+pub use digest::Digest;
+pub use error::{OpenError, ReadError, SourceError};
+pub use layout::{CHUNK_BYTES, Layout, LayoutError};
+pub use registry::{Manifest, Registries, RegistryOptions, Repository};
+pub use source::{ByteStream, Source};
+pub use store::{BlobId, FetchOptions, Form, Ingest, Store, StoreOptions};

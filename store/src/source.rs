@@ -1,0 +1,24 @@
+//! Where bytes of a blob come from.
+
+use std::fmt::Debug;
+use std::ops::Range;
+
+use bytes::Bytes;
+use futures::future::BoxFuture;
+use futures::stream::BoxStream;
+
+use crate::SourceError;
+
+/// Bytes in order, as they arrive.
+pub type ByteStream = BoxStream<'static, Result<Bytes, SourceError>>;
+
+/// Something that has a blob: a registry's repository, later a peer.
+pub trait Source: Debug + Send + Sync {
+    /// What people know it by (`host:port/repository`); never a secret. Two sources of one name
+    /// are one source.
+    fn name(&self) -> &str;
+
+    /// Bytes `range` of the blob, in order. The stream ends with an error or after exactly
+    /// `range.end - range.start` bytes; it never gives more.
+    fn fetch(&self, range: Range<u64>) -> BoxFuture<'_, Result<ByteStream, SourceError>>;
+}
