@@ -1,11 +1,7 @@
 //! The protocols of WeightFS: `.proto` files and the code generated from them, nothing else.
 
 /// The control service of a daemon (`proto/control.proto`).
-#[expect(
-    missing_docs,
-    missing_debug_implementations,
-    reason = "generated; documented in the .proto file"
-)]
+#[expect(missing_docs, reason = "generated; documented in the .proto file")]
 pub mod control {
     tonic::include_proto!("weightfs.control.v1");
 }

@@ -1,1 +1,3 @@
+//! WeightFS: the daemon and its command line.
 
+pub mod config;

@@ -1,0 +1,447 @@
+//! The configuration: one TOML file, and the one place where every default is.
+//!
+//! Invariants: an unknown key is refused (a misspelt one would silently do nothing), and each key
+//! that exists is described in [`KEYS`].
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use bytesize::ByteSize;
+use serde::{Deserialize, Serialize};
+use toml::{Table, Value};
+use weightfs_store::{FetchOptions, RegistryOptions, StoreOptions};
+
+/// Where the configuration is looked for; its absence means defaults.
+pub const DEFAULT_PATH: &str = "/etc/weightfs/config.toml";
+
+/// Largest configuration file that is read, in bytes.
+const MAX_CONFIG_BYTES: u64 = 1 << 20;
+
+/// Every key with what it means; `*` stands for a name of the user's choice.
+const KEYS: &[(&str, &str)] = &[
+    ("root", "State directory: a local file system (ext4, xfs), one owner at a time."),
+    ("snapshotter.address", "Unix socket on which containerd reaches the snapshotter."),
+    (
+        "snapshotter.min_layer_size",
+        "Image layers in plain tar from this size on are mounted lazily; smaller ones are pulled.",
+    ),
+    ("control.address", "Unix socket on which this command line reaches the daemon."),
+    (
+        "cache.checkpoint_interval",
+        "How often what was fetched is synced and recorded, so that it survives a restart.",
+    ),
+    ("fetch.deadline", "A read that no source has served within this time fails with EIO."),
+    ("fetch.connections", "Requests in flight for one blob at the most."),
+    ("fetch.request_size", "Bytes of one ranged request at the most."),
+    ("fetch.read_ahead_min", "First read-ahead window of a sequential reader."),
+    ("fetch.read_ahead_max", "Largest read-ahead window of a sequential reader."),
+    (
+        "credentials.docker_config",
+        "Directory of docker's config.json. Unset: $DOCKER_CONFIG, else ~/.docker.",
+    ),
+    ("registry.*.plain_http", "Plain HTTP. Unset: only on loopback, as docker does it."),
+    ("registry.*.ca_file", "PEM file of certificate authorities besides the system's."),
+];
+
+/// What WeightFS was told.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Config {
+    /// The state directory.
+    pub root: PathBuf,
+    /// The containerd plugin.
+    pub snapshotter: SnapshotterConfig,
+    /// The control socket.
+    pub control: ControlConfig,
+    /// The cache.
+    pub cache: CacheConfig,
+    /// How misses are filled.
+    pub fetch: FetchConfig,
+    /// Where credentials come from.
+    pub credentials: CredentialsConfig,
+    /// Registries by `host` or `host:port`.
+    pub registry: BTreeMap<String, RegistryConfig>,
+}
+
+/// `[snapshotter]`
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct SnapshotterConfig {
+    /// Its socket.
+    pub address: PathBuf,
+    /// Layers below this size are pulled: one download is quicker than many reads.
+    pub min_layer_size: ByteSize,
+}
+
+/// `[control]`
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct ControlConfig {
+    /// Its socket.
+    pub address: PathBuf,
+}
+
+/// `[cache]`
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct CacheConfig {
+    /// Time between checkpoints.
+    #[serde(with = "humantime_serde")]
+    pub checkpoint_interval: Duration,
+}
+
+/// `[fetch]`
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct FetchConfig {
+    /// Each read ends within this time.
+    #[serde(with = "humantime_serde")]
+    pub deadline: Duration,
+    /// Requests in flight for one blob.
+    pub connections: usize,
+    /// Bytes of one request at the most.
+    pub request_size: ByteSize,
+    /// First read-ahead window.
+    pub read_ahead_min: ByteSize,
+    /// Largest read-ahead window.
+    pub read_ahead_max: ByteSize,
+}
+
+/// `[credentials]`
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct CredentialsConfig {
+    /// Directory of docker's config.json.
+    pub docker_config: Option<PathBuf>,
+}
+
+/// `[registry."host:port"]`
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct RegistryConfig {
+    /// Plain HTTP.
+    pub plain_http: Option<bool>,
+    /// Certificate authorities.
+    pub ca_file: Option<PathBuf>,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Self {
+            root: "/var/lib/weightfs".into(),
+            snapshotter: SnapshotterConfig::default(),
+            control: ControlConfig::default(),
+            cache: CacheConfig::default(),
+            fetch: FetchConfig::default(),
+            credentials: CredentialsConfig::default(),
+            registry: BTreeMap::new(),
+        }
+    }
+}
+
+impl Default for SnapshotterConfig {
+    fn default() -> Self {
+        Self { address: "/run/weightfs/snapshotter.sock".into(), min_layer_size: ByteSize::mib(8) }
+    }
+}
+
+impl Default for ControlConfig {
+    fn default() -> Self {
+        Self { address: "/run/weightfs/control.sock".into() }
+    }
+}
+
+impl Default for CacheConfig {
+    fn default() -> Self {
+        Self { checkpoint_interval: Duration::from_secs(5) }
+    }
+}
+
+impl Default for FetchConfig {
+    fn default() -> Self {
+        Self {
+            deadline: Duration::from_secs(30),
+            connections: 8,
+            request_size: ByteSize::mib(16),
+            read_ahead_min: ByteSize::mib(8),
+            read_ahead_max: ByteSize::mib(128),
+        }
+    }
+}
+
+/// Why a configuration can't be used.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    /// The file can't be read.
+    #[error("{}: {source}", path.display())]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// What the operating system said.
+        source: std::io::Error,
+    },
+    /// The file is no TOML, or a value has the wrong type.
+    #[error("{}: {message}", path.display())]
+    Syntax {
+        /// The file.
+        path: PathBuf,
+        /// Line, column and what was expected.
+        message: String,
+    },
+    /// There is no such key.
+    #[error("{}: unknown key `{key}`; the nearest known key is `{nearest}`", path.display())]
+    UnknownKey {
+        /// The file.
+        path: PathBuf,
+        /// The key, with its tables.
+        key: String,
+        /// What was probably meant.
+        nearest: String,
+    },
+    /// A value makes no sense.
+    #[error("{}: `{key}` {problem}", path.display())]
+    BadValue {
+        /// The file.
+        path: PathBuf,
+        /// The key.
+        key: &'static str,
+        /// What is wrong and what would be right.
+        problem: String,
+    },
+}
+
+impl Config {
+    /// Reads `path`. Without one, [`DEFAULT_PATH`] if it is there, else the defaults.
+    ///
+    /// # Errors
+    /// A named file that is not there, bad TOML, unknown keys, impossible values.
+    pub fn load(path: Option<&Path>) -> Result<Self, ConfigError> {
+        let named = path.is_some();
+        let path = path.unwrap_or(Path::new(DEFAULT_PATH));
+        match read_bounded(path) {
+            Ok(text) => Self::parse(&text, path),
+            Err(error) if !named && error.kind() == std::io::ErrorKind::NotFound => {
+                Ok(Self::default())
+            }
+            Err(source) => Err(ConfigError::Read { path: path.into(), source }),
+        }
+    }
+
+    /// Parses the text of `path`.
+    ///
+    /// # Errors
+    /// See [`Config::load`].
+    pub fn parse(text: &str, path: &Path) -> Result<Self, ConfigError> {
+        let syntax = |error: toml::de::Error| ConfigError::Syntax {
+            path: path.into(),
+            message: error.to_string().trim_end().into(),
+        };
+        let table: Table = toml::from_str(text).map_err(syntax)?;
+        if let Some(key) = unknown_key(&table, "") {
+            let nearest = nearest_key(&key);
+            return Err(ConfigError::UnknownKey { path: path.into(), key, nearest });
+        }
+        let config: Self = toml::from_str(text).map_err(syntax)?;
+        config.check(path)?;
+        Ok(config)
+    }
+
+    fn check(&self, path: &Path) -> Result<(), ConfigError> {
+        let fetch = &self.fetch;
+        let mib = 1 << 20;
+        let bad = |key, problem: &str| {
+            Err(ConfigError::BadValue { path: path.into(), key, problem: problem.into() })
+        };
+        if !self.root.is_absolute() {
+            return bad("root", "must be an absolute path");
+        }
+        if fetch.deadline.is_zero() {
+            return bad("fetch.deadline", "must be longer than 0s");
+        }
+        if !(1..=256).contains(&fetch.connections) {
+            return bad("fetch.connections", "must be from 1 to 256");
+        }
+        if !(mib..=64 * mib).contains(&fetch.request_size.as_u64()) {
+            return bad("fetch.request_size", "must be from 1MiB to 64MiB");
+        }
+        if fetch.read_ahead_min > fetch.read_ahead_max {
+            return bad("fetch.read_ahead_min", "must not be larger than fetch.read_ahead_max");
+        }
+        Ok(())
+    }
+
+    /// What the store needs of it.
+    pub fn store_options(&self) -> StoreOptions {
+        let fetch = &self.fetch;
+        StoreOptions {
+            fetch: FetchOptions {
+                deadline: fetch.deadline,
+                connections: fetch.connections,
+                request_bytes: fetch.request_size.as_u64(),
+                read_ahead_min: fetch.read_ahead_min.as_u64(),
+                read_ahead_max: fetch.read_ahead_max.as_u64(),
+            },
+        }
+    }
+
+    /// What the registry client needs of it.
+    pub fn registry_options(&self) -> BTreeMap<String, RegistryOptions> {
+        let options = |registry: &RegistryConfig| RegistryOptions {
+            plain_http: registry.plain_http,
+            ca_file: registry.ca_file.clone(),
+        };
+        self.registry.iter().map(|(host, registry)| (host.clone(), options(registry))).collect()
+    }
+
+    /// The whole configuration as commented TOML; read again, it gives the same.
+    pub fn to_commented_toml(&self) -> String {
+        let values = Table::try_from(self).unwrap_or_default();
+        let mut text = String::new();
+        render(&mut text, &values, "");
+        for section in ["snapshotter", "control", "cache", "fetch", "credentials"] {
+            text.push_str(&format!("\n[{section}]\n"));
+            if let Some(Value::Table(table)) = values.get(section) {
+                render(&mut text, table, &format!("{section}."));
+            }
+        }
+        text.push_str("\n# [registry.\"host:port\"]\n");
+        let empty = Table::new();
+        render(&mut text, &empty, "registry.*.");
+        for (host, registry) in &self.registry {
+            text.push_str(&format!("\n[registry.{}]\n", Value::String(host.clone())));
+            text.push_str(&toml::to_string(registry).unwrap_or_default());
+        }
+        text
+    }
+}
+
+fn read_bounded(path: &Path) -> std::io::Result<String> {
+    use std::io::Read as _;
+    let mut text = String::new();
+    std::fs::File::open(path)?.take(MAX_CONFIG_BYTES + 1).read_to_string(&mut text)?;
+    if text.len() as u64 > MAX_CONFIG_BYTES {
+        return Err(std::io::Error::other("a configuration is 1 MiB at the most"));
+    }
+    Ok(text)
+}
+
+/// The keys directly below `prefix`, with their values or, where they have none, as a comment.
+fn render(text: &mut String, values: &Table, prefix: &str) {
+    for (key, comment) in KEYS {
+        let Some(name) = key.strip_prefix(prefix).filter(|name| !name.contains('.')) else {
+            continue;
+        };
+        text.push_str(&format!("# {comment}\n"));
+        match values.get(name) {
+            Some(value) => text.push_str(&format!("{name} = {value}\n")),
+            None => text.push_str(&format!("# {name} =\n")),
+        }
+    }
+}
+
+/// The first key of `table`, with its tables, that [`KEYS`] does not have.
+fn unknown_key(table: &Table, prefix: &str) -> Option<String> {
+    table.iter().find_map(|(name, value)| {
+        let known = match prefix {
+            "registry." => format!("{prefix}*"),
+            _ => format!("{prefix}{name}"),
+        };
+        let is_table = KEYS.iter().any(|(key, _)| key.starts_with(&format!("{known}.")));
+        match value {
+            Value::Table(inner) if is_table => unknown_key(inner, &format!("{known}.")),
+            _ if is_table || KEYS.iter().any(|(key, _)| *key == known) => None,
+            _ => Some(format!("{prefix}{name}")),
+        }
+    })
+}
+
+fn nearest_key(unknown: &str) -> String {
+    let distance = |key: &str| strsim::damerau_levenshtein(key, unknown);
+    let tables = KEYS.iter().filter_map(|(key, _)| key.split_once('.').map(|(table, _)| table));
+    let candidates = KEYS.iter().map(|(key, _)| *key).chain(tables);
+    candidates.min_by_key(|key| distance(key)).unwrap_or("root").to_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(text: &str) -> Result<Config, ConfigError> {
+        Config::parse(text, Path::new("test.toml"))
+    }
+
+    #[test]
+    fn an_empty_file_means_defaults() {
+        assert_eq!(parse("").unwrap(), Config::default());
+    }
+
+    #[test]
+    fn what_is_printed_is_read_again_as_the_same() {
+        let text = r#"
+            root = "/x"
+            [fetch]
+            deadline = "1m 5s"
+            request_size = "4MiB"
+            [credentials]
+            docker_config = "/root/.docker"
+            [registry."127.0.0.1:5000"]
+            plain_http = true
+        "#;
+        let config = parse(text).unwrap();
+        assert_eq!(config.fetch.deadline, Duration::from_secs(65));
+        assert_eq!(config.fetch.request_size, ByteSize::mib(4));
+        assert_eq!(parse(&config.to_commented_toml()).unwrap(), config);
+        let defaults = Config::default();
+        assert_eq!(parse(&defaults.to_commented_toml()).unwrap(), defaults);
+    }
+
+    #[test]
+    fn every_key_is_described_and_printed() {
+        let printed = Config::default().to_commented_toml();
+        for (key, comment) in KEYS {
+            let name = key.rsplit('.').next().unwrap();
+            assert!(printed.contains(&format!("{name} =")), "{key}");
+            assert!(printed.contains(comment), "{key}");
+        }
+        let table = Table::try_from(Config::default()).unwrap();
+        assert_eq!(unknown_key(&table, ""), None, "a field without an entry in KEYS");
+    }
+
+    #[test]
+    fn an_unknown_key_names_the_nearest_known_one() {
+        for (text, key, nearest) in [
+            ("rot = '/x'", "rot", "root"),
+            ("[fetch]\ndedline = '1s'", "fetch.dedline", "fetch.deadline"),
+            ("[snapshoter]\naddress = '/x'", "snapshoter", "snapshotter"),
+            ("[registry.'a:1']\nplain_htp = true", "registry.*.plain_htp", "registry.*.plain_http"),
+        ] {
+            let error = parse(text).unwrap_err().to_string();
+            assert!(error.contains(&format!("unknown key `{key}`")), "{error}");
+            assert!(error.contains(&format!("`{nearest}`")), "{error}");
+        }
+    }
+
+    #[test]
+    fn a_wrong_value_names_the_file_and_the_key() {
+        for (text, needle) in [
+            ("root = 'relative'", "`root` must be an absolute path"),
+            ("[fetch]\nconnections = 0", "`fetch.connections` must be from 1 to 256"),
+            ("[fetch]\nrequest_size = '65MiB'", "`fetch.request_size`"),
+            ("[fetch]\ndeadline = '0s'", "`fetch.deadline`"),
+            ("[fetch]\nread_ahead_min = '1GiB'", "`fetch.read_ahead_min`"),
+            ("root = 3", "line 1"),
+            ("root = ", "line 1"),
+            ("[fetch]\nconnections = 'many'", "line 2"),
+        ] {
+            let error = parse(text).unwrap_err().to_string();
+            assert!(error.starts_with("test.toml: ") && error.contains(needle), "{error}");
+        }
+    }
+
+    #[test]
+    fn a_named_file_must_be_there() {
+        let error = Config::load(Some(Path::new("/nonexistent/x.toml"))).unwrap_err();
+        assert!(matches!(error, ConfigError::Read { .. }));
+    }
+}
