@@ -1,0 +1,358 @@
+//! What the mount shows, without FUSE: trees by number, inodes, attributes, reads.
+//!
+//! An inode number is `tree << 32 | node`, a pure function of what is mounted, so it means the
+//! same after a restart. Inode 1 is the root: the directory of all trees, or, in a mount of one
+//! model, that model's root directory itself.
+//!
+//! Invariants: a tree never changes once it was added. A removed tree vanishes from the root at
+//! once, but its inodes are served until the kernel has forgotten them all: overlayfs remembers
+//! a passing ENOENT below one of its layers for good.
+
+use std::collections::{BTreeMap, HashMap};
+use std::ffi::{OsStr, OsString};
+use std::ops::Range;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+
+use serde::{Deserialize, Serialize};
+use weightfs_store::{Read, ReadError};
+
+use crate::tree::{Content, Node, NodeId, NodeKind, Tree};
+
+/// The root directory's inode (`FUSE_ROOT_ID`).
+pub const ROOT_INODE: u64 = 1;
+
+/// Names a tree of a mount; at least 1, and never used again for another tree.
+#[derive(
+    Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize,
+)]
+pub struct TreeNumber(pub u32);
+
+impl TreeNumber {
+    /// The name of the tree's directory below the root.
+    pub fn directory_name(self) -> OsString {
+        self.0.to_string().into()
+    }
+
+    /// The inode of a node of this tree.
+    pub fn inode(self, node: NodeId) -> u64 {
+        u64::from(self.0) << 32 | u64::from(node.0)
+    }
+}
+
+/// What a request of the kernel can meet.
+#[derive(Debug, thiserror::Error)]
+pub enum FsError {
+    /// No such entry.
+    #[error("no such entry")]
+    NotFound,
+    /// The inode belongs to no tree of this mount.
+    #[error("inode {0:#x} belongs to no tree of this mount")]
+    Stale(u64),
+    /// A directory was expected.
+    #[error("inode {0:#x} is not a directory")]
+    NotADirectory(u64),
+    /// A regular file was expected.
+    #[error("inode {0:#x} is not a regular file")]
+    NotAFile(u64),
+    /// A symbolic link was expected.
+    #[error("inode {0:#x} is not a symbolic link")]
+    NotASymlink(u64),
+    /// No such extended attribute.
+    #[error("no such attribute")]
+    NoAttribute,
+    /// The store could not give the bytes.
+    #[error(transparent)]
+    Read(#[from] ReadError),
+}
+
+/// What the root directory is.
+#[derive(Debug, Clone, Copy)]
+enum Root {
+    /// The directory of all trees.
+    AllTrees,
+    /// The root of this one tree.
+    OneTree(TreeNumber),
+}
+
+/// The content of one mount.
+#[derive(Debug)]
+pub struct Filesystem {
+    root: Root,
+    trees: RwLock<HashMap<TreeNumber, Arc<MountedTree>>>,
+    /// The trees that the root shows, a subset of `trees`.
+    shown: RwLock<BTreeMap<TreeNumber, Arc<MountedTree>>>,
+}
+
+/// A tree and how often the kernel holds one of its inodes.
+#[derive(Debug)]
+struct MountedTree {
+    number: TreeNumber,
+    tree: Tree,
+    lookups: AtomicU64,
+}
+
+/// An inode, resolved.
+#[derive(Debug, Clone)]
+pub enum Inode {
+    /// The directory of all trees.
+    Root,
+    /// A node of a tree.
+    Node(NodeRef),
+}
+
+/// A node, with the tree that it lives in.
+#[derive(Debug, Clone)]
+pub struct NodeRef {
+    mounted: Arc<MountedTree>,
+    id: NodeId,
+}
+
+/// An entry of a directory.
+#[derive(Debug, Clone)]
+pub struct Entry {
+    /// Its name.
+    pub name: OsString,
+    /// What it names.
+    pub inode: Inode,
+}
+
+impl Filesystem {
+    /// A mount whose root lists all trees.
+    pub fn of_trees() -> Self {
+        Self { root: Root::AllTrees, trees: RwLock::default(), shown: RwLock::default() }
+    }
+
+    /// A mount whose root is the root of one tree.
+    pub fn of_one(number: TreeNumber, tree: Tree) -> Self {
+        let filesystem = Self { root: Root::OneTree(number), ..Self::of_trees() };
+        filesystem.add(number, tree);
+        filesystem
+    }
+
+    /// Shows a tree as directory [`TreeNumber::directory_name`] of the root.
+    pub fn add(&self, number: TreeNumber, tree: Tree) {
+        let mounted = Arc::new(MountedTree { number, tree, lookups: AtomicU64::new(0) });
+        write(&self.trees).insert(number, Arc::clone(&mounted));
+        write(&self.shown).insert(number, mounted);
+    }
+
+    /// Takes a tree out of the root. What of it the kernel still holds is served on. Says
+    /// whether it was there.
+    pub fn remove(&self, number: TreeNumber) -> bool {
+        let removed = write(&self.shown).remove(&number);
+        let Some(mounted) = removed else { return false };
+        self.drop_if_forgotten(&mounted);
+        true
+    }
+
+    /// Runs `look` on a tree that is shown.
+    pub fn with_tree<T>(&self, number: TreeNumber, look: impl FnOnce(&Tree) -> T) -> Option<T> {
+        let mounted = read(&self.shown).get(&number).cloned()?;
+        Some(look(&mounted.tree))
+    }
+
+    /// Trees that are served: shown ones, and removed ones that the kernel has not forgotten.
+    pub fn served(&self) -> usize {
+        read(&self.trees).len()
+    }
+
+    /// The inode of that number.
+    pub fn inode(&self, number: u64) -> Result<Inode, FsError> {
+        let (tree, node) = match (number, self.root) {
+            (ROOT_INODE, Root::AllTrees) => return Ok(Inode::Root),
+            (ROOT_INODE, Root::OneTree(tree)) => (tree, NodeId::ROOT),
+            _ => (TreeNumber((number >> 32) as u32), NodeId(number as u32)),
+        };
+        let mounted = read(&self.trees).get(&tree).cloned().ok_or(FsError::Stale(number))?;
+        mounted.tree.node(node).ok_or(FsError::Stale(number))?;
+        Ok(Inode::Node(NodeRef { mounted, id: node }))
+    }
+
+    /// The number of an inode.
+    pub fn number(&self, inode: &Inode) -> u64 {
+        match (inode, self.root) {
+            (Inode::Root, _) => ROOT_INODE,
+            (Inode::Node(node), Root::OneTree(_)) if node.id == NodeId::ROOT => ROOT_INODE,
+            (Inode::Node(node), _) => node.mounted.number.inode(node.id),
+        }
+    }
+
+    /// The entry of a directory with that name, counted as looked up: the caller tells the
+    /// kernel of it.
+    pub fn lookup(&self, directory: u64, name: &OsStr) -> Result<Inode, FsError> {
+        match self.inode(directory)? {
+            Inode::Root => {
+                let number = name.to_str().and_then(|name| name.parse().ok()).map(TreeNumber);
+                let number = number.filter(|number| number.directory_name() == name);
+                let shown = read(&self.shown);
+                let mounted = number.and_then(|number| shown.get(&number));
+                let mounted = mounted.ok_or(FsError::NotFound)?;
+                // Counted under the lock, so that a removal sees the count.
+                mounted.lookups.fetch_add(1, Ordering::Relaxed);
+                Ok(Inode::Node(NodeRef { mounted: Arc::clone(mounted), id: NodeId::ROOT }))
+            }
+            Inode::Node(parent) => {
+                parent.directory(directory)?;
+                let id = parent.mounted.tree.child(parent.id, name).ok_or(FsError::NotFound)?;
+                parent.mounted.lookups.fetch_add(1, Ordering::Relaxed);
+                Ok(Inode::Node(NodeRef { id, ..parent }))
+            }
+        }
+    }
+
+    /// The entries of a directory from the `skip`-th on, in a stable order, given to `take`
+    /// until it says that it is full (`false`). `.` and `..` come first.
+    pub fn read_directory(
+        &self,
+        directory: u64,
+        skip: u64,
+        mut take: impl FnMut(u64, &OsStr, Inode) -> bool,
+    ) -> Result<(), FsError> {
+        let inode = self.inode(directory)?;
+        let parent = match &inode {
+            Inode::Root => Inode::Root,
+            Inode::Node(node) => self.parent(node),
+        };
+        let dots = [(OsStr::new("."), inode.clone()), (OsStr::new(".."), parent)];
+        let mut position = 0;
+        let mut give = |name: &OsStr, inode: &dyn Fn() -> Inode| {
+            position += 1;
+            position <= skip || take(position, name, inode())
+        };
+        if !dots.iter().all(|(name, inode)| give(name, &|| inode.clone())) {
+            return Ok(());
+        }
+        match inode {
+            Inode::Root => {
+                // `take` may count a lookup: under the lock, so that a removal sees the count.
+                read(&self.shown).values().all(|mounted| {
+                    let name = mounted.number.directory_name();
+                    let root = NodeRef { mounted: Arc::clone(mounted), id: NodeId::ROOT };
+                    give(&name, &|| Inode::Node(root.clone()))
+                });
+            }
+            Inode::Node(node) => {
+                let mounted = &node.mounted;
+                let mut entries = mounted
+                    .tree
+                    .entries(node.id)
+                    .ok_or(FsError::NotADirectory(directory))?;
+                entries.all(|(name, id)| {
+                    give(name, &|| Inode::Node(NodeRef { mounted: Arc::clone(mounted), id }))
+                });
+            }
+        }
+        Ok(())
+    }
+
+    /// Bytes of a regular file: at most `size` from `offset` on, none behind its end. `None` is
+    /// an empty read.
+    pub fn read(&self, inode: u64, offset: u64, size: u32) -> Result<Option<Read>, FsError> {
+        let node = self.node(inode)?;
+        let content = node.content().ok_or(FsError::NotAFile(inode))?;
+        let Some(range) = clip(&content.range, offset, size) else { return Ok(None) };
+        Ok(Some(content.blob.read(range)?))
+    }
+
+    /// The node of that number; the directory of all trees is none.
+    pub fn node(&self, inode: u64) -> Result<NodeRef, FsError> {
+        match self.inode(inode)? {
+            Inode::Node(node) => Ok(node),
+            Inode::Root => Err(FsError::NotAFile(inode)),
+        }
+    }
+
+    /// The kernel is told of this inode once more (by an entry of READDIRPLUS).
+    pub fn looked_up(&self, inode: &Inode) {
+        if let Inode::Node(node) = inode {
+            node.mounted.lookups.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+
+    /// The kernel forgot `count` of its lookups of an inode. The last one of a removed tree
+    /// drops the tree.
+    pub fn forget(&self, inode: u64, count: u64) {
+        let Ok(Inode::Node(node)) = self.inode(inode) else { return };
+        // Saturating: a kernel that outlived a restart forgets lookups that were not counted here.
+        let less = |lookups: u64| Some(lookups.saturating_sub(count));
+        let _ = node.mounted.lookups.fetch_update(Ordering::Relaxed, Ordering::Relaxed, less);
+        self.drop_if_forgotten(&node.mounted);
+    }
+
+    /// Bytes of all files of all trees.
+    pub fn content_bytes(&self) -> u64 {
+        read(&self.shown).values().map(|mounted| mounted.tree.content_bytes()).sum()
+    }
+
+    fn parent(&self, node: &NodeRef) -> Inode {
+        match (self.root, node.id) {
+            (Root::AllTrees, NodeId::ROOT) => Inode::Root,
+            _ => Inode::Node(NodeRef { id: node.get().parent, mounted: Arc::clone(&node.mounted) }),
+        }
+    }
+
+    fn drop_if_forgotten(&self, mounted: &MountedTree) {
+        if read(&self.shown).contains_key(&mounted.number) {
+            return;
+        }
+        let mut trees = write(&self.trees);
+        if mounted.lookups.load(Ordering::Relaxed) == 0 {
+            trees.remove(&mounted.number);
+        }
+    }
+}
+
+impl NodeRef {
+    /// The node itself.
+    pub fn get(&self) -> &Node {
+        // A NodeRef is made only for a node that is there, and trees never change.
+        self.mounted.tree.node(self.id).unwrap_or_else(|| self.mounted.tree.root())
+    }
+
+    /// The bytes of a regular file.
+    pub fn content(&self) -> Option<&Content> {
+        match &self.get().kind {
+            NodeKind::File(content) => Some(content),
+            _ => None,
+        }
+    }
+
+    /// The value of an extended attribute.
+    pub fn xattr(&self, name: &OsStr) -> Result<&[u8], FsError> {
+        let xattrs = &self.get().xattrs;
+        let found = xattrs.iter().find(|(key, _)| key == name);
+        found.map(|(_, value)| value.as_slice()).ok_or(FsError::NoAttribute)
+    }
+
+    /// The target of a symbolic link.
+    pub fn symlink(&self, inode: u64) -> Result<&OsStr, FsError> {
+        match &self.get().kind {
+            NodeKind::Symlink(target) => Ok(target),
+            _ => Err(FsError::NotASymlink(inode)),
+        }
+    }
+
+    fn directory(&self, inode: u64) -> Result<(), FsError> {
+        match self.get().kind {
+            NodeKind::Directory(_) => Ok(()),
+            _ => Err(FsError::NotADirectory(inode)),
+        }
+    }
+}
+
+/// The bytes of the blob that a read of a file covers; `None` if it covers none.
+fn clip(file: &Range<u64>, offset: u64, size: u32) -> Option<Range<u64>> {
+    let start = file.start.checked_add(offset)?;
+    let end = start.saturating_add(size.into()).min(file.end);
+    (start < end).then_some(start..end)
+}
+
+// A panic while one of these locks is held can't leave a map half changed: go on.
+fn read<T>(lock: &RwLock<T>) -> RwLockReadGuard<'_, T> {
+    lock.read().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn write<T>(lock: &RwLock<T>) -> RwLockWriteGuard<'_, T> {
+    lock.write().unwrap_or_else(PoisonError::into_inner)
+}

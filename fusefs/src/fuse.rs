@@ -1,0 +1,347 @@
+//! The thin edge to the kernel: parses a request, calls [`Filesystem`], replies.
+//!
+//! Invariants: a FUSE thread never waits for the network (a miss moves its reply into a task of
+//! the runtime), and every request is answered: a reply that is dropped answers EIO by itself.
+
+use std::ffi::OsStr;
+use std::io;
+use std::sync::Arc;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use fuser::{
+    Errno, FileAttr, FileHandle, FileType, FopenFlags, Generation, INodeNo, InitFlags,
+    KernelConfig, LockOwner, OpenFlags, ReplyAttr, ReplyData, ReplyDirectory, ReplyDirectoryPlus,
+    ReplyEntry, ReplyOpen, ReplyStatfs, ReplyXattr, Request,
+};
+use tokio::runtime::Handle;
+use tracing::{debug, warn};
+use weightfs_store::{Read, ReadError};
+
+use crate::filesystem::{Filesystem, FsError, Inode, NodeRef};
+use crate::tree::{DeviceNumber, NodeKind, Timestamp};
+
+/// How long the kernel may keep what it was told of a tree: it never changes.
+const FOR_GOOD: Duration = Duration::from_secs(24 * 3600);
+
+/// The root directory changes with every mount: nothing of it is kept.
+const NOT_AT_ALL: Duration = Duration::ZERO;
+
+/// Inode numbers are never used again, so one generation is enough.
+const GENERATION: Generation = Generation(0);
+
+/// Largest read request. The kernel's own limit without `fs.fuse.max_pages_limit`; larger ones
+/// were measured and are no faster.
+const MAX_REQUEST_BYTES: u32 = 1 << 20;
+
+/// Background requests (read-ahead) that the kernel keeps in flight. Its default of 12 lets the
+/// read-ahead of one stalled source hold up the hits of everybody else.
+const MAX_BACKGROUND: u16 = 512;
+
+/// Block size reported by stat and statfs, in bytes.
+const BLOCK_BYTES: u32 = 4096;
+
+/// Answers the kernel from a [`Filesystem`].
+#[derive(Debug)]
+pub(crate) struct Adapter {
+    pub(crate) filesystem: Arc<Filesystem>,
+    /// Where misses wait.
+    pub(crate) runtime: Handle,
+}
+
+impl Adapter {
+    fn attributes(&self, inode: &Inode) -> FileAttr {
+        let number = INodeNo(self.filesystem.number(inode));
+        match inode {
+            Inode::Root => root_attributes(number),
+            Inode::Node(node) => node_attributes(number, node),
+        }
+    }
+
+    fn open_directory(&self, ino: u64) -> Result<FopenFlags, FsError> {
+        match self.filesystem.inode(ino)? {
+            Inode::Root => Ok(FopenFlags::empty()),
+            Inode::Node(node) => match node.get().kind {
+                NodeKind::Directory(_) => {
+                    Ok(FopenFlags::FOPEN_CACHE_DIR | FopenFlags::FOPEN_KEEP_CACHE)
+                }
+                _ => Err(FsError::NotADirectory(ino)),
+            },
+        }
+    }
+}
+
+impl fuser::Filesystem for Adapter {
+    fn init(&mut self, _request: &Request, config: &mut KernelConfig) -> io::Result<()> {
+        // Each setting falls back to what the kernel offers: an older one is only slower.
+        let _ = config.set_max_write(MAX_REQUEST_BYTES);
+        let _ = config.set_max_background(MAX_BACKGROUND);
+        for flag in [
+            InitFlags::FUSE_PARALLEL_DIROPS,
+            InitFlags::FUSE_CACHE_SYMLINKS,
+            InitFlags::FUSE_ASYNC_DIO,
+            InitFlags::FUSE_DO_READDIRPLUS,
+            InitFlags::FUSE_READDIRPLUS_AUTO,
+        ] {
+            if let Err(missing) = config.add_capabilities(flag) {
+                debug!(?missing, "the kernel does not offer a FUSE capability");
+            }
+        }
+        Ok(())
+    }
+
+    fn lookup(&self, _request: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
+        match self.filesystem.lookup(parent.0, name) {
+            Ok(inode) => reply.entry(&FOR_GOOD, &self.attributes(&inode), GENERATION),
+            Err(error) => reply.error(errno(&error)),
+        }
+    }
+
+    fn forget(&self, _request: &Request, ino: INodeNo, count: u64) {
+        self.filesystem.forget(ino.0, count);
+    }
+
+    fn getattr(&self, _request: &Request, ino: INodeNo, _: Option<FileHandle>, reply: ReplyAttr) {
+        match self.filesystem.inode(ino.0) {
+            Ok(inode @ Inode::Root) => reply.attr(&NOT_AT_ALL, &self.attributes(&inode)),
+            Ok(inode) => reply.attr(&FOR_GOOD, &self.attributes(&inode)),
+            Err(error) => reply.error(errno(&error)),
+        }
+    }
+
+    fn readlink(&self, _request: &Request, ino: INodeNo, reply: ReplyData) {
+        let node = self.filesystem.node(ino.0);
+        match node.as_ref().map(|node| node.symlink(ino.0)) {
+            Ok(Ok(target)) => reply.data(target.as_encoded_bytes()),
+            Ok(Err(error)) => reply.error(errno(&error)),
+            Err(error) => reply.error(errno(error)),
+        }
+    }
+
+    fn open(&self, _request: &Request, ino: INodeNo, _flags: OpenFlags, reply: ReplyOpen) {
+        let node = self.filesystem.node(ino.0);
+        match node.as_ref().map(NodeRef::content) {
+            Ok(Some(_)) => {
+                let flags = FopenFlags::FOPEN_KEEP_CACHE | FopenFlags::FOPEN_NOFLUSH;
+                reply.opened(FileHandle(0), flags);
+            }
+            Ok(None) => reply.error(errno(&FsError::NotAFile(ino.0))),
+            Err(error) => reply.error(errno(error)),
+        }
+    }
+
+    fn read(
+        &self,
+        _request: &Request,
+        ino: INodeNo,
+        _handle: FileHandle,
+        offset: u64,
+        size: u32,
+        _flags: OpenFlags,
+        _owner: Option<LockOwner>,
+        reply: ReplyData,
+    ) {
+        match self.filesystem.read(ino.0, offset, size) {
+            Ok(None) => reply.data(&[]),
+            Ok(Some(Read::Ready(slice))) => reply.data(&slice),
+            Ok(Some(Read::Missing(miss))) => {
+                self.runtime.spawn(async move {
+                    match miss.wait().await {
+                        Ok(slice) => reply.data(&slice),
+                        Err(error) => refuse_read(ino, offset, size, &error.into(), reply),
+                    }
+                });
+            }
+            Err(error) => refuse_read(ino, offset, size, &error, reply),
+        }
+    }
+
+    fn opendir(&self, _request: &Request, ino: INodeNo, _flags: OpenFlags, reply: ReplyOpen) {
+        match self.open_directory(ino.0) {
+            Ok(flags) => reply.opened(FileHandle(0), flags),
+            Err(error) => reply.error(errno(&error)),
+        }
+    }
+
+    fn readdir(
+        &self,
+        _request: &Request,
+        ino: INodeNo,
+        _handle: FileHandle,
+        offset: u64,
+        mut reply: ReplyDirectory,
+    ) {
+        let listed = self.filesystem.read_directory(ino.0, offset, |position, name, inode| {
+            let number = INodeNo(self.filesystem.number(&inode));
+            !reply.add(number, position, file_type(&inode), name)
+        });
+        match listed {
+            Ok(()) => reply.ok(),
+            Err(error) => reply.error(errno(&error)),
+        }
+    }
+
+    fn readdirplus(
+        &self,
+        _request: &Request,
+        ino: INodeNo,
+        _handle: FileHandle,
+        offset: u64,
+        mut reply: ReplyDirectoryPlus,
+    ) {
+        let listed = self.filesystem.read_directory(ino.0, offset, |position, name, inode| {
+            let attributes = self.attributes(&inode);
+            let full =
+                reply.add(attributes.ino, position, name, &FOR_GOOD, &attributes, GENERATION);
+            // The kernel counts no lookup for the dots (fuse_direntplus_link).
+            if !full && name != "." && name != ".." {
+                self.filesystem.looked_up(&inode);
+            }
+            !full
+        });
+        match listed {
+            Ok(()) => reply.ok(),
+            Err(error) => reply.error(errno(&error)),
+        }
+    }
+
+    fn statfs(&self, _request: &Request, _ino: INodeNo, reply: ReplyStatfs) {
+        let blocks = self.filesystem.content_bytes().div_ceil(BLOCK_BYTES.into());
+        reply.statfs(blocks, 0, 0, 0, 0, BLOCK_BYTES, 255, BLOCK_BYTES);
+    }
+
+    fn getxattr(&self, _: &Request, ino: INodeNo, name: &OsStr, size: u32, reply: ReplyXattr) {
+        match self.filesystem.inode(ino.0) {
+            Ok(Inode::Root) => reply.error(errno(&FsError::NoAttribute)),
+            Ok(Inode::Node(node)) => match node.xattr(name) {
+                Ok(value) => reply_xattr(value, size, reply),
+                Err(error) => reply.error(errno(&error)),
+            },
+            Err(error) => reply.error(errno(&error)),
+        }
+    }
+
+    fn listxattr(&self, _request: &Request, ino: INodeNo, size: u32, reply: ReplyXattr) {
+        match self.filesystem.inode(ino.0) {
+            Ok(Inode::Root) => reply_xattr(&[], size, reply),
+            Ok(Inode::Node(node)) => {
+                let mut names = Vec::new();
+                for (name, _) in &node.get().xattrs {
+                    names.extend_from_slice(name.as_encoded_bytes());
+                    names.push(0);
+                }
+                reply_xattr(&names, size, reply);
+            }
+            Err(error) => reply.error(errno(&error)),
+        }
+    }
+}
+
+/// Answers a size question (`size` 0), or the value if it fits (getxattr(2)).
+fn reply_xattr(value: &[u8], size: u32, reply: ReplyXattr) {
+    match u32::try_from(value.len()) {
+        Ok(length) if size == 0 => reply.size(length),
+        Ok(length) if length <= size => reply.data(value),
+        _ => reply.error(Errno::ERANGE),
+    }
+}
+
+fn refuse_read(ino: INodeNo, offset: u64, size: u32, error: &FsError, reply: ReplyData) {
+    warn!(inode = format_args!("{:#x}", ino.0), offset, size, %error, "read failed");
+    reply.error(errno(error));
+}
+
+/// The one table from our errors to the kernel's.
+fn errno(error: &FsError) -> Errno {
+    match error {
+        FsError::NotFound => Errno::ENOENT,
+        FsError::Stale(_) => Errno::ESTALE,
+        FsError::NotADirectory(_) => Errno::ENOTDIR,
+        FsError::NotAFile(_) => Errno::EISDIR,
+        FsError::NotASymlink(_) => Errno::EINVAL,
+        FsError::NoAttribute => Errno::ENODATA,
+        FsError::Read(error) => match error {
+            ReadError::Deadline { .. }
+            | ReadError::Source { .. }
+            | ReadError::Poisoned { .. }
+            | ReadError::OutOfRange { .. }
+            | ReadError::Cache { .. } => Errno::EIO,
+        },
+    }
+}
+
+fn file_type(inode: &Inode) -> FileType {
+    match inode {
+        Inode::Root => FileType::Directory,
+        Inode::Node(node) => match node.get().kind {
+            NodeKind::Directory(_) => FileType::Directory,
+            NodeKind::File(_) => FileType::RegularFile,
+            NodeKind::Symlink(_) => FileType::Symlink,
+            NodeKind::CharDevice(_) => FileType::CharDevice,
+            NodeKind::BlockDevice(_) => FileType::BlockDevice,
+            NodeKind::Fifo => FileType::NamedPipe,
+        },
+    }
+}
+
+fn root_attributes(ino: INodeNo) -> FileAttr {
+    FileAttr {
+        ino,
+        size: 0,
+        blocks: 0,
+        atime: UNIX_EPOCH,
+        mtime: UNIX_EPOCH,
+        ctime: UNIX_EPOCH,
+        crtime: UNIX_EPOCH,
+        kind: FileType::Directory,
+        perm: 0o755,
+        nlink: 2,
+        uid: 0,
+        gid: 0,
+        rdev: 0,
+        blksize: BLOCK_BYTES,
+        flags: 0,
+    }
+}
+
+fn node_attributes(ino: INodeNo, node_ref: &NodeRef) -> FileAttr {
+    let node = node_ref.get();
+    let time = system_time(node.mtime);
+    let (size, rdev) = match &node.kind {
+        NodeKind::File(content) => (content.range.end - content.range.start, 0),
+        NodeKind::Symlink(target) => (target.len() as u64, 0),
+        NodeKind::CharDevice(device) | NodeKind::BlockDevice(device) => (0, encode(*device)),
+        NodeKind::Directory(_) | NodeKind::Fifo => (0, 0),
+    };
+    FileAttr {
+        size,
+        blocks: size.div_ceil(512),
+        atime: time,
+        mtime: time,
+        ctime: time,
+        kind: file_type(&Inode::Node(node_ref.clone())),
+        perm: node.permissions,
+        nlink: node.links,
+        uid: node.uid,
+        gid: node.gid,
+        rdev,
+        ..root_attributes(ino)
+    }
+}
+
+/// The kernel's 32-bit device number (`new_decode_dev`).
+fn encode(DeviceNumber { major, minor }: DeviceNumber) -> u32 {
+    (minor & 0xff) | (major & 0xfff) << 8 | (minor & 0xfff00) << 12
+}
+
+fn system_time(time: Timestamp) -> SystemTime {
+    let seconds = Duration::from_secs(time.seconds.unsigned_abs());
+    let whole = if time.seconds < 0 {
+        UNIX_EPOCH.checked_sub(seconds)
+    } else {
+        UNIX_EPOCH.checked_add(seconds)
+    };
+    // What no clock can show is shown as the epoch.
+    whole
+        .and_then(|whole| whole.checked_add(Duration::from_nanos(time.nanos.into())))
+        .unwrap_or(UNIX_EPOCH)
+}

@@ -1,0 +1,126 @@
+//! The mount itself: set up, its read-ahead raised, and taken down.
+
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use fuser::{BackgroundSession, Config, INodeNo, MountOption, Notifier, SessionACL};
+use nix::sys::stat::{major, minor, stat};
+use tokio::runtime::Handle;
+use tracing::warn;
+
+use crate::filesystem::{Filesystem, ROOT_INODE, TreeNumber};
+use crate::fuse::Adapter;
+
+/// The subtype that mountinfo shows behind `fuse.`.
+pub const SUBTYPE: &str = "weightfs";
+
+/// Kernel read-ahead of the mount, in KiB. A plain stream keeps one to two windows in flight;
+/// the default of 128 KiB makes loads wait for latency.
+const READ_AHEAD_KIB: u32 = 4096;
+
+/// Threads that answer the kernel. They never wait, so few are enough.
+const THREADS: usize = 2;
+
+/// A mount that is being served. Dropped, it is unmounted.
+#[derive(Debug)]
+pub struct Session {
+    filesystem: Arc<Filesystem>,
+    mountpoint: PathBuf,
+    notifier: Notifier,
+    background: BackgroundSession,
+}
+
+impl Session {
+    /// Mounts at an existing directory and serves from threads of its own; misses wait on
+    /// `runtime`.
+    ///
+    /// # Errors
+    /// When /dev/fuse can't be opened or the mount is refused.
+    pub fn mount(
+        filesystem: Arc<Filesystem>,
+        mountpoint: &Path,
+        runtime: Handle,
+    ) -> io::Result<Self> {
+        let mut config = Config::default();
+        config.acl = SessionACL::All;
+        config.n_threads = Some(THREADS);
+        config.mount_options = vec![
+            MountOption::FSName(SUBTYPE.into()),
+            MountOption::Subtype(SUBTYPE.into()),
+            MountOption::RO,
+            MountOption::NoAtime,
+            MountOption::DefaultPermissions,
+            // Images have setuid programs and device nodes. Models have neither: the tree
+            // of a model is built without them.
+            MountOption::Suid,
+            MountOption::Dev,
+        ];
+        let adapter = Adapter { filesystem: Arc::clone(&filesystem), runtime };
+        let background = fuser::Session::new(adapter, mountpoint, &config)?.spawn()?;
+        if let Err(error) = raise_read_ahead(mountpoint) {
+            let mountpoint = mountpoint.display();
+            warn!(%mountpoint, %error, "could not raise the mount's read-ahead: loads will be slower");
+        }
+        Ok(Self {
+            filesystem,
+            mountpoint: mountpoint.to_owned(),
+            notifier: background.notifier(),
+            background,
+        })
+    }
+
+    /// Where it is mounted.
+    pub fn mountpoint(&self) -> &Path {
+        &self.mountpoint
+    }
+
+    /// What it shows.
+    pub fn filesystem(&self) -> &Arc<Filesystem> {
+        &self.filesystem
+    }
+
+    /// Whether the mount is still served; it ends when somebody unmounts it from outside.
+    pub fn is_alive(&self) -> bool {
+        !self.background.guard.is_finished()
+    }
+
+    /// Takes a tree away and makes the kernel drop its name. Blocks while a LOOKUP in the root
+    /// is being answered: never call it from a FUSE thread or with a lock that one needs.
+    pub fn remove(&self, number: TreeNumber) {
+        if self.filesystem.remove(number) {
+            // ENOENT: the kernel did not know the name. Anything else: it is found gone at the
+            // next lookup all the same, which has no lifetime in the root.
+            let _ = self.notifier.inval_entry(INodeNo(ROOT_INODE), &number.directory_name());
+        }
+    }
+
+    /// Unmounts and ends the threads. A mount that is in use is detached: it vanishes for
+    /// everybody else at once, and for its users when they are done.
+    ///
+    /// # Errors
+    /// When the kernel refuses.
+    pub fn unmount(self) -> io::Result<()> {
+        match self.background.umount_and_join() {
+            Err(error) if error.raw_os_error() == Some(nix::libc::EBUSY) => {
+                detach(&self.mountpoint)
+            }
+            other => other,
+        }
+    }
+}
+
+/// Detaches whatever is mounted at `mountpoint`, in use or dead.
+///
+/// # Errors
+/// When nothing is mounted there, or the kernel refuses.
+pub fn detach(mountpoint: &Path) -> io::Result<()> {
+    nix::mount::umount2(mountpoint, nix::mount::MntFlags::MNT_DETACH).map_err(io::Error::from)
+}
+
+fn raise_read_ahead(mountpoint: &Path) -> io::Result<()> {
+    // The device number of a FUSE mount names its backing device information.
+    let device = stat(mountpoint)?.st_dev;
+    let bdi = format!("/sys/class/bdi/{}:{}/read_ahead_kb", major(device), minor(device));
+    std::fs::write(bdi, READ_AHEAD_KIB.to_string())
+}

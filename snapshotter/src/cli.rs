@@ -1,0 +1,91 @@
+//! The command line: what can be asked, and nothing of how it is done.
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand};
+use weightfs_store::Reference;
+
+/// Run a model before its weights arrive.
+#[derive(Debug, Parser)]
+#[command(name = "weightfs", version, arg_required_else_help = true)]
+#[command(after_help = "Exit status: 0 success, 1 failure, 2 wrong usage.")]
+pub struct Cli {
+    /// Configuration file [default: /etc/weightfs/config.toml, if it is there]
+    #[arg(long, global = true, value_name = "FILE")]
+    pub config: Option<PathBuf>,
+    /// State directory [default: `root` of the configuration]
+    #[arg(long, global = true, value_name = "DIR")]
+    pub root: Option<PathBuf>,
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// What can be asked.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Show a model's files under a directory; fetch what is read
+    Mount(MountArgs),
+    /// Unmount a model
+    Umount {
+        /// The directory that it was mounted on
+        dir: PathBuf,
+    },
+    /// List a model's files without mounting it
+    Ls {
+        /// The artifact: host[:port]/repository:tag or @digest
+        #[arg(value_name = "REF")]
+        reference: Reference,
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Run the daemon: containerd's snapshotter, and one mount for everything
+    Serve,
+    /// Pull an image into containerd without its lazy layers
+    Rpull(RpullArgs),
+    /// Show what the daemon serves
+    Status {
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Print the effective configuration, with comments
+    Config,
+}
+
+/// `weightfs mount`
+#[derive(Debug, Args)]
+pub struct MountArgs {
+    /// The artifact: host[:port]/repository:tag or @digest
+    #[arg(value_name = "REF")]
+    pub reference: Reference,
+    /// An empty directory
+    pub dir: PathBuf,
+    /// Stay in the foreground until Ctrl-C (the default)
+    #[arg(long, conflicts_with = "daemon")]
+    pub foreground: bool,
+    /// Return once the mount is up
+    #[arg(long)]
+    pub daemon: bool,
+}
+
+/// `weightfs rpull`
+#[derive(Debug, Args)]
+pub struct RpullArgs {
+    /// The image: host[:port]/repository:tag or @digest
+    #[arg(value_name = "IMAGE")]
+    pub image: Reference,
+    /// containerd's socket
+    #[arg(long, value_name = "SOCKET", default_value = "/run/containerd/containerd.sock")]
+    pub address: PathBuf,
+    /// containerd's namespace
+    #[arg(long, short, value_name = "NS", default_value = "default")]
+    pub namespace: String,
+    /// The name that containerd knows the snapshotter by
+    #[arg(long, value_name = "NAME", default_value = "weightfs")]
+    pub snapshotter: String,
+    /// Print JSON
+    #[arg(long)]
+    pub json: bool,
+}

@@ -1,0 +1,356 @@
+//! `weightfs rpull`: a pull by containerd's own services in which each layer is first offered to
+//! the snapshotter. containerd 1.x does so only through CRI; this does so on any version.
+//!
+//! Invariants: everything is written under a lease, so a pull that fails leaves nothing for
+//! longer than containerd's next garbage collection; the image's name is set last.
+
+mod containerd;
+
+use std::collections::HashMap;
+use std::path::PathBuf;
+
+use containerd_client::types::Descriptor;
+use futures::StreamExt as _;
+use oci_spec::image::{ImageConfiguration, ImageManifest};
+use serde::Serialize;
+use sha2::{Digest as _, Sha256};
+use weightfs_fusefs::{Artifact, ArtifactError, Platform};
+use weightfs_store::{Digest, Reference, Registries, SourceError};
+
+use self::containerd::{Containerd, Prepared};
+
+/// Label that names the chain ID of the layer that a Prepare is for.
+const SNAPSHOT_REF: &str = "containerd.io/snapshot.ref";
+
+/// Prefix of the annotations that containerd passes on to a snapshotter.
+const SNAPSHOT_PREFIX: &str = "containerd.io/snapshot/";
+
+/// Longest list of layers in the label `cri.image-layers`: containerd limits a label's key and
+/// value to 4,096 bytes in total.
+const MAX_IMAGE_LAYERS_LABEL: usize = 4096 - 64;
+
+/// Why a pull failed.
+#[derive(Debug, thiserror::Error)]
+pub enum RpullError {
+    /// Nobody answers at containerd's socket.
+    #[error("containerd at {}: {message}; is it running? --address names its socket", address.display())]
+    Unreachable {
+        /// The socket.
+        address: PathBuf,
+        /// What the transport said.
+        message: String,
+    },
+    /// containerd refused a call.
+    #[error("containerd: {call}: {message} ({code:?})")]
+    Containerd {
+        /// Service and method.
+        call: &'static str,
+        /// The gRPC status code.
+        code: tonic::Code,
+        /// What containerd said.
+        message: String,
+    },
+    /// A name that can't be sent.
+    #[error("{what} {name:?} has characters that containerd does not allow")]
+    BadName {
+        /// What is named.
+        what: &'static str,
+        /// The name.
+        name: String,
+    },
+    /// The reference names no image.
+    #[error(transparent)]
+    Artifact(#[from] ArtifactError),
+    /// Manifest or config can't be understood.
+    #[error("{image}: {what}: {message}")]
+    BadImage {
+        /// The image.
+        image: String,
+        /// "manifest" or "config".
+        what: &'static str,
+        /// What is wrong.
+        message: String,
+    },
+    /// A size that no containerd can hold.
+    #[error("blob {digest}: {size} bytes are more than containerd can hold")]
+    TooLarge {
+        /// The blob.
+        digest: Digest,
+        /// Its size, in bytes.
+        size: u64,
+    },
+    /// A layer could not be downloaded.
+    #[error(transparent)]
+    Source(SourceError),
+    /// The layer unpacked to something else than the config says.
+    #[error("layer {layer}: unpacks to {actual}, but the image's config says {expected}")]
+    WrongDiffId {
+        /// The layer's digest.
+        layer: String,
+        /// The diff ID that was promised.
+        expected: String,
+        /// What it is.
+        actual: String,
+    },
+}
+
+/// How a layer came to be.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum LayerResult {
+    /// Mounted, nothing downloaded.
+    Lazy,
+    /// Downloaded and unpacked.
+    Unpacked,
+    /// It was there.
+    Present,
+}
+
+/// One layer of a pulled image.
+#[derive(Debug, Clone, Serialize)]
+pub struct PulledLayer {
+    /// Its digest.
+    pub digest: String,
+    /// Its size in the registry, in bytes.
+    pub size: u64,
+    /// How it came to be.
+    pub result: LayerResult,
+}
+
+/// What is wanted.
+#[derive(Debug, Clone)]
+pub struct Pull {
+    /// The image.
+    pub image: Reference,
+    /// containerd's socket.
+    pub address: PathBuf,
+    /// containerd's namespace.
+    pub namespace: String,
+    /// The name that containerd knows the snapshotter by.
+    pub snapshotter: String,
+}
+
+/// An image as the registry has it.
+struct ImageParts {
+    name: String,
+    artifact: Artifact,
+    manifest: ImageManifest,
+    diff_ids: Vec<String>,
+}
+
+/// Pulls an image; `report` hears of each layer as it is done.
+///
+/// # Errors
+/// When the registry or containerd fails; what was begun is given up.
+pub async fn pull(
+    registries: &std::sync::Arc<Registries>,
+    pull: &Pull,
+    mut report: impl FnMut(&PulledLayer),
+) -> Result<Vec<PulledLayer>, RpullError> {
+    let image = ImageParts::resolve(registries, &pull.image).await?;
+    let containerd =
+        Containerd::connect(&pull.address, &pull.namespace, &pull.snapshotter).await?;
+    let result = async {
+        image.write_documents(&containerd, &pull.snapshotter).await?;
+        let mut layers = Vec::new();
+        let mut parent = String::new();
+        for index in 0..image.diff_ids.len() {
+            let chain_id = chain_id(&parent, &image.diff_ids[index]);
+            let layer = image.layer(registries, &containerd, index, &parent, &chain_id).await?;
+            report(&layer);
+            layers.push(layer);
+            parent = chain_id;
+        }
+        image.finish(&containerd, &pull.snapshotter, &parent).await?;
+        Ok(layers)
+    }
+    .await;
+    // The result of the pull says more than that its lease has to expire by itself.
+    let released = containerd.release().await;
+    result.and_then(|layers| released.map(|()| layers))
+}
+
+impl ImageParts {
+    async fn resolve(registries: &Registries, image: &Reference) -> Result<Self, RpullError> {
+        let name = image.whole();
+        let artifact = Artifact::resolve(registries, image, &Platform::host()).await?;
+        let bad = |what, message: String| RpullError::BadImage { image: name.clone(), what, message };
+        let manifest: ImageManifest = serde_json::from_slice(&artifact.manifest)
+            .map_err(|error| bad("manifest", error.to_string()))?;
+        let config: ImageConfiguration = serde_json::from_slice(&artifact.config)
+            .map_err(|error| bad("config", error.to_string()))?;
+        let diff_ids = config.rootfs().diff_ids().clone();
+        if diff_ids.len() != manifest.layers().len() {
+            let (ids, layers) = (diff_ids.len(), manifest.layers().len());
+            return Err(bad("config", format!("{ids} diff IDs for {layers} layers")));
+        }
+        Ok(Self { name, artifact, manifest, diff_ids })
+    }
+
+    /// Manifest and config, with the labels that keep containerd from collecting what they need.
+    async fn write_documents(
+        &self,
+        containerd: &Containerd,
+        snapshotter: &str,
+    ) -> Result<(), RpullError> {
+        let _ = snapshotter;
+        let config = self.config_digest()?;
+        containerd.write_bytes(config, self.artifact.config.clone(), HashMap::new()).await?;
+        let mut labels =
+            HashMap::from([("containerd.io/gc.ref.content.config".into(), config.to_string())]);
+        for (index, layer) in self.manifest.layers().iter().enumerate() {
+            let key = format!("containerd.io/gc.ref.content.l.{index}");
+            labels.insert(key, layer.digest().to_string());
+        }
+        let manifest = self.artifact.manifest.clone();
+        containerd.write_bytes(self.artifact.manifest_digest, manifest, labels).await
+    }
+
+    fn config_digest(&self) -> Result<Digest, RpullError> {
+        let digest = self.manifest.config().digest().to_string();
+        digest.parse().map_err(|error: weightfs_store::DigestError| RpullError::BadImage {
+            image: self.name.clone(),
+            what: "config",
+            message: error.to_string(),
+        })
+    }
+
+    /// One layer: offered to the snapshotter, and unpacked if it declines.
+    async fn layer(
+        &self,
+        registries: &std::sync::Arc<Registries>,
+        containerd: &Containerd,
+        index: usize,
+        parent: &str,
+        chain_id: &str,
+    ) -> Result<PulledLayer, RpullError> {
+        let layer = &self.manifest.layers()[index];
+        let (digest, size) = (layer.digest().to_string(), layer.size());
+        let done = |result| PulledLayer { digest: digest.clone(), size, result };
+        if containerd.has_snapshot(chain_id).await? {
+            return Ok(done(LayerResult::Present));
+        }
+        let key = format!("extract-{}-{index} {chain_id}", std::process::id());
+        let labels = self.prepare_labels(index, chain_id);
+        let mounts = match containerd.prepare(&key, parent, labels).await? {
+            Prepared::Unpack(mounts) => mounts,
+            Prepared::Exists => return Ok(done(LayerResult::Lazy)),
+        };
+        let unpacked = self.unpack(registries, containerd, index, mounts).await;
+        let committed = match unpacked {
+            Ok(()) => containerd.commit(&key, chain_id).await,
+            Err(error) => Err(error),
+        };
+        if let Err(error) = committed {
+            // The first failure is the one to tell; the lease lets go of the key in any case.
+            let _ = containerd.remove(&key).await;
+            return Err(error);
+        }
+        Ok(done(LayerResult::Unpacked))
+    }
+
+    /// What CRI would say of the layer.
+    fn prepare_labels(&self, index: usize, chain_id: &str) -> HashMap<String, String> {
+        let layer = &self.manifest.layers()[index];
+        let cri = |name: &str| format!("{SNAPSHOT_PREFIX}cri.{name}");
+        let mut layers = String::new();
+        for digest in self.manifest.layers()[index..].iter().map(|layer| layer.digest()) {
+            let digest = digest.to_string();
+            if layers.len() + digest.len() + 1 > MAX_IMAGE_LAYERS_LABEL {
+                break;
+            }
+            let comma = if layers.is_empty() { "" } else { "," };
+            layers.push_str(&format!("{comma}{digest}"));
+        }
+        let annotations = layer.annotations().iter().flatten();
+        annotations
+            .filter(|(key, _)| key.starts_with(SNAPSHOT_PREFIX))
+            .map(|(key, value)| (key.clone(), value.clone()))
+            .chain([
+                (SNAPSHOT_REF.to_owned(), chain_id.to_owned()),
+                (cri("image-ref"), self.name.clone()),
+                (cri("manifest-digest"), self.artifact.manifest_digest.to_string()),
+                (cri("layer-digest"), layer.digest().to_string()),
+                (cri("image-layers"), layers),
+            ])
+            .collect()
+    }
+
+    async fn unpack(
+        &self,
+        registries: &std::sync::Arc<Registries>,
+        containerd: &Containerd,
+        index: usize,
+        mounts: Vec<containerd_client::types::Mount>,
+    ) -> Result<(), RpullError> {
+        let layer = &self.manifest.layers()[index];
+        let name = layer.digest().to_string();
+        let digest: Digest = name.parse().map_err(|error: weightfs_store::DigestError| {
+            RpullError::BadImage {
+                image: self.name.clone(),
+                what: "manifest",
+                message: error.to_string(),
+            }
+        })?;
+        if !containerd.has_content(digest).await? {
+            let source = registries.source(&self.artifact.repository, digest, layer.size());
+            let bytes = source.fetch(0..layer.size()).await.map_err(RpullError::Source)?;
+            containerd.write(digest, layer.size(), bytes.boxed(), HashMap::new()).await?;
+        }
+        let descriptor = Descriptor {
+            media_type: layer.media_type().to_string(),
+            digest: name.clone(),
+            size: i64::try_from(layer.size()).unwrap_or(i64::MAX),
+            annotations: HashMap::new(),
+        };
+        let actual = containerd.apply(descriptor, mounts).await?;
+        let expected = self.diff_ids[index].clone();
+        if actual != expected {
+            return Err(RpullError::WrongDiffId { layer: name, expected, actual });
+        }
+        Ok(())
+    }
+
+    /// The config keeps the snapshots, the name keeps the manifest: now all of it lasts.
+    async fn finish(
+        &self,
+        containerd: &Containerd,
+        snapshotter: &str,
+        chain_id: &str,
+    ) -> Result<(), RpullError> {
+        let label = format!("containerd.io/gc.ref.snapshot.{snapshotter}");
+        let labels = HashMap::from([(label, chain_id.to_owned())]);
+        containerd.label_content(self.config_digest()?, labels).await?;
+        let media_type = self.manifest.media_type().as_ref().map(ToString::to_string);
+        let target = Descriptor {
+            media_type: media_type
+                .unwrap_or_else(|| "application/vnd.oci.image.manifest.v1+json".into()),
+            digest: self.artifact.manifest_digest.to_string(),
+            size: i64::try_from(self.artifact.manifest.len()).unwrap_or(i64::MAX),
+            annotations: HashMap::new(),
+        };
+        containerd.put_image(&self.name, target).await
+    }
+}
+
+/// The chain ID of a layer over `parent` (image-spec, "Layer ChainID"); `parent` is empty for
+/// the lowest.
+fn chain_id(parent: &str, diff_id: &str) -> String {
+    if parent.is_empty() {
+        return diff_id.to_owned();
+    }
+    Digest::from_raw(Sha256::digest(format!("{parent} {diff_id}")).into()).to_string()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn chain_ids_are_those_of_the_image_specification() {
+        let (a, b) = (Digest::of(b"a").to_string(), Digest::of(b"b").to_string());
+        assert_eq!(chain_id("", &a), a);
+        let expected = Digest::of(format!("{a} {b}").as_bytes()).to_string();
+        assert_eq!(chain_id(&a, &b), expected);
+    }
+}
