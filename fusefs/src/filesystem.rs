@@ -23,9 +23,7 @@ use crate::tree::{Content, Node, NodeId, NodeKind, Tree};
 pub const ROOT_INODE: u64 = 1;
 
 /// Names a tree of a mount; at least 1, and never used again for another tree.
-#[derive(
-    Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize,
-)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct TreeNumber(pub u32);
 
 impl TreeNumber {
@@ -39,6 +37,9 @@ impl TreeNumber {
         u64::from(self.0) << 32 | u64::from(node.0)
     }
 }
+
+/// `.` and `..`
+const DOTS: usize = 2;
 
 /// What a request of the kernel can meet.
 #[derive(Debug, thiserror::Error)]
@@ -214,32 +215,31 @@ impl Filesystem {
             Inode::Root => Inode::Root,
             Inode::Node(node) => self.parent(node),
         };
-        let dots = [(OsStr::new("."), inode.clone()), (OsStr::new(".."), parent)];
-        let mut position = 0;
-        let mut give = |name: &OsStr, inode: &dyn Fn() -> Inode| {
+        let mut position = skip;
+        let mut give = |name: &OsStr, inode: Inode| {
             position += 1;
-            position <= skip || take(position, name, inode())
+            take(position, name, inode)
         };
-        if !dots.iter().all(|(name, inode)| give(name, &|| inode.clone())) {
+        let dots = [(OsStr::new("."), inode.clone()), (OsStr::new(".."), parent)];
+        let first = usize::try_from(skip).unwrap_or(usize::MAX);
+        if !dots.into_iter().skip(first).all(|(name, inode)| give(name, inode)) {
             return Ok(());
         }
+        let first = first.saturating_sub(DOTS);
         match inode {
             Inode::Root => {
                 // `take` may count a lookup: under the lock, so that a removal sees the count.
-                read(&self.shown).values().all(|mounted| {
+                read(&self.shown).values().skip(first).all(|mounted| {
                     let name = mounted.number.directory_name();
-                    let root = NodeRef { mounted: Arc::clone(mounted), id: NodeId::ROOT };
-                    give(&name, &|| Inode::Node(root.clone()))
+                    let mounted = Arc::clone(mounted);
+                    give(&name, Inode::Node(NodeRef { mounted, id: NodeId::ROOT }))
                 });
             }
             Inode::Node(node) => {
                 let mounted = &node.mounted;
-                let mut entries = mounted
-                    .tree
-                    .entries(node.id)
-                    .ok_or(FsError::NotADirectory(directory))?;
-                entries.all(|(name, id)| {
-                    give(name, &|| Inode::Node(NodeRef { mounted: Arc::clone(mounted), id }))
+                let entries = mounted.tree.entries_from(node.id, first);
+                entries.ok_or(FsError::NotADirectory(directory))?.all(|(name, id)| {
+                    give(name, Inode::Node(NodeRef { mounted: Arc::clone(mounted), id }))
                 });
             }
         }
@@ -306,8 +306,7 @@ impl Filesystem {
 impl NodeRef {
     /// The node itself.
     pub fn get(&self) -> &Node {
-        // A NodeRef is made only for a node that is there, and trees never change.
-        self.mounted.tree.node(self.id).unwrap_or_else(|| self.mounted.tree.root())
+        self.mounted.tree.node(self.id).expect("made for a node of a tree that never changes")
     }
 
     /// The bytes of a regular file.

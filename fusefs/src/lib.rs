@@ -1,1 +1,25 @@
+//! Artifacts to file trees: which layers an artifact has, where each file's bytes lie in them,
+//! and the tree that they make together. It knows nothing of snapshots or containerd.
+//!
+//! Everything that comes from a registry (manifests, annotations, tars) is foreign: it is bounded
+//! and checked once, in [`artifact`], [`archive`] and [`tree`].
 
+pub mod archive;
+pub mod artifact;
+pub mod filesystem;
+mod fuse;
+pub mod layer;
+pub mod listing;
+pub mod path;
+pub mod session;
+pub mod tree;
+
+pub use artifact::{
+    Artifact, ArtifactError, ArtifactKind, Compression, LayerContent, LayerDescriptor, Platform,
+    RawFile,
+};
+pub use filesystem::{Filesystem, FsError, Inode, TreeNumber};
+pub use layer::{LayerError, OpenLayer, Progress, Quiet, open_layer, reopen_layer};
+pub use listing::Listing;
+pub use session::Session;
+pub use tree::{Base, Content, DeviceNumber, Node, NodeId, NodeKind, Timestamp, Tree, TreeError};

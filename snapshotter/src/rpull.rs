@@ -148,8 +148,7 @@ pub async fn pull(
     mut report: impl FnMut(&PulledLayer),
 ) -> Result<Vec<PulledLayer>, RpullError> {
     let image = ImageParts::resolve(registries, &pull.image).await?;
-    let containerd =
-        Containerd::connect(&pull.address, &pull.namespace, &pull.snapshotter).await?;
+    let containerd = Containerd::connect(&pull.address, &pull.namespace, &pull.snapshotter).await?;
     let result = async {
         image.write_documents(&containerd, &pull.snapshotter).await?;
         let mut layers = Vec::new();
@@ -174,7 +173,8 @@ impl ImageParts {
     async fn resolve(registries: &Registries, image: &Reference) -> Result<Self, RpullError> {
         let name = image.whole();
         let artifact = Artifact::resolve(registries, image, &Platform::host()).await?;
-        let bad = |what, message: String| RpullError::BadImage { image: name.clone(), what, message };
+        let bad =
+            |what, message: String| RpullError::BadImage { image: name.clone(), what, message };
         let manifest: ImageManifest = serde_json::from_slice(&artifact.manifest)
             .map_err(|error| bad("manifest", error.to_string()))?;
         let config: ImageConfiguration = serde_json::from_slice(&artifact.config)
@@ -285,13 +285,12 @@ impl ImageParts {
     ) -> Result<(), RpullError> {
         let layer = &self.manifest.layers()[index];
         let name = layer.digest().to_string();
-        let digest: Digest = name.parse().map_err(|error: weightfs_store::DigestError| {
-            RpullError::BadImage {
+        let digest: Digest =
+            name.parse().map_err(|error: weightfs_store::DigestError| RpullError::BadImage {
                 image: self.name.clone(),
                 what: "manifest",
                 message: error.to_string(),
-            }
-        })?;
+            })?;
         if !containerd.has_content(digest).await? {
             let source = registries.source(&self.artifact.repository, digest, layer.size());
             let bytes = source.fetch(0..layer.size()).await.map_err(RpullError::Source)?;

@@ -13,9 +13,10 @@ pub mod source;
 pub mod store;
 
 pub use blob::{Blob, BlobStats, Miss, Read, Slice, Trust};
-pub use digest::Digest;
+pub use digest::{Digest, DigestError};
 pub use error::{OpenError, ReadError, SourceError};
 pub use layout::{CHUNK_BYTES, Layout, LayoutError};
+pub use oci_client::Reference;
 pub use registry::{Manifest, Registries, RegistryOptions, Repository};
 pub use source::{ByteStream, Source};
 pub use store::{BlobId, FetchOptions, Form, Ingest, Store, StoreOptions};

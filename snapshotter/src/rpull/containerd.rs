@@ -95,10 +95,8 @@ impl Containerd {
         namespace: &str,
         snapshotter: &str,
     ) -> Result<Self, RpullError> {
-        let unreachable = |message: String| RpullError::Unreachable {
-            address: address.to_owned(),
-            message,
-        };
+        let unreachable =
+            |message: String| RpullError::Unreachable { address: address.to_owned(), message };
         let channel = containerd_client::connect(address).await.map_err(|error| {
             let cause = std::error::Error::source(&error).map(ToString::to_string);
             unreachable(cause.unwrap_or_else(|| error.to_string()))

@@ -1,0 +1,1 @@
+//! Walking a tar without reading its members.

@@ -1,0 +1,5 @@
+//! What files a layer has and where their bytes lie in its blob.
+
+/// The files of one layer.
+#[derive(Debug, Clone)]
+pub struct Listing {}
