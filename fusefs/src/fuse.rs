@@ -14,6 +14,7 @@ use fuser::{
     ReplyEntry, ReplyOpen, ReplyStatfs, ReplyXattr, Request,
 };
 use tokio::runtime::Handle;
+use tokio::sync::watch;
 use tracing::{debug, warn};
 use weightfs_store::{Read, ReadError};
 
@@ -46,6 +47,8 @@ pub(crate) struct Adapter {
     pub(crate) filesystem: Arc<Filesystem>,
     /// Where misses wait.
     pub(crate) runtime: Handle,
+    /// Dropped with the adapter, when the session has ended.
+    pub(crate) _serving: watch::Sender<()>,
 }
 
 impl Adapter {

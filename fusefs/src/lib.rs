@@ -21,5 +21,5 @@ pub use artifact::{
 pub use filesystem::{Filesystem, FsError, Inode, TreeNumber};
 pub use layer::{LayerError, OpenLayer, Progress, Quiet, open_layer, reopen_layer};
 pub use listing::Listing;
-pub use session::Session;
+pub use session::{Session, SpecialFiles};
 pub use tree::{Base, Content, DeviceNumber, Node, NodeId, NodeKind, Timestamp, Tree, TreeError};

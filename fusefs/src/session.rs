@@ -7,6 +7,7 @@ use std::sync::Arc;
 use fuser::{BackgroundSession, Config, INodeNo, MountOption, Notifier, SessionACL};
 use nix::sys::stat::{major, minor, stat};
 use tokio::runtime::Handle;
+use tokio::sync::watch;
 use tracing::warn;
 
 use crate::filesystem::{Filesystem, ROOT_INODE, TreeNumber};
@@ -22,6 +23,15 @@ const READ_AHEAD_KIB: u32 = 4096;
 /// Threads that answer the kernel. They never wait, so few are enough.
 const THREADS: usize = 2;
 
+/// What setuid bits and device nodes of the mount are worth.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum SpecialFiles {
+    /// As in any file system: containers run from images need them.
+    Honoured,
+    /// Nothing: a model needs neither.
+    Inert,
+}
+
 /// A mount that is being served. Dropped, it is unmounted.
 #[derive(Debug)]
 pub struct Session {
@@ -29,6 +39,8 @@ pub struct Session {
     mountpoint: PathBuf,
     notifier: Notifier,
     background: BackgroundSession,
+    /// Closed when the kernel ends the session.
+    ended: watch::Receiver<()>,
 }
 
 impl Session {
@@ -40,6 +52,7 @@ impl Session {
     pub fn mount(
         filesystem: Arc<Filesystem>,
         mountpoint: &Path,
+        special: SpecialFiles,
         runtime: Handle,
     ) -> io::Result<Self> {
         let mut config = Config::default();
@@ -51,12 +64,13 @@ impl Session {
             MountOption::RO,
             MountOption::NoAtime,
             MountOption::DefaultPermissions,
-            // Images have setuid programs and device nodes. Models have neither: the tree
-            // of a model is built without them.
-            MountOption::Suid,
-            MountOption::Dev,
         ];
-        let adapter = Adapter { filesystem: Arc::clone(&filesystem), runtime };
+        config.mount_options.extend(match special {
+            SpecialFiles::Honoured => [MountOption::Suid, MountOption::Dev],
+            SpecialFiles::Inert => [MountOption::NoSuid, MountOption::NoDev],
+        });
+        let (serving, ended) = watch::channel(());
+        let adapter = Adapter { filesystem: Arc::clone(&filesystem), runtime, _serving: serving };
         let background = fuser::Session::new(adapter, mountpoint, &config)?.spawn()?;
         if let Err(error) = raise_read_ahead(mountpoint) {
             let mountpoint = mountpoint.display();
@@ -67,6 +81,7 @@ impl Session {
             mountpoint: mountpoint.to_owned(),
             notifier: background.notifier(),
             background,
+            ended,
         })
     }
 
@@ -80,9 +95,10 @@ impl Session {
         &self.filesystem
     }
 
-    /// Whether the mount is still served; it ends when somebody unmounts it from outside.
-    pub fn is_alive(&self) -> bool {
-        !self.background.guard.is_finished()
+    /// Waits until somebody unmounts it from outside.
+    pub async fn ended(&self) {
+        // Nothing is ever sent; the channel closes with the adapter.
+        let _ = self.ended.clone().changed().await;
     }
 
     /// Takes a tree away and makes the kernel drop its name. Blocks while a LOOKUP in the root

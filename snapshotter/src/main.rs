@@ -1,1 +1,75 @@
-fn main() {}
+//! The program `weightfs`.
+
+mod commands;
+
+use std::process::ExitCode;
+
+use anyhow::Context as _;
+use clap::Parser as _;
+use tracing_subscriber::EnvFilter;
+use weightfs::cli::{Cli, Command};
+use weightfs::config::Config;
+
+/// Variable that sets the log filter, in the syntax of tracing's `EnvFilter`.
+const LOG_VARIABLE: &str = "WEIGHTFS_LOG";
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    start_log(&cli.command);
+    match run(cli) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("weightfs: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(cli: Cli) -> anyhow::Result<()> {
+    let mut config = Config::load(cli.config.as_deref())?;
+    if let Some(root) = &cli.root {
+        config.root = std::path::absolute(root).context("--root")?;
+    }
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .thread_name("weightfs")
+        .build()
+        .context("can't start threads")?;
+    match cli.command {
+        Command::Config => {
+            print!("{}", config.to_commented_toml());
+            Ok(())
+        }
+        Command::Mount(arguments) if arguments.daemon => commands::mount::in_background(&arguments),
+        Command::Mount(arguments) => runtime.block_on(commands::mount::run(&config, &arguments)),
+        Command::Umount { dir } => runtime.block_on(commands::umount::run(&config, &dir)),
+        Command::Ls { reference, json } => {
+            runtime.block_on(commands::ls::run(&config, &reference, json))
+        }
+        Command::Serve => runtime.block_on(commands::serve::run(&config)),
+        Command::Rpull(arguments) => runtime.block_on(commands::rpull::run(&config, arguments)),
+        Command::Status { json } => runtime.block_on(commands::status::run(&config, json)),
+    }
+}
+
+/// Logs to stderr: a daemon's life in full, of a command only what went wrong.
+fn start_log(command: &Command) {
+    let default = match command {
+        Command::Serve | Command::Mount(_) => "info",
+        _ => "warn",
+    };
+    let filter = EnvFilter::builder()
+        .with_env_var(LOG_VARIABLE)
+        .with_default_directive(tracing::Level::WARN.into());
+    let filter = match std::env::var_os(LOG_VARIABLE) {
+        Some(_) => filter.from_env_lossy(),
+        None => EnvFilter::new(format!("warn,weightfs={default}")),
+    };
+    let terminal = std::io::IsTerminal::is_terminal(&std::io::stderr());
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .with_ansi(terminal)
+        .with_target(false)
+        .init();
+}

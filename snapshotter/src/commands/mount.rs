@@ -1,0 +1,246 @@
+//! `weightfs mount`: by the daemon if one owns the state directory, else by this process.
+
+use std::io::{BufRead as _, BufReader, Write as _};
+use std::os::fd::AsFd;
+use std::os::unix::process::CommandExt as _;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::sync::Arc;
+
+use anyhow::{Context as _, bail};
+use nix::mount::{MsFlags, mount};
+use tokio::runtime::Handle;
+use tokio::signal::unix::{SignalKind, signal};
+use tracing::{info, warn};
+use weightfs::cli::MountArgs;
+use weightfs::config::Config;
+use weightfs::control;
+use weightfs::owner;
+use weightfs_fusefs::session::detach;
+use weightfs_fusefs::{Filesystem, Session, SpecialFiles, TreeNumber};
+use weightfs_proto::control::{MountRequest, Mounted, ReleaseRequest, StatusRequest};
+use weightfs_store::{OpenError, Store};
+
+use super::progress::{Downloads, Fetched, MountLine, REFRESH};
+
+/// What a background mount prints when it is up.
+const READY: &str = "ready";
+
+/// File in the state directory that a background mount logs to.
+const LOG_FILE: &str = "mount.log";
+
+/// Starts this program again as a process of its own, and waits until its mount is up. Errors
+/// appear on stderr as they would in the foreground.
+pub fn in_background(arguments: &MountArgs) -> anyhow::Result<()> {
+    check_mountpoint(&arguments.dir)?;
+    let program = std::env::current_exe().context("can't find this program")?;
+    let others = std::env::args_os().skip(1).filter(|argument| argument != "--daemon");
+    let mut command = Command::new(program);
+    command.args(others).arg("--detached").stdin(Stdio::null()).stdout(Stdio::piped());
+    // SAFETY: setsid is async-signal-safe, and nothing else runs between fork and exec.
+    #[expect(unsafe_code, reason = "a session of its own needs a call between fork and exec")]
+    unsafe {
+        command.pre_exec(|| Ok(nix::unistd::setsid().map(drop)?));
+    }
+    let mut child = command.spawn().context("can't start the background process")?;
+    let output = child.stdout.take().context("no pipe to the background process")?;
+    let mut line = String::new();
+    BufReader::new(output).read_line(&mut line).context("the background process")?;
+    if line.trim_end() == READY {
+        return Ok(());
+    }
+    let status = child.wait().context("the background process")?;
+    // It has said why.
+    std::process::exit(status.code().unwrap_or(1));
+}
+
+/// Mounts, and stays until a signal or an unmount.
+pub async fn run(config: &Config, arguments: &MountArgs) -> anyhow::Result<()> {
+    let target = check_mountpoint(&arguments.dir)?;
+    match Store::open(&config.root, config.store_options()) {
+        Ok(store) => serve_here(config, arguments, &target, store).await,
+        Err(OpenError::Owned { root, pid }) => {
+            let address = owner::control_address(&root).with_context(|| {
+                format!("{} is in use by process {pid}; use another --root", root.display())
+            })?;
+            ask_daemon(&address, arguments, &target).await
+        }
+        Err(error) => Err(error.into()),
+    }
+}
+
+/// The directory, absolute; it must be empty and nothing mounted there.
+fn check_mountpoint(dir: &Path) -> anyhow::Result<PathBuf> {
+    let name = dir.display();
+    let advice = "give an empty directory";
+    let target = dir.canonicalize().with_context(|| format!("mount point {name}; {advice}"))?;
+    let mut entries =
+        target.read_dir().with_context(|| format!("mount point {name}; {advice}"))?;
+    if entries.next().is_some() {
+        bail!("mount point {name} is not empty; {advice}");
+    }
+    if owner::is_mountpoint(&target)? {
+        bail!("something is mounted on {name} already; unmount it or {advice}");
+    }
+    Ok(target)
+}
+
+async fn serve_here(
+    config: &Config,
+    arguments: &MountArgs,
+    target: &Path,
+    store: Arc<Store>,
+) -> anyhow::Result<()> {
+    let opener = super::opener(config, Arc::clone(&store))?;
+    let downloads = Downloads::new();
+    let tree = async {
+        let artifact = opener.resolve(&arguments.reference).await?;
+        opener.open(&artifact, &downloads).await
+    };
+    let tree = tokio::select! {
+        tree = tree => tree?,
+        () = asked_to_stop() => return Ok(()),
+    };
+    downloads.finish();
+    let merged = tree.merge()?;
+    let files = merged.files();
+    let filesystem = Arc::new(Filesystem::of_one(TreeNumber(1), merged));
+    let session = Session::mount(filesystem, target, SpecialFiles::Inert, Handle::current())
+        .with_context(|| format!("can't mount on {}", target.display()))?;
+    info!(reference = %arguments.reference, dir = %target.display(), files, "mounted");
+    if arguments.detached {
+        detach_output(&config.root)?;
+    }
+    let mut line = MountLine::new();
+    let stop = asked_to_stop();
+    tokio::pin!(stop);
+    loop {
+        tokio::select! {
+            () = &mut stop => break,
+            () = session.ended() => break,
+            () = tokio::time::sleep(REFRESH) => {
+                let stats = tree.stats();
+                let (cached, size, fetched) = (stats.cached, stats.size, stats.fetched);
+                line.show(Fetched { files, cached, size, fetched });
+            }
+        }
+    }
+    line.finish();
+    // Unmounting waits for the FUSE threads.
+    tokio::task::spawn_blocking(move || session.unmount())
+        .await?
+        .with_context(|| format!("can't unmount {}", target.display()))?;
+    store.checkpoint().context("the cache was not recorded")?;
+    Ok(())
+}
+
+async fn ask_daemon(address: &Path, arguments: &MountArgs, target: &Path) -> anyhow::Result<()> {
+    let mut daemon = control::connect(address)
+        .await
+        .with_context(|| format!("the daemon's control socket {}", address.display()))?;
+    let request = MountRequest {
+        reference: arguments.reference.whole(),
+        target: target.display().to_string(),
+    };
+    let downloads = Downloads::new();
+    let mounted = async {
+        let events = daemon.mount(request).await?.into_inner();
+        let show = |download: weightfs_proto::control::Download| {
+            downloads.show(&download.layer_digest, download.bytes, download.total);
+        };
+        control::mounted(events, show).await
+    };
+    let mounted = tokio::select! {
+        mounted = mounted => mounted.map_err(|status| anyhow::anyhow!("{}", status.message()))?,
+        () = asked_to_stop() => return Ok(()),
+    };
+    downloads.finish();
+    let release = ReleaseRequest { tree: mounted.tree };
+    if let Err(error) = bind(Path::new(&mounted.directory), target) {
+        daemon.release(release).await.ok();
+        return Err(error);
+    }
+    info!(reference = %arguments.reference, dir = %target.display(), "mounted by the daemon");
+    if arguments.detached {
+        println!("{READY}");
+        return Ok(());
+    }
+    let watched = watch(&mut daemon, &mounted, target).await;
+    if owner::is_mountpoint(target).unwrap_or(true) {
+        detach(target).with_context(|| format!("can't unmount {}", target.display()))?;
+    }
+    watched?;
+    daemon.release(release).await.map_err(|status| anyhow::anyhow!("{}", status.message()))?;
+    Ok(())
+}
+
+/// Shows how the mount goes until a signal, an unmount, or the daemon's end.
+async fn watch(
+    daemon: &mut weightfs_proto::control::control_client::ControlClient<tonic::transport::Channel>,
+    mounted: &Mounted,
+    target: &Path,
+) -> anyhow::Result<()> {
+    let mut line = MountLine::new();
+    let stop = asked_to_stop();
+    tokio::pin!(stop);
+    loop {
+        tokio::select! {
+            () = &mut stop => break,
+            () = tokio::time::sleep(REFRESH) => {}
+        }
+        let status = daemon.status(StatusRequest {}).await;
+        let Ok(status) = status.map(tonic::Response::into_inner) else {
+            line.finish();
+            bail!("the daemon went away; {} is unmounted", target.display());
+        };
+        let model = status.models.into_iter().find(|model| model.tree == mounted.tree);
+        let Some(model) = model else { break };
+        line.show(Fetched {
+            files: model.files,
+            cached: model.cached,
+            size: model.size,
+            fetched: model.fetched,
+        });
+    }
+    line.finish();
+    Ok(())
+}
+
+/// Binds a model's directory to where the user wants it: read-only, without special files.
+fn bind(directory: &Path, target: &Path) -> anyhow::Result<()> {
+    let none = None::<&str>;
+    let what = || format!("can't bind {} to {}", directory.display(), target.display());
+    mount(Some(directory), target, none, MsFlags::MS_BIND, none).with_context(what)?;
+    let flags = MsFlags::MS_BIND
+        | MsFlags::MS_REMOUNT
+        | MsFlags::MS_RDONLY
+        | MsFlags::MS_NOSUID
+        | MsFlags::MS_NODEV;
+    if let Err(error) = mount(none, target, none, flags, none) {
+        if let Err(error) = detach(target) {
+            warn!(target = %target.display(), %error, "can't unmount");
+        }
+        return Err(error).with_context(what);
+    }
+    Ok(())
+}
+
+/// Tells the waiting parent that the mount is up, and logs to a file from now on.
+fn detach_output(root: &Path) -> anyhow::Result<()> {
+    let path = root.join(LOG_FILE);
+    let log = std::fs::File::options().create(true).append(true).open(&path);
+    let log = log.with_context(|| format!("log file {}", path.display()))?;
+    let mut output = std::io::stdout();
+    writeln!(output, "{READY}").and_then(|()| output.flush()).context("the waiting parent")?;
+    nix::unistd::dup2_stdout(log.as_fd()).context("log file")?;
+    nix::unistd::dup2_stderr(log.as_fd()).context("log file")?;
+    Ok(())
+}
+
+/// Waits for SIGINT, SIGTERM or SIGHUP.
+pub async fn asked_to_stop() {
+    let kinds = [SignalKind::interrupt(), SignalKind::terminate(), SignalKind::hangup()];
+    let mut signals: Vec<_> = kinds.into_iter().filter_map(|kind| signal(kind).ok()).collect();
+    let waits = signals.iter_mut().map(|signal| Box::pin(signal.recv()));
+    futures::future::select_all(waits).await;
+}

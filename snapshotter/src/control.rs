@@ -1,0 +1,242 @@
+//! The control socket: the daemon's side and the command line's.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use futures::stream::BoxStream;
+use futures::{Stream, StreamExt as _};
+use hyper_util::rt::TokioIo;
+use tokio::net::{UnixListener, UnixStream};
+use tokio::sync::mpsc;
+use tokio_stream::wrappers::{ReceiverStream, UnixListenerStream};
+use tonic::transport::{Channel, Endpoint, Server};
+use tonic::{Request, Response, Status};
+use weightfs_fusefs::{LayerDescriptor, Progress, TreeNumber};
+use weightfs_proto::control::control_client::ControlClient;
+use weightfs_proto::control::control_server::{Control, ControlServer};
+use weightfs_proto::control::{
+    Download, Layer, Model, MountEvent, MountRequest, Mounted, ReleaseReply, ReleaseRequest,
+    StatusReply, StatusRequest, mount_event,
+};
+use weightfs_store::Reference;
+
+use crate::metadata::{Backing, Metadata};
+use crate::models::{Models, ShownModel};
+use crate::trees::{Trees, trust_name};
+
+/// Events of a mount that wait for a slow caller; more are dropped, since each is a total.
+const EVENTS: usize = 64;
+
+/// Answers the command line.
+#[derive(Debug)]
+pub struct ControlService {
+    /// Models mounted by the command line.
+    pub models: Arc<Models>,
+    /// All trees.
+    pub trees: Arc<Trees>,
+    /// Snapshots.
+    pub metadata: Arc<Metadata>,
+    /// The state directory, for status.
+    pub root: PathBuf,
+    /// The snapshotter's socket, for status.
+    pub snapshotter_address: PathBuf,
+}
+
+/// Serves the control socket until `shutdown`.
+///
+/// # Errors
+/// When the socket breaks.
+pub async fn serve(
+    service: ControlService,
+    listener: UnixListener,
+    shutdown: impl Future<Output = ()>,
+) -> Result<(), tonic::transport::Error> {
+    Server::builder()
+        .add_service(ControlServer::new(service))
+        .serve_with_incoming_shutdown(UnixListenerStream::new(listener), shutdown)
+        .await
+}
+
+/// Connects to a daemon's control socket.
+///
+/// # Errors
+/// When nobody answers there.
+pub async fn connect(address: &Path) -> Result<ControlClient<Channel>, tonic::transport::Error> {
+    let address = address.to_owned();
+    let connect = move |_| {
+        let address = address.clone();
+        async move { UnixStream::connect(address).await.map(TokioIo::new) }
+    };
+    // The URI is only for the Host header; the connector ignores it.
+    let channel = Endpoint::from_static("http://weightfs")
+        .connect_with_connector(tower::service_fn(connect))
+        .await?;
+    Ok(ControlClient::new(channel))
+}
+
+/// Sends how downloads go to the caller of Mount.
+struct SendProgress(mpsc::Sender<Result<MountEvent, Status>>);
+
+impl Progress for SendProgress {
+    fn downloaded(&self, layer: &LayerDescriptor, bytes: u64) {
+        let download =
+            Download { layer_digest: layer.digest.to_string(), bytes, total: layer.size };
+        // A full channel drops it: a later event says more.
+        let _ = self.0.try_send(Ok(event(mount_event::Event::Download(download))));
+    }
+}
+
+fn event(event: mount_event::Event) -> MountEvent {
+    MountEvent { event: Some(event) }
+}
+
+#[tonic::async_trait]
+impl Control for ControlService {
+    type MountStream = BoxStream<'static, Result<MountEvent, Status>>;
+
+    async fn mount(
+        &self,
+        request: Request<MountRequest>,
+    ) -> Result<Response<Self::MountStream>, Status> {
+        let MountRequest { reference, target } = request.into_inner();
+        let reference: Reference = reference
+            .parse()
+            .map_err(|error| Status::invalid_argument(format!("{reference}: {error}")))?;
+        let (sender, events) = mpsc::channel(EVENTS);
+        tokio::spawn(mount(Arc::clone(&self.models), reference, target.into(), sender));
+        let events: BoxStream<'static, _> = ReceiverStream::new(events).boxed();
+        Ok(Response::new(events))
+    }
+
+    async fn release(
+        &self,
+        request: Request<ReleaseRequest>,
+    ) -> Result<Response<ReleaseReply>, Status> {
+        let number = TreeNumber(request.into_inner().tree);
+        let models = Arc::clone(&self.models);
+        let released = tokio::task::spawn_blocking(move || models.release(number)).await;
+        match released {
+            Ok(Ok(())) => Ok(Response::new(ReleaseReply {})),
+            Ok(Err(error)) => Err(Status::internal(error.to_string())),
+            Err(error) => Err(Status::internal(error.to_string())),
+        }
+    }
+
+    async fn status(
+        &self,
+        _request: Request<StatusRequest>,
+    ) -> Result<Response<StatusReply>, Status> {
+        Ok(Response::new(StatusReply {
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            root: self.root.display().to_string(),
+            snapshotter_address: self.snapshotter_address.display().to_string(),
+            models: self.models.list().into_iter().map(model_message).collect(),
+            layers: self.layers(),
+        }))
+    }
+}
+
+/// Mounts a model for a caller, and takes it away again if the caller is gone by then.
+async fn mount(
+    models: Arc<Models>,
+    reference: Reference,
+    target: PathBuf,
+    sender: mpsc::Sender<Result<MountEvent, Status>>,
+) {
+    let progress = SendProgress(sender.clone());
+    let opened = tokio::select! {
+        opened = models.open(&reference, &target, &progress) => opened,
+        () = sender.closed() => return,
+    };
+    // A task of its own: once begun, it is shown and remembered, or neither.
+    let shown = tokio::task::spawn_blocking({
+        let models = Arc::clone(&models);
+        move || models.show(opened?)
+    });
+    let refuse = |text: String| Err(Status::failed_precondition(text));
+    let (tree, result) = match shown.await {
+        Ok(Ok(model)) => {
+            let tree = model.number;
+            let directory = models.directory(tree).display().to_string();
+            let mounted = Mounted { tree: tree.0, directory, model: Some(model_message(model)) };
+            (Some(tree), Ok(event(mount_event::Event::Mounted(mounted))))
+        }
+        Ok(Err(error)) => (None, refuse(error.to_string())),
+        Err(error) => (None, refuse(error.to_string())),
+    };
+    if sender.send(result).await.is_err()
+        && let Some(tree) = tree
+    {
+        // What can't be forgotten stays mounted and is shown by status.
+        let _ = tokio::task::spawn_blocking(move || models.release(tree)).await;
+    }
+}
+
+fn model_message(model: ShownModel) -> Model {
+    Model {
+        tree: model.number.0,
+        reference: model.reference,
+        manifest_digest: model.manifest_digest.to_string(),
+        target: model.target.display().to_string(),
+        files: model.files,
+        size: model.stats.size,
+        cached: model.stats.cached,
+        fetched: model.stats.fetched,
+        trust: trust_name(model.stats.trust).to_owned(),
+    }
+}
+
+impl ControlService {
+    /// The layers that were asked for by name: lazy ones, and others with the reason.
+    fn layers(&self) -> Vec<Layer> {
+        let label = |name: &str, record: &crate::metadata::Record| {
+            let label = record.info.labels.get(&format!("containerd.io/snapshot/cri.{name}"));
+            label.cloned().unwrap_or_default()
+        };
+        let snapshots = self.metadata.snapshots();
+        let layers = snapshots.iter().filter_map(|record| {
+            let layer = Layer {
+                snapshot: record.info.name.clone(),
+                image: label("image-ref", record),
+                digest: label("layer-digest", record),
+                ..Layer::default()
+            };
+            match &record.backing {
+                Backing::Lazy { tree, .. } => {
+                    let tree = self.trees.get(*tree)?;
+                    let blob = tree.layers.last()?.blob.stats();
+                    Some(Layer {
+                        size: blob.size,
+                        cached: blob.cached,
+                        fetched: blob.fetched,
+                        trust: trust_name(blob.trust).to_owned(),
+                        ..layer
+                    })
+                }
+                Backing::Directory { reason: Some(reason), .. } => {
+                    Some(Layer { reason: reason.clone(), ..layer })
+                }
+                Backing::Directory { reason: None, .. } => None,
+            }
+        });
+        layers.collect()
+    }
+}
+
+/// What the stream of a Mount ends with.
+///
+/// # Errors
+/// What the daemon refused, or that it went away.
+pub async fn mounted(
+    mut events: impl Stream<Item = Result<MountEvent, Status>> + Unpin,
+    mut progress: impl FnMut(Download),
+) -> Result<Mounted, Status> {
+    while let Some(message) = events.next().await {
+        match message?.event {
+            Some(mount_event::Event::Mounted(mounted)) => return Ok(mounted),
+            Some(mount_event::Event::Download(download)) => progress(download),
+            None => {}
+        }
+    }
+    Err(Status::unavailable("the daemon went away before the model was mounted"))
+}

@@ -1,0 +1,226 @@
+//! Layers of images, mounted lazily for the snapshots service.
+//!
+//! Invariant: what can't be lazy is declined with a reason, never with an error: containerd then
+//! pulls the layer as it would pull any.
+
+use std::num::NonZeroUsize;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use lru::LruCache;
+use serde::{Deserialize, Serialize};
+use tonic::async_trait;
+use tracing::{error, info, warn};
+use weightfs_fusefs::{Artifact, Compression, LayerContent, LayerDescriptor, Quiet, TreeNumber};
+use weightfs_store::{Digest, Reference};
+
+use crate::metadata::{LazySnapshot, Metadata, Usage};
+use crate::snapshots::{LayerMounter, LayerRequest, LazyLayer, Verdict};
+use crate::trees::{LayerRecord, OpenTree, Opener, TreeRecord, Trees};
+
+/// Manifests that are remembered: containerd asks for each layer of an image in turn.
+const MANIFESTS: NonZeroUsize = NonZeroUsize::new(64).unwrap();
+
+/// Mounts the layers that can be lazy.
+#[derive(Debug)]
+pub struct ImageLayers {
+    opener: Opener,
+    trees: Arc<Trees>,
+    metadata: Arc<Metadata>,
+    min_layer_bytes: u64,
+    manifests: Mutex<LruCache<Digest, Arc<Artifact>>>,
+}
+
+/// What is remembered of a lazy layer with its snapshot. The layers below it are those of its
+/// parent.
+#[derive(Debug, Serialize, Deserialize)]
+struct Remembered {
+    layer: LayerRecord,
+    over_foreign: bool,
+}
+
+impl ImageLayers {
+    /// Layers from `min_layer_bytes` on, shown among `trees`.
+    pub fn new(
+        opener: Opener,
+        trees: Arc<Trees>,
+        metadata: Arc<Metadata>,
+        min_layer_bytes: u64,
+    ) -> Self {
+        let manifests = Mutex::new(LruCache::new(MANIFESTS));
+        Self { opener, trees, metadata, min_layer_bytes, manifests }
+    }
+
+    /// Shows all lazy snapshots again. One that can't be shown is logged and left out: its
+    /// containers fail to start, and pulling the image anew mends it.
+    pub async fn restore(&self) {
+        for snapshot in self.metadata.lazy_snapshots() {
+            let name = snapshot.name.clone();
+            if let Err(reason) = self.restore_one(snapshot).await {
+                error!(snapshot = name, reason, "a lazy snapshot can't be shown again");
+            }
+        }
+    }
+
+    async fn restore_one(&self, snapshot: LazySnapshot) -> Result<(), String> {
+        let remembered: Remembered =
+            serde_json::from_value(snapshot.record).map_err(|error| error.to_string())?;
+        let below = match snapshot.parent_tree {
+            Some(tree) => Some(self.trees.get(tree).ok_or("its parent can't be shown")?),
+            None => None,
+        };
+        let record = TreeRecord {
+            layers: vec![remembered.layer.clone()],
+            over_foreign: remembered.over_foreign,
+        };
+        let own = match self.opener.reopen(record.clone()) {
+            Ok(own) => own,
+            Err(error) => {
+                warn!(snapshot = snapshot.name, %error, "asking the registry for a lazy layer");
+                let layer = self.opener.open_layer(&remembered.layer, &Quiet).await;
+                OpenTree { layers: vec![layer.map_err(|error| error.to_string())?], record }
+            }
+        };
+        let tree = stack(below.as_deref(), own);
+        self.trees.show(snapshot.tree, tree).map_err(|error| error.to_string())
+    }
+
+    async fn try_mount(&self, request: &LayerRequest) -> Result<LazyLayer, String> {
+        let (reference, manifest, digest) = identify(request)?;
+        let artifact = self.artifact(&reference, manifest).await?;
+        let descriptor = artifact
+            .layers
+            .iter()
+            .find(|layer| layer.digest == digest)
+            .ok_or_else(|| format!("the manifest {manifest} has no layer {digest}"))?;
+        self.check(descriptor)?;
+        let below = match &request.parent {
+            Some(parent) => Some(self.trees.get(parent.tree).ok_or("its parent is not shown")?),
+            None => None,
+        };
+        let over_foreign = match &below {
+            Some(below) => below.record.over_foreign,
+            None => request.has_parent,
+        };
+        let layer = LayerRecord {
+            descriptor: descriptor.clone(),
+            repository: artifact.repository.clone(),
+        };
+        let open = self.opener.open_layer(&layer, &Quiet).await;
+        let open = open.map_err(|error| error.to_string())?;
+        let record = TreeRecord { layers: vec![layer.clone()], over_foreign };
+        let tree = stack(below.as_deref(), OpenTree { layers: vec![open], record });
+        let number = self.allocate().await?;
+        self.trees.show(number, tree).map_err(|error| error.to_string())?;
+        let record = serde_json::to_value(Remembered { layer, over_foreign });
+        match record {
+            Ok(record) => Ok(LazyLayer { tree: number, record }),
+            Err(error) => {
+                self.unmount(number).await;
+                Err(error.to_string())
+            }
+        }
+    }
+
+    /// The image, from memory or from its registry.
+    async fn artifact(
+        &self,
+        reference: &Reference,
+        manifest: Digest,
+    ) -> Result<Arc<Artifact>, String> {
+        if let Some(artifact) = self.manifests().get(&manifest) {
+            return Ok(Arc::clone(artifact));
+        }
+        let pinned = reference.clone_with_digest(manifest.to_string());
+        let artifact = self.opener.resolve(&pinned).await.map_err(|error| error.to_string())?;
+        let artifact = Arc::new(artifact);
+        self.manifests().put(manifest, Arc::clone(&artifact));
+        Ok(artifact)
+    }
+
+    /// Whether a layer of that kind is worth mounting.
+    fn check(&self, layer: &LayerDescriptor) -> Result<(), String> {
+        match (&layer.content, layer.compression) {
+            (LayerContent::Raw(_), _) => Err("a raw layer has no place in an image".into()),
+            (_, Compression::Gzip) => Err("compressed with gzip".into()),
+            (_, Compression::Zstd) => Err("compressed with zstd".into()),
+            (_, Compression::None) if layer.size < self.min_layer_bytes => {
+                let (size, least) = (layer.size, self.min_layer_bytes);
+                Err(format!("{size} bytes are fewer than snapshotter.min_layer_size ({least})"))
+            }
+            (_, Compression::None) => Ok(()),
+        }
+    }
+
+    async fn allocate(&self) -> Result<TreeNumber, String> {
+        let metadata = Arc::clone(&self.metadata);
+        let allocated = tokio::task::spawn_blocking(move || metadata.allocate_tree()).await;
+        match allocated {
+            Ok(Ok(number)) => Ok(number),
+            Ok(Err(error)) => Err(error.to_string()),
+            Err(error) => Err(error.to_string()),
+        }
+    }
+
+    fn manifests(&self) -> std::sync::MutexGuard<'_, LruCache<Digest, Arc<Artifact>>> {
+        self.manifests.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+#[async_trait]
+impl LayerMounter for ImageLayers {
+    async fn mount(&self, request: LayerRequest) -> Verdict {
+        let layer = request.layer_digest.as_deref().unwrap_or("unknown");
+        let image = request.image_ref.as_deref().unwrap_or("unknown");
+        match self.try_mount(&request).await {
+            Ok(lazy) => {
+                info!(layer, image, tree = lazy.tree.0, "layer mounted lazily");
+                Verdict::Lazy(lazy)
+            }
+            Err(reason) => {
+                info!(layer, image, reason, "layer is pulled");
+                Verdict::Ordinary { reason }
+            }
+        }
+    }
+
+    fn directory(&self, tree: TreeNumber) -> PathBuf {
+        self.trees.directory(tree)
+    }
+
+    async fn unmount(&self, tree: TreeNumber) {
+        let trees = Arc::clone(&self.trees);
+        // It may wait for a LOOKUP. A panic in there has been reported; the tree is gone anyway.
+        let _ = tokio::task::spawn_blocking(move || trees.hide(tree)).await;
+    }
+
+    fn usage(&self, tree: TreeNumber) -> Usage {
+        let tree = self.trees.get(tree);
+        let top = tree.as_ref().and_then(|tree| tree.layers.last());
+        top.map_or(Usage::default(), |layer| Usage {
+            bytes: layer.blob.stats().cached,
+            inodes: layer.listing.entries().len() as u64,
+        })
+    }
+}
+
+/// A layer on top of the layers of a tree.
+fn stack(below: Option<&OpenTree>, top: OpenTree) -> OpenTree {
+    let Some(below) = below else { return top };
+    let mut tree = below.clone();
+    tree.layers.extend(top.layers);
+    tree.record.layers.extend(top.record.layers);
+    tree
+}
+
+/// Which layer of which image containerd speaks of.
+fn identify(request: &LayerRequest) -> Result<(Reference, Digest, Digest), String> {
+    let missing = |what| format!("containerd did not say {what} (disable_snapshot_annotations?)");
+    let image = request.image_ref.as_ref().ok_or_else(|| missing("which image it is of"))?;
+    let manifest = request.manifest_digest.as_ref().ok_or_else(|| missing("its manifest"))?;
+    let layer = request.layer_digest.as_ref().ok_or_else(|| missing("its digest"))?;
+    let reference: Reference =
+        image.parse().map_err(|error| format!("image reference {image:?}: {error}"))?;
+    let digest = |text: &String| text.parse().map_err(|error| format!("{error}"));
+    Ok((reference, digest(manifest)?, digest(layer)?))
+}

@@ -1,0 +1,179 @@
+//! Models that the daemon shows for `weightfs mount`. They are remembered, so that a daemon that
+//! starts again shows them again, without asking the registry.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use serde::{Deserialize, Serialize};
+use tracing::{error, info};
+use weightfs_fusefs::{Progress, TreeNumber};
+use weightfs_store::{Digest, Reference};
+
+use crate::metadata::{Metadata, MetadataError};
+use crate::trees::{Opener, OpenTree, TreeRecord, TreeStats, Trees, TreesError};
+
+/// Why a model can't be shown.
+#[derive(Debug, thiserror::Error)]
+pub enum ModelError {
+    /// It can't be opened.
+    #[error(transparent)]
+    Trees(#[from] TreesError),
+    /// It can't be remembered.
+    #[error(transparent)]
+    Metadata(#[from] MetadataError),
+}
+
+/// What is remembered of a model.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct ModelRecord {
+    /// What was asked for.
+    pub reference: String,
+    /// The manifest that it named at that time.
+    pub manifest_digest: Digest,
+    /// Where the caller bound it.
+    pub target: PathBuf,
+    /// Its layers.
+    pub tree: TreeRecord,
+}
+
+/// A model that can be shown.
+#[derive(Debug)]
+pub struct OpenModel {
+    record: ModelRecord,
+    tree: OpenTree,
+}
+
+/// A model that is shown.
+#[derive(Debug, Clone, PartialEq)]
+pub struct ShownModel {
+    /// Its tree.
+    pub number: TreeNumber,
+    /// What was asked for.
+    pub reference: String,
+    /// The manifest that it named at that time.
+    pub manifest_digest: Digest,
+    /// Where the caller bound it.
+    pub target: PathBuf,
+    /// Its files.
+    pub files: u64,
+    /// Numbers of its blobs.
+    pub stats: TreeStats,
+}
+
+/// The models of one daemon.
+#[derive(Debug)]
+pub struct Models {
+    opener: Opener,
+    trees: Arc<Trees>,
+    metadata: Arc<Metadata>,
+    shown: Mutex<BTreeMap<TreeNumber, ModelRecord>>,
+}
+
+impl Models {
+    /// Models among `trees`; none yet.
+    pub fn new(opener: Opener, trees: Arc<Trees>, metadata: Arc<Metadata>) -> Self {
+        Self { opener, trees, metadata, shown: Mutex::default() }
+    }
+
+    /// Opens what `reference` names; `target` is where the caller is going to bind it. Nothing
+    /// is shown yet, and nothing is left behind if this is given up.
+    ///
+    /// # Errors
+    /// When it can't be opened.
+    pub async fn open(
+        &self,
+        reference: &Reference,
+        target: &Path,
+        progress: &dyn Progress,
+    ) -> Result<OpenModel, ModelError> {
+        let artifact = self.opener.resolve(reference).await?;
+        let tree = self.opener.open(&artifact, progress).await?;
+        let record = ModelRecord {
+            reference: reference.whole(),
+            manifest_digest: artifact.manifest_digest,
+            target: target.to_owned(),
+            tree: tree.record.clone(),
+        };
+        Ok(OpenModel { record, tree })
+    }
+
+    /// Shows an open model. Blocks on the disk.
+    ///
+    /// # Errors
+    /// When it can't be remembered; then it is not shown.
+    pub fn show(&self, model: OpenModel) -> Result<ShownModel, ModelError> {
+        let OpenModel { record, tree } = model;
+        let number = self.metadata.allocate_tree()?;
+        self.trees.show(number, tree).map_err(TreesError::from)?;
+        if let Err(error) = self.metadata.put_model(number, &record) {
+            self.trees.hide(number);
+            return Err(error.into());
+        }
+        info!(reference = record.reference, tree = number.0, "model mounted");
+        let shown = self.describe(number, &record);
+        self.lock().insert(number, record);
+        Ok(shown)
+    }
+
+    /// Takes a model away. One that is not there is taken away already. Blocks on the disk.
+    ///
+    /// # Errors
+    /// When it can't be forgotten; then it stays.
+    pub fn release(&self, number: TreeNumber) -> Result<(), MetadataError> {
+        if !self.lock().contains_key(&number) {
+            return Ok(());
+        }
+        self.metadata.remove_model(number)?;
+        self.trees.hide(number);
+        if let Some(record) = self.lock().remove(&number) {
+            info!(reference = record.reference, tree = number.0, "model released");
+        }
+        Ok(())
+    }
+
+    /// Shows all remembered models again. One that can't be shown is logged and left out.
+    pub fn restore(&self) {
+        for (number, record) in self.metadata.models() {
+            let tree = self.opener.reopen(record.tree.clone());
+            let shown = tree.and_then(|tree| Ok(self.trees.show(number, tree)?));
+            match shown {
+                Ok(()) => {
+                    self.lock().insert(number, record);
+                }
+                Err(error) => {
+                    error!(reference = record.reference, %error, "a model can't be shown again");
+                }
+            }
+        }
+    }
+
+    /// All models that are shown.
+    pub fn list(&self) -> Vec<ShownModel> {
+        let shown = self.lock().clone();
+        shown.iter().map(|(number, record)| self.describe(*number, record)).collect()
+    }
+
+    /// The directory of a model below the daemon's mount.
+    pub fn directory(&self, number: TreeNumber) -> PathBuf {
+        self.trees.directory(number)
+    }
+
+    fn describe(&self, number: TreeNumber, record: &ModelRecord) -> ShownModel {
+        let tree = self.trees.get(number);
+        let stats = tree.map_or_else(TreeStats::nothing, |tree| tree.stats());
+        let files = self.trees.session().filesystem().with_tree(number, |tree| tree.files());
+        ShownModel {
+            number,
+            reference: record.reference.clone(),
+            manifest_digest: record.manifest_digest,
+            target: record.target.clone(),
+            files: files.unwrap_or(0),
+            stats,
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, BTreeMap<TreeNumber, ModelRecord>> {
+        self.shown.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}

@@ -1,0 +1,126 @@
+//! Who serves a state directory or a mount, as another process can tell.
+
+use std::io;
+use std::os::unix::ffi::OsStrExt as _;
+use std::path::{Path, PathBuf};
+
+use nix::sys::stat::{FileStat, major, minor};
+use procfs::process::Process;
+use weightfs_fusefs::TreeNumber;
+use weightfs_fusefs::session::SUBTYPE;
+
+/// File in the state directory that names the owner's control socket.
+const ADDRESS_FILE: &str = "control-address";
+
+/// Longest path of a unix socket (`sun_path`).
+const MAX_ADDRESS_BYTES: u64 = 108;
+
+/// Says in the state directory where the daemon answers; taken back when it is dropped.
+#[derive(Debug)]
+pub struct Announcement(PathBuf);
+
+impl Announcement {
+    /// Writes the address.
+    ///
+    /// # Errors
+    /// When the file can't be written.
+    pub fn new(root: &Path, address: &Path) -> io::Result<Self> {
+        let path = root.join(ADDRESS_FILE);
+        let new = root.join(format!("{ADDRESS_FILE}.new"));
+        std::fs::write(&new, address.as_os_str().as_bytes())?;
+        std::fs::rename(new, &path)?;
+        Ok(Self(path))
+    }
+}
+
+impl Drop for Announcement {
+    fn drop(&mut self) {
+        // Left behind, it names a socket where nobody answers.
+        let _ = std::fs::remove_file(&self.0);
+    }
+}
+
+/// Where the owner of a state directory answers, if it is a daemon.
+pub fn control_address(root: &Path) -> Option<PathBuf> {
+    use std::io::Read as _;
+    let file = std::fs::File::open(root.join(ADDRESS_FILE)).ok()?;
+    let mut address = Vec::new();
+    file.take(MAX_ADDRESS_BYTES).read_to_end(&mut address).ok()?;
+    Some(PathBuf::from(std::ffi::OsStr::from_bytes(&address)))
+}
+
+/// Whether something is mounted exactly there. `path` is canonical.
+///
+/// # Errors
+/// When the mount table can't be read.
+pub fn is_mountpoint(path: &Path) -> io::Result<bool> {
+    let mounts = mounts()?;
+    Ok(mounts.into_iter().any(|mount| unescape(&mount.mount_point) == path))
+}
+
+/// Whether a file lies on a mount of WeightFS.
+///
+/// # Errors
+/// When the mount table can't be read.
+pub fn is_weightfs(status: &FileStat) -> io::Result<bool> {
+    let device = format!("{}:{}", major(status.st_dev), minor(status.st_dev));
+    let fs_type = format!("fuse.{SUBTYPE}");
+    Ok(mounts()?.into_iter().any(|mount| mount.majmin == device && mount.fs_type == fs_type))
+}
+
+/// The tree of a daemon's mount that a directory is the root of; `None` for a mount of its own.
+pub fn tree_of(status: &FileStat) -> Option<TreeNumber> {
+    let number = u32::try_from(status.st_ino >> 32).ok()?;
+    (number > 0).then_some(TreeNumber(number))
+}
+
+fn mounts() -> io::Result<procfs::process::MountInfos> {
+    Process::myself().and_then(|process| process.mountinfo()).map_err(io::Error::other)
+}
+
+/// The mount table writes space, tab, newline and backslash as three octal digits
+/// (`mangle_path`).
+fn unescape(path: &Path) -> PathBuf {
+    let mut bytes = path.as_os_str().as_bytes().iter().copied();
+    let mut plain = Vec::new();
+    while let Some(byte) = bytes.next() {
+        if byte != b'\\' {
+            plain.push(byte);
+            continue;
+        }
+        let digits = [bytes.next(), bytes.next(), bytes.next()];
+        let value = digits.into_iter().flatten().fold(0u32, |value, digit| {
+            value << 3 | u32::from(digit.wrapping_sub(b'0') & 7)
+        });
+        plain.push((value & 0xff) as u8);
+    }
+    PathBuf::from(std::ffi::OsString::from(std::ffi::OsStr::from_bytes(&plain)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_mount_tables_escapes_are_undone() {
+        assert_eq!(unescape(Path::new("/a\\040b\\134c")), Path::new("/a b\\c"));
+        assert_eq!(unescape(Path::new("/plain")), Path::new("/plain"));
+    }
+
+    #[test]
+    fn the_root_is_a_mount_point_and_a_new_directory_is_not() {
+        let dir = tempfile::tempdir().unwrap();
+        assert!(is_mountpoint(Path::new("/")).unwrap());
+        assert!(!is_mountpoint(&dir.path().canonicalize().unwrap()).unwrap());
+    }
+
+    #[test]
+    fn an_announcement_lasts_as_long_as_its_owner() {
+        let dir = tempfile::tempdir().unwrap();
+        let address = Path::new("/run/x/control.sock");
+        let announcement = Announcement::new(dir.path(), address).unwrap();
+        assert_eq!(control_address(dir.path()).as_deref(), Some(address));
+        drop(announcement);
+        assert_eq!(control_address(dir.path()), None);
+    }
+}

@@ -1,0 +1,265 @@
+//! From an artifact to a tree: opens layers, and keeps for each tree that is shown the layers
+//! that it was merged from, so that the next layer of a chain, a restart and `weightfs status`
+//! find them.
+//!
+//! Invariant: a tree is shown only when all of its layers are open; what fails before leaves
+//! nothing behind.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use futures::{StreamExt as _, TryStreamExt as _, stream};
+use serde::{Deserialize, Serialize};
+use weightfs_fusefs::{
+    Artifact, ArtifactError, Base, LayerDescriptor, LayerError, OpenLayer, Progress, Session, Tree,
+    TreeError, TreeNumber, open_layer, reopen_layer,
+};
+use weightfs_store::{BlobId, Reference, Registries, Repository, Store, Trust};
+
+/// Layers of one artifact that are opened at the same time: each may cost a few round trips.
+const LAYERS_AT_ONCE: usize = 8;
+
+/// Why an artifact can't be shown.
+#[derive(Debug, thiserror::Error)]
+pub enum TreesError {
+    /// The reference names nothing that can be shown.
+    #[error(transparent)]
+    Artifact(#[from] ArtifactError),
+    /// A layer can't be opened.
+    #[error(transparent)]
+    Layer(#[from] LayerError),
+    /// The layers make no tree.
+    #[error(transparent)]
+    Tree(#[from] TreeError),
+    /// The cache has lost the listing of a layer.
+    #[error("layer {0}: its listing is no longer in the cache")]
+    Forgotten(weightfs_store::Digest),
+}
+
+/// Opens artifacts with one store and one set of registries.
+#[derive(Debug, Clone)]
+pub struct Opener {
+    /// Where artifacts come from.
+    pub registries: Arc<Registries>,
+    /// Where their bytes go.
+    pub store: Arc<Store>,
+    /// How long a source may give nothing.
+    pub deadline: Duration,
+}
+
+/// What must be remembered of a tree to show it again without a network.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct TreeRecord {
+    /// Its layers, from the lowest to the highest.
+    pub layers: Vec<LayerRecord>,
+    /// Whether ordinary overlay layers lie below.
+    pub over_foreign: bool,
+}
+
+/// A layer and where it can be had.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct LayerRecord {
+    /// The layer.
+    pub descriptor: LayerDescriptor,
+    /// A repository that has it.
+    pub repository: Repository,
+}
+
+/// Layers of a tree, with what must be remembered of them.
+#[derive(Debug, Clone)]
+pub struct OpenTree {
+    /// From the lowest to the highest.
+    pub layers: Vec<Arc<OpenLayer>>,
+    /// The same, as it is remembered.
+    pub record: TreeRecord,
+}
+
+/// Numbers of a tree's blobs, each counted once.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct TreeStats {
+    /// Bytes of the blobs.
+    pub size: u64,
+    /// Bytes of them that are in the cache.
+    pub cached: u64,
+    /// Bytes fetched since they were opened.
+    pub fetched: u64,
+    /// The least that is known of one of them.
+    pub trust: Trust,
+}
+
+impl Opener {
+    /// What the reference names.
+    ///
+    /// # Errors
+    /// A registry that fails, or something that is no artifact of a known kind.
+    pub async fn resolve(&self, reference: &Reference) -> Result<Artifact, TreesError> {
+        let platform = weightfs_fusefs::Platform::host();
+        Ok(Artifact::resolve(&self.registries, reference, &platform).await?)
+    }
+
+    /// Opens all layers of an artifact.
+    ///
+    /// # Errors
+    /// A layer that can't be opened.
+    pub async fn open(
+        &self,
+        artifact: &Artifact,
+        progress: &dyn Progress,
+    ) -> Result<OpenTree, TreesError> {
+        let records: Vec<_> = artifact
+            .layers
+            .iter()
+            .map(|descriptor| LayerRecord {
+                descriptor: descriptor.clone(),
+                repository: artifact.repository.clone(),
+            })
+            .collect();
+        let layers = stream::iter(&records)
+            .map(|record| self.open_layer(record, progress))
+            .buffered(LAYERS_AT_ONCE)
+            .try_collect()
+            .await?;
+        Ok(OpenTree { layers, record: TreeRecord { layers: records, over_foreign: false } })
+    }
+
+    /// Opens one layer.
+    ///
+    /// # Errors
+    /// See [`open_layer`].
+    pub async fn open_layer(
+        &self,
+        record: &LayerRecord,
+        progress: &dyn Progress,
+    ) -> Result<Arc<OpenLayer>, TreesError> {
+        let LayerRecord { descriptor, repository } = record;
+        let source = self.registries.source(repository, descriptor.digest, descriptor.size);
+        Ok(open_layer(&self.store, source, descriptor, self.deadline, progress).await?)
+    }
+
+    /// Opens the layers of a tree from the cache alone.
+    ///
+    /// # Errors
+    /// When the cache does not know one of them any more.
+    pub fn reopen(&self, record: TreeRecord) -> Result<OpenTree, TreesError> {
+        let reopen = |layer: &LayerRecord| {
+            let LayerRecord { descriptor, repository } = layer;
+            let source = self.registries.source(repository, descriptor.digest, descriptor.size);
+            reopen_layer(&self.store, vec![source], descriptor)?
+                .ok_or(TreesError::Forgotten(descriptor.digest))
+        };
+        let layers = record.layers.iter().map(reopen).collect::<Result<_, _>>()?;
+        Ok(OpenTree { layers, record })
+    }
+}
+
+impl OpenTree {
+    /// The tree that the layers make.
+    ///
+    /// # Errors
+    /// Layers that contradict each other.
+    pub fn merge(&self) -> Result<Tree, TreeError> {
+        let base = if self.record.over_foreign { Base::Foreign } else { Base::Nothing };
+        Tree::merge(&self.layers, base)
+    }
+
+    /// Numbers of its blobs.
+    pub fn stats(&self) -> TreeStats {
+        let mut seen: Vec<BlobId> = Vec::new();
+        self.layers.iter().fold(TreeStats::nothing(), |sum, layer| {
+            if seen.contains(&layer.blob.id()) {
+                return sum;
+            }
+            seen.push(layer.blob.id());
+            let blob = layer.blob.stats();
+            TreeStats {
+                size: sum.size + blob.size,
+                cached: sum.cached + blob.cached,
+                fetched: sum.fetched + blob.fetched,
+                trust: least(sum.trust, blob.trust),
+            }
+        })
+    }
+}
+
+impl TreeStats {
+    /// Numbers of no blob.
+    pub const fn nothing() -> Self {
+        Self { size: 0, cached: 0, fetched: 0, trust: Trust::Verified }
+    }
+}
+
+fn least(a: Trust, b: Trust) -> Trust {
+    match (a, b) {
+        (Trust::Poisoned, _) | (_, Trust::Poisoned) => Trust::Poisoned,
+        (Trust::Transport, _) | (_, Trust::Transport) => Trust::Transport,
+        (Trust::Verified, Trust::Verified) => Trust::Verified,
+    }
+}
+
+/// The word that people see for it.
+pub const fn trust_name(trust: Trust) -> &'static str {
+    match trust {
+        Trust::Transport => "transport",
+        Trust::Verified => "verified",
+        Trust::Poisoned => "poisoned",
+    }
+}
+
+/// The trees of one mount.
+#[derive(Debug)]
+pub struct Trees {
+    session: Session,
+    shown: Mutex<HashMap<TreeNumber, Arc<OpenTree>>>,
+}
+
+impl Trees {
+    /// The trees of that mount; none yet.
+    pub fn new(session: Session) -> Self {
+        Self { session, shown: Mutex::default() }
+    }
+
+    /// The mount.
+    pub const fn session(&self) -> &Session {
+        &self.session
+    }
+
+    /// Shows a tree. The number must not have been used before.
+    ///
+    /// # Errors
+    /// Layers that contradict each other.
+    pub fn show(&self, number: TreeNumber, tree: OpenTree) -> Result<(), TreeError> {
+        let merged = tree.merge()?;
+        self.lock().insert(number, Arc::new(tree));
+        self.session.filesystem().add(number, merged);
+        Ok(())
+    }
+
+    /// Takes a tree away. Blocks as [`Session::remove`] does.
+    pub fn hide(&self, number: TreeNumber) {
+        self.lock().remove(&number);
+        self.session.remove(number);
+    }
+
+    /// A tree that is shown.
+    pub fn get(&self, number: TreeNumber) -> Option<Arc<OpenTree>> {
+        self.lock().get(&number).cloned()
+    }
+
+    /// The directory of a tree.
+    pub fn directory(&self, number: TreeNumber) -> std::path::PathBuf {
+        self.session.mountpoint().join(number.directory_name())
+    }
+
+    /// Ends the mount.
+    ///
+    /// # Errors
+    /// When the kernel refuses.
+    pub fn unmount(self) -> std::io::Result<()> {
+        self.session.unmount()
+    }
+
+    fn lock(&self) -> MutexGuard<'_, HashMap<TreeNumber, Arc<OpenTree>>> {
+        self.shown.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
