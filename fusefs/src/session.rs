@@ -2,7 +2,7 @@
 
 use std::io;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use fuser::{BackgroundSession, Config, INodeNo, MountOption, Notifier, SessionACL};
 use nix::sys::stat::{major, minor, stat};
@@ -38,7 +38,8 @@ pub struct Session {
     filesystem: Arc<Filesystem>,
     mountpoint: PathBuf,
     notifier: Notifier,
-    background: BackgroundSession,
+    /// `None` once it was unmounted.
+    background: Mutex<Option<BackgroundSession>>,
     /// Closed when the kernel ends the session.
     ended: watch::Receiver<()>,
 }
@@ -80,7 +81,7 @@ impl Session {
             filesystem,
             mountpoint: mountpoint.to_owned(),
             notifier: background.notifier(),
-            background,
+            background: Mutex::new(Some(background)),
             ended,
         })
     }
@@ -116,8 +117,10 @@ impl Session {
     ///
     /// # Errors
     /// When the kernel refuses.
-    pub fn unmount(self) -> io::Result<()> {
-        match self.background.umount_and_join() {
+    pub fn unmount(&self) -> io::Result<()> {
+        let background = self.background.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let Some(background) = background else { return Ok(()) };
+        match background.umount_and_join() {
             Err(error) if error.raw_os_error() == Some(nix::libc::EBUSY) => {
                 detach(&self.mountpoint)
             }

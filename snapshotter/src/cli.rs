@@ -68,6 +68,9 @@ pub struct MountArgs {
     /// Return once the mount is up
     #[arg(long)]
     pub daemon: bool,
+    /// Set by `--daemon` for the process that it starts: say when the mount is up
+    #[arg(long, hide = true)]
+    pub detached: bool,
 }
 
 /// `weightfs rpull`

@@ -102,10 +102,8 @@ impl ImageLayers {
             Some(below) => below.record.over_foreign,
             None => request.has_parent,
         };
-        let layer = LayerRecord {
-            descriptor: descriptor.clone(),
-            repository: artifact.repository.clone(),
-        };
+        let layer =
+            LayerRecord { descriptor: descriptor.clone(), repository: artifact.repository.clone() };
         let open = self.opener.open_layer(&layer, &Quiet).await;
         let open = open.map_err(|error| error.to_string())?;
         let record = TreeRecord { layers: vec![layer.clone()], over_foreign };

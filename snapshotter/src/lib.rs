@@ -1,6 +1,17 @@
-//! WeightFS: the daemon and its command line.
+//! WeightFS, the daemon and its command line: containerd's snapshots service and models, over
+//! one mount of lazily fetched layers.
 
 pub mod cli;
 pub mod config;
+pub mod containerd;
+pub mod control;
+pub mod daemon;
+pub mod filter;
+pub mod images;
+pub mod metadata;
+pub mod models;
+pub mod owner;
 pub mod rpull;
+pub mod snapshots;
+pub mod socket;
 pub mod trees;

@@ -11,7 +11,7 @@ use weightfs_fusefs::{Progress, TreeNumber};
 use weightfs_store::{Digest, Reference};
 
 use crate::metadata::{Metadata, MetadataError};
-use crate::trees::{Opener, OpenTree, TreeRecord, TreeStats, Trees, TreesError};
+use crate::trees::{OpenTree, Opener, TreeRecord, TreeStats, Trees, TreesError};
 
 /// Why a model can't be shown.
 #[derive(Debug, thiserror::Error)]
@@ -22,6 +22,9 @@ pub enum ModelError {
     /// It can't be remembered.
     #[error(transparent)]
     Metadata(#[from] MetadataError),
+    /// It can't be written as JSON, or what was remembered is none.
+    #[error("the record of a model: {0}")]
+    Record(#[from] serde_json::Error),
 }
 
 /// What is remembered of a model.
@@ -106,9 +109,12 @@ impl Models {
         let OpenModel { record, tree } = model;
         let number = self.metadata.allocate_tree()?;
         self.trees.show(number, tree).map_err(TreesError::from)?;
-        if let Err(error) = self.metadata.put_model(number, &record) {
+        let remembered = serde_json::to_value(&record)
+            .map_err(ModelError::from)
+            .and_then(|json| Ok(self.metadata.put_model(number, &json)?));
+        if let Err(error) = remembered {
             self.trees.hide(number);
-            return Err(error.into());
+            return Err(error);
         }
         info!(reference = record.reference, tree = number.0, "model mounted");
         let shown = self.describe(number, &record);
@@ -133,19 +139,24 @@ impl Models {
     }
 
     /// Shows all remembered models again. One that can't be shown is logged and left out.
-    pub fn restore(&self) {
-        for (number, record) in self.metadata.models() {
-            let tree = self.opener.reopen(record.tree.clone());
-            let shown = tree.and_then(|tree| Ok(self.trees.show(number, tree)?));
-            match shown {
-                Ok(()) => {
-                    self.lock().insert(number, record);
-                }
-                Err(error) => {
-                    error!(reference = record.reference, %error, "a model can't be shown again");
-                }
+    ///
+    /// # Errors
+    /// When the metadata can't be read.
+    pub fn restore(&self) -> Result<(), MetadataError> {
+        for (number, json) in self.metadata.models()? {
+            if let Err(error) = self.restore_one(number, &json) {
+                error!(model = %json["reference"], %error, "a model can't be shown again");
             }
         }
+        Ok(())
+    }
+
+    fn restore_one(&self, number: TreeNumber, json: &serde_json::Value) -> Result<(), ModelError> {
+        let record = ModelRecord::deserialize(json)?;
+        let tree = self.opener.reopen(record.tree.clone())?;
+        self.trees.show(number, tree).map_err(TreesError::from)?;
+        self.lock().insert(number, record);
+        Ok(())
     }
 
     /// All models that are shown.

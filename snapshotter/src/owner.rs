@@ -89,9 +89,10 @@ fn unescape(path: &Path) -> PathBuf {
             continue;
         }
         let digits = [bytes.next(), bytes.next(), bytes.next()];
-        let value = digits.into_iter().flatten().fold(0u32, |value, digit| {
-            value << 3 | u32::from(digit.wrapping_sub(b'0') & 7)
-        });
+        let value = digits
+            .into_iter()
+            .flatten()
+            .fold(0u32, |value, digit| value << 3 | u32::from(digit.wrapping_sub(b'0') & 7));
         plain.push((value & 0xff) as u8);
     }
     PathBuf::from(std::ffi::OsString::from(std::ffi::OsStr::from_bytes(&plain)))

@@ -115,8 +115,8 @@ impl Opener {
                 repository: artifact.repository.clone(),
             })
             .collect();
-        let layers = stream::iter(&records)
-            .map(|record| self.open_layer(record, progress))
+        let layers = stream::iter(records.clone())
+            .map(|record| async move { self.open_layer(&record, progress).await })
             .buffered(LAYERS_AT_ONCE)
             .try_collect()
             .await?;
@@ -249,14 +249,6 @@ impl Trees {
     /// The directory of a tree.
     pub fn directory(&self, number: TreeNumber) -> std::path::PathBuf {
         self.session.mountpoint().join(number.directory_name())
-    }
-
-    /// Ends the mount.
-    ///
-    /// # Errors
-    /// When the kernel refuses.
-    pub fn unmount(self) -> std::io::Result<()> {
-        self.session.unmount()
     }
 
     fn lock(&self) -> MutexGuard<'_, HashMap<TreeNumber, Arc<OpenTree>>> {

@@ -74,8 +74,7 @@ fn check_mountpoint(dir: &Path) -> anyhow::Result<PathBuf> {
     let name = dir.display();
     let advice = "give an empty directory";
     let target = dir.canonicalize().with_context(|| format!("mount point {name}; {advice}"))?;
-    let mut entries =
-        target.read_dir().with_context(|| format!("mount point {name}; {advice}"))?;
+    let mut entries = target.read_dir().with_context(|| format!("mount point {name}; {advice}"))?;
     if entries.next().is_some() {
         bail!("mount point {name} is not empty; {advice}");
     }

@@ -42,7 +42,9 @@ impl MountLine {
     pub fn new() -> Self {
         let line = std::io::stderr().is_terminal().then(|| {
             let line = ProgressBar::new_spinner();
-            line.set_style(ProgressStyle::with_template("{msg}").unwrap_or(ProgressStyle::default_spinner()));
+            line.set_style(
+                ProgressStyle::with_template("{msg}").unwrap_or(ProgressStyle::default_spinner()),
+            );
             line
         });
         Self { line, shown: None }
@@ -91,7 +93,9 @@ impl Downloads {
         let bar = std::io::stderr().is_terminal().then(|| {
             let style = "unpacking compressed layers {bar:24} {bytes} of {total_bytes} ({eta})";
             let bar = ProgressBar::hidden();
-            bar.set_style(ProgressStyle::with_template(style).unwrap_or(ProgressStyle::default_bar()));
+            bar.set_style(
+                ProgressStyle::with_template(style).unwrap_or(ProgressStyle::default_bar()),
+            );
             bar
         });
         Self { bar, layers: Mutex::default(), logged: Mutex::new(Instant::now()) }

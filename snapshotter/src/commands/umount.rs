@@ -17,7 +17,9 @@ pub async fn run(config: &Config, dir: &Path) -> anyhow::Result<()> {
     let status = match stat(dir) {
         Ok(status) => status,
         // Nobody serves it any more.
-        Err(Errno::ENOTCONN) => return detach(dir).with_context(|| format!("can't unmount {name}")),
+        Err(Errno::ENOTCONN) => {
+            return detach(dir).with_context(|| format!("can't unmount {name}"));
+        }
         Err(error) => return Err(error).with_context(|| name.to_string()),
     };
     let target = dir.canonicalize().with_context(|| name.to_string())?;
