@@ -158,6 +158,11 @@ impl Tree {
         std::iter::empty()
     }
 
+    /// Number of regular files, each counted once.
+    pub fn files(&self) -> u64 {
+        todo!()
+    }
+
     /// Bytes of all files, each counted once.
     pub fn content_bytes(&self) -> u64 {
         todo!()
