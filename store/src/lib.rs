@@ -5,11 +5,20 @@
 //! [`CHUNK_BYTES`]. A chunk is absent or published; a published byte never changes.
 
 pub mod blob;
+mod chunk;
 pub mod digest;
+mod document;
 pub mod error;
+mod fetch;
+mod hash;
 pub mod layout;
+mod presence;
+mod read_ahead;
 pub mod registry;
+mod segment;
+mod shared;
 pub mod source;
+mod state;
 pub mod store;
 
 pub use blob::{Blob, BlobStats, Miss, Read, Slice, Trust};
