@@ -11,6 +11,8 @@
 use std::collections::{BTreeMap, HashMap};
 use std::ffi::{OsStr, OsString};
 use std::fmt;
+use std::fs::File;
+use std::io;
 use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
@@ -321,6 +323,22 @@ impl NodeRef {
         match &self.get().kind {
             NodeKind::File(content) => Some(content),
             _ => None,
+        }
+    }
+
+    /// The cache file that holds the bytes of a regular file, all of them and nothing else;
+    /// `None` if some are missing or the file shares its segment with others.
+    ///
+    /// # Errors
+    /// When the cache file can't be opened.
+    pub fn cache_file(&self) -> io::Result<Option<File>> {
+        let Some(Content { blob, range }) = self.content() else { return Ok(None) };
+        let layout = blob.layout();
+        match layout.segment_at(range.start) {
+            Some(segment) if layout.segment(segment).as_ref() == Some(range) => {
+                blob.segment_file(segment)
+            }
+            _ => Ok(None),
         }
     }
 

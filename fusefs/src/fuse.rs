@@ -9,9 +9,9 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use fuser::{
-    Errno, FileAttr, FileHandle, FileType, FopenFlags, Generation, INodeNo, InitFlags,
+    BackingId, Errno, FileAttr, FileHandle, FileType, FopenFlags, Generation, INodeNo, InitFlags,
     KernelConfig, LockOwner, OpenFlags, ReplyAttr, ReplyData, ReplyDirectory, ReplyDirectoryPlus,
-    ReplyEntry, ReplyOpen, ReplyStatfs, ReplyXattr, Request,
+    ReplyEmpty, ReplyEntry, ReplyOpen, ReplyStatfs, ReplyXattr, Request,
 };
 use tokio::runtime::Handle;
 use tokio::sync::watch;
@@ -19,6 +19,7 @@ use tracing::{debug, warn};
 use weightfs_store::{Read, ReadError};
 
 use crate::filesystem::{Filesystem, FsError, Inode, NodeRef};
+use crate::open_files::{Mode, OpenFiles};
 use crate::tree::{DeviceNumber, NodeKind, Timestamp};
 
 /// How long the kernel may keep what it was told of a tree: it never changes.
@@ -45,6 +46,9 @@ const BLOCK_BYTES: u32 = 4096;
 #[derive(Debug)]
 pub(crate) struct Adapter {
     pub(crate) filesystem: Arc<Filesystem>,
+    pub(crate) open_files: OpenFiles<BackingId>,
+    /// Whether the kernel can serve complete files by itself.
+    pub(crate) passthrough: bool,
     /// Where misses wait.
     pub(crate) runtime: Handle,
     /// Dropped with the adapter, when the session has ended.
@@ -58,6 +62,24 @@ impl Adapter {
             Inode::Root => root_attributes(number),
             Inode::Node(node) => node_attributes(number, node),
         }
+    }
+
+    /// The cache file of a complete file, made known to the kernel.
+    fn backing(&self, ino: INodeNo, node: &NodeRef, reply: &ReplyOpen) -> Option<BackingId> {
+        if !self.passthrough {
+            return None;
+        }
+        let backing = match node.cache_file() {
+            Ok(Some(file)) => reply.open_backing(&file),
+            Ok(None) => return None,
+            Err(error) => Err(error),
+        };
+        backing
+            .inspect_err(|error| {
+                let inode = format_args!("{:#x}", ino.0);
+                debug!(inode, %error, "a complete file is not passed through");
+            })
+            .ok()
     }
 
     fn open_directory(&self, ino: u64) -> Result<FopenFlags, FsError> {
@@ -89,6 +111,9 @@ impl fuser::Filesystem for Adapter {
                 debug!(?missing, "the kernel does not offer a FUSE capability");
             }
         }
+        // A depth of exactly 1: with 2, overlayfs refuses the mount as a lower layer.
+        self.passthrough = config.add_capabilities(InitFlags::FUSE_PASSTHROUGH).is_ok()
+            && config.set_max_stack_depth(1).is_ok();
         Ok(())
     }
 
@@ -122,14 +147,31 @@ impl fuser::Filesystem for Adapter {
 
     fn open(&self, _request: &Request, ino: INodeNo, _flags: OpenFlags, reply: ReplyOpen) {
         let node = self.filesystem.node(ino.0);
-        match node.as_ref().map(NodeRef::content) {
-            Ok(Some(_)) => {
-                let flags = FopenFlags::FOPEN_KEEP_CACHE | FopenFlags::FOPEN_NOFLUSH;
-                reply.opened(FileHandle(0), flags);
-            }
-            Ok(None) => reply.error(errno(&FsError::NotAFile(ino.0))),
-            Err(error) => reply.error(errno(error)),
+        let node = match &node {
+            Ok(node) if node.content().is_some() => node,
+            Ok(_) => return reply.error(errno(&FsError::NotAFile(ino.0))),
+            Err(error) => return reply.error(errno(error)),
+        };
+        let mode = self.open_files.open(ino.0, || self.backing(ino, node, &reply));
+        let flags = FopenFlags::FOPEN_NOFLUSH;
+        match mode {
+            Mode::Served => reply.opened(FileHandle(0), flags | FopenFlags::FOPEN_KEEP_CACHE),
+            Mode::Passthrough(backing) => reply.opened_passthrough(FileHandle(0), flags, &backing),
         }
+    }
+
+    fn release(
+        &self,
+        _request: &Request,
+        ino: INodeNo,
+        _handle: FileHandle,
+        _flags: OpenFlags,
+        _owner: Option<LockOwner>,
+        _flush: bool,
+        reply: ReplyEmpty,
+    ) {
+        self.open_files.release(ino.0);
+        reply.ok();
     }
 
     fn read(

@@ -12,6 +12,7 @@ use tracing::warn;
 
 use crate::filesystem::{Filesystem, ROOT_INODE, TreeNumber};
 use crate::fuse::Adapter;
+use crate::open_files::OpenFiles;
 
 /// The subtype that mountinfo shows behind `fuse.`.
 pub const SUBTYPE: &str = "weightfs";
@@ -71,7 +72,13 @@ impl Session {
             SpecialFiles::Inert => [MountOption::NoSuid, MountOption::NoDev],
         });
         let (serving, ended) = watch::channel(());
-        let adapter = Adapter { filesystem: Arc::clone(&filesystem), runtime, _serving: serving };
+        let adapter = Adapter {
+            filesystem: Arc::clone(&filesystem),
+            open_files: OpenFiles::default(),
+            passthrough: false,
+            runtime,
+            _serving: serving,
+        };
         let background = fuser::Session::new(adapter, mountpoint, &config)?.spawn()?;
         if let Err(error) = raise_read_ahead(mountpoint) {
             let mountpoint = mountpoint.display();
