@@ -25,6 +25,7 @@ pub use blob::{Blob, BlobStats, Miss, Read, Slice, Trust};
 pub use digest::Digest;
 pub use error::{OpenError, ReadError, SourceError};
 pub use layout::{CHUNK_BYTES, Layout, LayoutError};
-pub use registry::{Manifest, Registries, RegistryOptions, Repository};
+pub use oci_client::Reference;
+pub use registry::{MAX_MANIFEST_BYTES, Manifest, Registries, RegistryOptions, Repository};
 pub use source::{ByteStream, Source};
 pub use store::{BlobId, FetchOptions, Form, Ingest, Store, StoreOptions};
