@@ -26,6 +26,6 @@ pub use digest::{Digest, DigestError};
 pub use error::{OpenError, ReadError, SourceError};
 pub use layout::{CHUNK_BYTES, Layout, LayoutError};
 pub use oci_client::Reference;
-pub use registry::{Manifest, Registries, RegistryOptions, Repository};
+pub use registry::{MAX_MANIFEST_BYTES, Manifest, Registries, RegistryOptions, Repository};
 pub use source::{ByteStream, Source};
 pub use store::{BlobId, FetchOptions, Form, Ingest, Store, StoreOptions};

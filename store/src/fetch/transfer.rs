@@ -93,7 +93,7 @@ impl Sources {
 
     /// Goes on to the next source; how long to wait before, which is only when each had its turn.
     fn after(&mut self, error: SourceError, pauses: &mut ExponentialBackoff) -> Option<Duration> {
-        if may_pass(&error) {
+        if error.may_pass() {
             self.at += 1;
         } else {
             self.left.remove(self.at);
@@ -112,18 +112,6 @@ impl Sources {
             || Failure::Expired { cause: "it has no source to fetch from".into() },
             Failure::Final,
         )
-    }
-}
-
-/// Whether another try may mend it.
-fn may_pass(error: &SourceError) -> bool {
-    match error {
-        SourceError::Unreachable { .. } => true,
-        // 408 request timeout, 425 too early, 429 too many requests (RFC 9110, 8470, 6585).
-        SourceError::Status { status, .. } => matches!(status, 408 | 425 | 429 | 500..=599),
-        SourceError::Unauthorized { .. }
-        | SourceError::NotFound { .. }
-        | SourceError::BadAnswer { .. } => false,
     }
 }
 
