@@ -402,3 +402,6 @@ fn write_next_directory(
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod tests;
