@@ -171,3 +171,6 @@ impl Field {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

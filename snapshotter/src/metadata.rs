@@ -408,3 +408,6 @@ fn write_next_directory(
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod tests;

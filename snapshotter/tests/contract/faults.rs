@@ -1,0 +1,148 @@
+//! Calls that fail in the middle, clients that hang up: nothing is left, everything goes on.
+
+use std::fs;
+use std::time::Duration;
+
+use tonic::Code;
+
+use crate::harness::{Answer, Harness, assert_code};
+
+const CHAIN: &str = "sha256:aa";
+
+/// Long enough for any machine; a test that needs it has failed.
+const PATIENCE: Duration = Duration::from_secs(30);
+
+async fn assert_nothing_left(harness: &Harness) {
+    assert!(harness.names(&[]).await.is_empty());
+    assert!(harness.directories().is_empty());
+    assert!(harness.mounter.trees().is_empty());
+}
+
+#[tokio::test]
+async fn a_directory_that_cannot_be_made_leaves_nothing() {
+    let harness = Harness::start().await;
+    let snapshots = harness.root.join("snapshots");
+    fs::remove_dir(&snapshots).unwrap();
+    fs::write(&snapshots, "in the way").unwrap();
+    let status = assert_code(harness.prepare("key", "", &[]).await, Code::Internal);
+    assert!(status.message().contains("create directory"), "{status}");
+    assert_code(harness.view("key", "").await, Code::Internal);
+    assert_code(harness.prepare_layer("key", "", CHAIN).await, Code::Internal);
+    assert_code(harness.stat("key").await, Code::NotFound);
+    fs::remove_file(&snapshots).unwrap();
+    fs::create_dir(&snapshots).unwrap();
+    harness.prepare("key", "", &[]).await.expect("the key is free");
+}
+
+#[tokio::test]
+async fn a_parent_whose_root_cannot_be_read_leaves_nothing() {
+    let harness = Harness::start().await;
+    harness.mounter.answer(CHAIN, Answer::Lazy(vec![]));
+    assert_code(harness.prepare_layer("lazy", "", CHAIN).await, Code::AlreadyExists);
+    let tree = harness.root.join("mnt").join(harness.mounter.trees()[0].to_string());
+    let aside = harness.root.join("aside");
+    fs::rename(&tree, &aside).unwrap();
+    assert_code(harness.prepare("key", "lazy", &[]).await, Code::Internal);
+    assert!(harness.directories().is_empty());
+    fs::rename(&aside, &tree).unwrap();
+    harness.prepare("key", "lazy", &[]).await.unwrap();
+}
+
+#[tokio::test]
+async fn a_mounter_that_panics_fails_one_call_and_leaves_nothing() {
+    let harness = Harness::start().await;
+    harness.mounter.answer(CHAIN, Answer::Panic);
+    assert_code(harness.prepare_layer("key", "", CHAIN).await, Code::Internal);
+    assert_nothing_left(&harness).await;
+    harness.mounter.answer(CHAIN, Answer::Ordinary("mended"));
+    harness.prepare_layer("key", "", CHAIN).await.unwrap();
+}
+
+#[tokio::test]
+async fn a_key_taken_during_the_mount_unmounts_the_tree() {
+    let harness = Harness::start().await;
+    harness.mounter.answer(CHAIN, Answer::Lazy(vec![("file", "x")]));
+    let closed = harness.mounter.gate.acquire().await.unwrap();
+    let prepare = harness.prepare_layer("key", "", CHAIN);
+    let meanwhile = async {
+        wait_for_request(&harness).await;
+        harness.prepare("key", "", &[]).await.unwrap();
+        drop(closed);
+    };
+    let (prepared, ()) = tokio::join!(prepare, meanwhile);
+    assert_code(prepared, Code::AlreadyExists);
+    assert!(harness.mounter.trees().is_empty());
+    assert_eq!(harness.stat("key").await.unwrap().kind, 2);
+}
+
+#[tokio::test]
+async fn a_parent_removed_during_the_mount_unmounts_the_tree() {
+    let harness = Harness::start().await;
+    harness.mounter.answer(CHAIN, Answer::Lazy(vec![("file", "x")]));
+    harness.committed("base", "", &[]).await;
+    let closed = harness.mounter.gate.acquire().await.unwrap();
+    let prepare = harness.prepare_layer("key", "base", CHAIN);
+    let meanwhile = async {
+        wait_for_request(&harness).await;
+        harness.remove("base").await.unwrap();
+        drop(closed);
+    };
+    let (prepared, ()) = tokio::join!(prepare, meanwhile);
+    assert_code(prepared, Code::NotFound);
+    assert_nothing_left(&harness).await;
+}
+
+#[tokio::test]
+async fn a_client_that_hangs_up_leaves_a_whole_snapshot() {
+    let harness = Harness::start().await;
+    harness.mounter.answer(CHAIN, Answer::Lazy(vec![("file", "x")]));
+    let closed = harness.mounter.gate.acquire().await.unwrap();
+    tokio::select! {
+        biased;
+        _ = harness.prepare_layer("key", "", CHAIN) => panic!("the mount is held up"),
+        () = wait_for_request(&harness) => {}
+    }
+    drop(closed);
+    // The next one waits for its turn, and so for the end of the first.
+    assert_code(harness.prepare_layer("other", "", CHAIN).await, Code::AlreadyExists);
+    assert_eq!(harness.names(&[]).await, ["key"]);
+    assert_eq!(harness.mounter.trees().len(), 1);
+}
+
+#[tokio::test]
+async fn stat_and_other_prepares_go_on_while_a_mount_stalls() {
+    let harness = Harness::start().await;
+    harness.committed("base", "", &[]).await;
+    let closed = harness.mounter.gate.acquire().await.unwrap();
+    let stalled = harness.prepare_layer("stalled", "", CHAIN);
+    let others = async {
+        wait_for_request(&harness).await;
+        harness.stat("base").await.unwrap();
+        harness.prepare("container", "base", &[]).await.unwrap();
+        harness.remove("container").await.unwrap();
+        assert_eq!(harness.names(&[]).await, ["base"]);
+        harness.cleanup().await.unwrap();
+        drop(closed);
+    };
+    let (stalled, ()) = tokio::join!(stalled, others);
+    stalled.unwrap();
+}
+
+#[tokio::test]
+async fn the_service_ends_although_a_client_keeps_its_connection() {
+    let harness = Harness::start().await;
+    let client = harness.client.clone();
+    let restarted = tokio::time::timeout(PATIENCE, harness.restart()).await;
+    drop(client);
+    restarted.expect("the service waits for its client").prepare("key", "", &[]).await.unwrap();
+}
+
+/// Waits until a mount has begun.
+async fn wait_for_request(harness: &Harness) {
+    let begun = async {
+        while harness.mounter.requests.lock().unwrap().is_empty() {
+            tokio::task::yield_now().await;
+        }
+    };
+    tokio::time::timeout(PATIENCE, begun).await.expect("the mount never began");
+}
