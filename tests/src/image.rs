@@ -41,7 +41,7 @@ pub fn image_for(architecture: &str, layers: &[Layer]) -> Artifact {
         json!({
             "architecture": architecture,
             "os": "linux",
-            "config": { "Env": ["PATH=/bin"], "Cmd": ["sh"] },
+            "config": { "Env": ["PATH=/bin"], "Cmd": ["/bin/sleep", "100000"] },
             "rootfs": { "type": "layers", "diff_ids": diff_ids },
         })
         .to_string(),

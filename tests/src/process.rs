@@ -24,6 +24,7 @@ pub struct Service {
     child: Child,
     log: PathBuf,
     record: PathBuf,
+    quiet: bool,
 }
 
 impl Service {
@@ -38,7 +39,14 @@ impl Service {
         let child = command.spawn().unwrap_or_else(|e| panic!("start {command:?}: {e}"));
         let record = area.path().join("pid").join(child.id().to_string());
         fs::write(&record, start_time(pid_of(&child).as_raw()).unwrap_or_default()).unwrap();
-        Self { name: name.to_owned(), child, log, record }
+        Self { name: name.to_owned(), child, log, record, quiet: false }
+    }
+
+    /// Keeps its log out of the report of a test that failed.
+    #[must_use]
+    pub fn quiet(mut self) -> Self {
+        self.quiet = true;
+        self
     }
 
     /// Its process id.
@@ -104,7 +112,7 @@ impl Drop for Service {
             self.kill();
         }
         let _ = fs::remove_file(&self.record);
-        if thread::panicking() {
+        if thread::panicking() && !self.quiet {
             eprintln!("---- log of {}\n{}", self.name, tail(&self.log()));
         }
     }

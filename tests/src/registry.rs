@@ -39,7 +39,7 @@ impl Registry {
         fs::write(&config, config_text(&dir, &options)).unwrap();
         let mut command = Command::new("docker-registry");
         command.arg("serve").arg(&config);
-        let mut service = Service::start(area, "docker-registry", command);
+        let mut service = Service::start(area, "docker-registry", command).quiet();
         let port = service.wait_ready(|service| port_in(&service.log()));
         let remote = Remote::new(&format!("127.0.0.1:{port}"))
             .with_credentials(options.credentials)
