@@ -1,1 +1,31 @@
+//! The harness of WeightFS's end-to-end tests: real parts, started and stopped by guards.
+//!
+//! Owns nothing that runs in production. Everything it starts listens on a free port of 127.0.0.1
+//! or in a private directory below one [`Area`], and ends with its guard, also when a test panics.
+//!
+//! Invariant: the harness waits for conditions with a deadline, never for a span of time.
 
+pub mod area;
+pub mod containerd;
+pub mod cri;
+pub mod digest;
+pub mod image;
+pub mod layer;
+pub mod model;
+pub mod modelpack;
+pub mod process;
+pub mod proxy;
+pub mod python;
+pub mod registry;
+pub mod remote;
+pub mod tree;
+pub mod wait;
+pub mod weightfs;
+
+pub use area::Area;
+pub use containerd::{Containerd, ContainerdOptions};
+pub use proxy::{Fault, Proxy, Target};
+pub use registry::{Registry, RegistryOptions};
+pub use remote::{Artifact, Blob, Remote};
+pub use wait::wait_until;
+pub use weightfs::{Daemon, Mounted, Weightfs};

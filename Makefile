@@ -1,0 +1,52 @@
+# WeightFS: everything a contributor runs. `make help` lists the targets.
+
+SHELL := /bin/bash
+CARGO ?= cargo
+TARGET ?= $(CURDIR)/target
+DENY_VERSION := 0.20.2
+DENY := $(TARGET)/tools/bin/cargo-deny
+# A hung test must not hang a build machine: the whole run ends after this many seconds.
+TEST_TIMEOUT ?= 1500
+SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
+# sudo resets PATH and HOME, and with them the toolchain.
+AS_ROOT := $(if $(SUDO),$(SUDO) --preserve-env env PATH="$$PATH" HOME="$$HOME",)
+export CARGO_TARGET_DIR := $(TARGET)
+
+.PHONY: help build demo test check deps test-deps clean
+
+help: ## Say what there is
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+build: deps ## Build the release binary: target/release/weightfs
+	$(CARGO) build --release --locked -p weightfs
+
+demo: deps ## Show it: a lazy mount and a lazy container beside an ordinary pull (MODEL_DIR=...)
+	packaging/deps demo
+	$(CARGO) build --release --locked -p weightfs -p weightfs-tests --bins
+	$(AS_ROOT) $(TARGET)/release/demo
+
+test: test-deps ## Unit tests and end-to-end tests, as root (real registry, containerd, runc)
+	$(CARGO) build --workspace --locked --bins
+	$(CARGO) test --workspace --locked --no-run
+	$(AS_ROOT) timeout --kill-after=30 $(TEST_TIMEOUT) $(CARGO) test --workspace --locked --no-fail-fast
+
+check: deps $(DENY) ## Format, lints, documentation, licences and sources
+	$(CARGO) fmt --all --check
+	$(CARGO) clippy --workspace --all-targets --locked -- -D warnings
+	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --workspace --no-deps --locked --document-private-items
+	$(DENY) --log-level warn check --hide-inclusion-graph licenses bans sources
+
+deps: ## Install what building needs (apt; nothing happens when all is there)
+	packaging/deps build
+
+test-deps: deps ## Install what the tests need (apt, and a Python environment in target/)
+	packaging/deps test
+	packaging/python-env $(TARGET)/python
+
+clean: ## Remove what was built
+	$(CARGO) clean
+
+$(DENY):
+	$(CARGO) install --locked --version $(DENY_VERSION) --root $(TARGET)/tools \
+	    --target-dir $(TARGET)/tools/build cargo-deny
+	rm -rf $(TARGET)/tools/build

@@ -1,0 +1,256 @@
+//! containerd with a private root, state and socket, and containers on it by `ctr`.
+//!
+//! Invariant: when the guard is dropped, its containers, shims and mounts are gone.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::atomic::{AtomicU32, Ordering};
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+
+use crate::area::Area;
+use crate::process::{Outcome, Service, run, run_within};
+use crate::wait::{PATIENCE, wait_until};
+
+/// The namespaces that tests use: that of `ctr` and that of CRI.
+const NAMESPACES: [&str; 2] = ["default", "k8s.io"];
+
+/// How containerd is set up.
+#[derive(Debug, Clone, Default)]
+pub struct ContainerdOptions {
+    /// Socket of a WeightFS daemon that is plugged in as snapshotter `weightfs`.
+    pub weightfs: Option<PathBuf>,
+    /// Turns CRI on.
+    pub cri: Option<CriOptions>,
+}
+
+/// How CRI is set up.
+#[derive(Debug, Clone)]
+pub struct CriOptions {
+    /// Which snapshotter it uses.
+    pub snapshotter: &'static str,
+    /// Image of the container that holds a pod's namespaces.
+    pub sandbox_image: String,
+}
+
+/// A running containerd.
+#[derive(Debug)]
+pub struct Containerd {
+    dir: PathBuf,
+    service: Service,
+    exec_count: AtomicU32,
+}
+
+impl Containerd {
+    /// Starts one and waits until it answers.
+    pub fn start(area: &Area, options: &ContainerdOptions) -> Self {
+        let dir = tempfile::Builder::new().prefix("c").tempdir_in(area.path()).unwrap().keep();
+        let config = dir.join("config.toml");
+        fs::write(&config, config_text(&dir, options)).unwrap();
+        let service = Service::start(area, "containerd", command(&config));
+        let containerd = Self { dir, service, exec_count: AtomicU32::new(0) };
+        containerd.wait_ready();
+        containerd
+    }
+
+    /// Stops the process, leaving its containers running, and starts it again.
+    pub fn restart(&mut self, area: &Area) {
+        self.service.signal(Signal::SIGTERM);
+        self.service.wait();
+        self.service = Service::start(area, "containerd", command(&self.dir.join("config.toml")));
+        self.wait_ready();
+    }
+
+    /// Its socket.
+    pub fn socket(&self) -> PathBuf {
+        self.dir.join("c.sock")
+    }
+
+    /// What it has logged.
+    pub fn log(&self) -> String {
+        self.service.log()
+    }
+
+    /// Runs `ctr` in its default namespace.
+    pub fn ctr(&self, arguments: &[&str]) -> Outcome {
+        self.ctr_in("default", arguments)
+    }
+
+    /// Runs `ctr` in a namespace.
+    pub fn ctr_in(&self, namespace: &str, arguments: &[&str]) -> Outcome {
+        run_within(2 * PATIENCE, &mut self.ctr_command(namespace, arguments))
+    }
+
+    /// Pulls an image from a registry on plain HTTP into containerd's own overlay snapshots.
+    pub fn pull(&self, reference: &str) {
+        let arguments = ["image", "pull", "--plain-http", "--snapshotter", "overlayfs", reference];
+        self.ctr(&arguments).ok();
+    }
+
+    /// Mounts an image's unpacked root file system, read-only, at `to`.
+    pub fn mount_image(&self, snapshotter: &str, reference: &str, to: &Path) {
+        let to = to.to_str().unwrap();
+        self.ctr(&["image", "mount", "--snapshotter", snapshotter, reference, to]).ok();
+    }
+
+    /// Runs a command in a new container to its end and removes the container.
+    pub fn run(&self, snapshotter: &str, reference: &str, id: &str, words: &[&str]) -> Outcome {
+        let mut arguments = vec!["run", "--rm", "--snapshotter", snapshotter, reference, id];
+        arguments.extend(words);
+        self.ctr(&arguments)
+    }
+
+    /// Starts a container that sleeps until it is removed.
+    pub fn start_container(&self, snapshotter: &str, reference: &str, id: &str) -> Container<'_> {
+        let arguments =
+            ["run", "-d", "--snapshotter", snapshotter, reference, id, "/bin/sleep", "100000"];
+        self.ctr(&arguments).ok();
+        Container { containerd: self, id: id.to_owned() }
+    }
+
+    /// Keys of the snapshots that a snapshotter has, in `ctr`'s namespace.
+    pub fn snapshots(&self, snapshotter: &str) -> Vec<String> {
+        first_words(&self.ctr(&["snapshot", "--snapshotter", snapshotter, "ls"]).ok(), 1)
+    }
+
+    /// Digests of the blobs in containerd's content store, in a namespace.
+    pub fn content(&self, namespace: &str) -> Vec<String> {
+        first_words(&self.ctr_in(namespace, &["content", "ls", "-q"]).ok(), 0)
+    }
+
+    /// Removes an image and waits for the garbage collector.
+    pub fn remove_image(&self, reference: &str) {
+        self.ctr(&["image", "rm", "--sync", reference]).ok();
+    }
+
+    fn ctr_command(&self, namespace: &str, arguments: &[&str]) -> Command {
+        let mut command = Command::new("ctr");
+        command.arg("--address").arg(self.socket()).args(["--namespace", namespace]);
+        command.args(arguments);
+        command
+    }
+
+    fn wait_ready(&self) {
+        wait_until("containerd answers", || {
+            run(&mut self.ctr_command("default", &["version"])).code == 0
+        });
+    }
+
+    fn remove_containers(&self, namespace: &str) {
+        let list = run(&mut self.ctr_command(namespace, &["container", "ls", "-q"]));
+        for id in first_words(&list.stdout, 0) {
+            run(&mut self.ctr_command(namespace, &["task", "rm", "--force", &id]));
+            run(&mut self.ctr_command(namespace, &["container", "rm", &id]));
+        }
+    }
+
+    /// Kills the shims that name this containerd's socket.
+    fn kill_shims(&self) {
+        let socket = self.socket();
+        for entry in fs::read_dir("/proc").unwrap().flatten() {
+            let Ok(pid) = entry.file_name().to_string_lossy().parse() else { continue };
+            let line = fs::read(entry.path().join("cmdline")).unwrap_or_default();
+            let mut words = line.split(|byte| *byte == 0);
+            let is_shim =
+                words.next().is_some_and(|word| word.ends_with(b"containerd-shim-runc-v2"));
+            if is_shim && words.any(|word| word == socket.as_os_str().as_encoded_bytes()) {
+                let _ = kill(Pid::from_raw(pid), Signal::SIGKILL);
+            }
+        }
+    }
+}
+
+impl Drop for Containerd {
+    fn drop(&mut self) {
+        if self.service.is_running() {
+            NAMESPACES.iter().for_each(|namespace| self.remove_containers(namespace));
+        }
+        self.kill_shims();
+    }
+}
+
+/// A container that runs until it is removed.
+#[derive(Debug)]
+pub struct Container<'a> {
+    containerd: &'a Containerd,
+    id: String,
+}
+
+impl Container<'_> {
+    /// Runs a command in the container.
+    pub fn exec(&self, words: &[&str]) -> Outcome {
+        let number = self.containerd.exec_count.fetch_add(1, Ordering::Relaxed);
+        let exec_id = format!("exec-{number}");
+        let mut arguments = vec!["task", "exec", "--exec-id", &exec_id, &self.id];
+        arguments.extend(words);
+        self.containerd.ctr(&arguments)
+    }
+
+    /// Its root file system, as the host sees it.
+    pub fn root(&self) -> PathBuf {
+        let tasks = self.containerd.dir.join("state/io.containerd.runtime.v2.task/default");
+        tasks.join(&self.id).join("rootfs")
+    }
+
+    /// Ends and removes it, and with it its snapshot.
+    pub fn remove(self) {
+        self.containerd.ctr(&["task", "rm", "--force", &self.id]).ok();
+        self.containerd.ctr(&["container", "rm", &self.id]).ok();
+    }
+}
+
+fn command(config: &Path) -> Command {
+    let mut command = Command::new("containerd");
+    command.arg("--config").arg(config);
+    command
+}
+
+fn first_words(table: &str, skip: usize) -> Vec<String> {
+    let words = table.lines().skip(skip).filter_map(|line| line.split_whitespace().next());
+    words.map(str::to_owned).collect()
+}
+
+fn config_text(dir: &Path, options: &ContainerdOptions) -> String {
+    let dir = dir.display();
+    let cri_off = if options.cri.is_none() { "\"io.containerd.grpc.v1.cri\", " } else { "" };
+    let mut text = format!(
+        r#"version = 2
+root = "{dir}/root"
+state = "{dir}/state"
+disabled_plugins = [{cri_off}"io.containerd.internal.v1.opt",
+  "io.containerd.snapshotter.v1.aufs", "io.containerd.snapshotter.v1.btrfs",
+  "io.containerd.snapshotter.v1.devmapper", "io.containerd.snapshotter.v1.zfs"]
+[grpc]
+  address = "{dir}/c.sock"
+[ttrpc]
+  address = "{dir}/t.sock"
+"#
+    );
+    if let Some(socket) = &options.weightfs {
+        let socket = socket.display();
+        text +=
+            &format!("[proxy_plugins.weightfs]\n  type = \"snapshot\"\n  address = \"{socket}\"\n");
+    }
+    if let Some(cri) = &options.cri {
+        // Sandboxes without CAP_SYS_RESOURCE can't lower oom scores, and have no AppArmor.
+        text += &format!(
+            r#"[plugins."io.containerd.grpc.v1.cri"]
+  sandbox_image = "{}"
+  restrict_oom_score_adj = true
+  disable_apparmor = true
+  stream_server_address = "127.0.0.1"
+  stream_server_port = "0"
+[plugins."io.containerd.grpc.v1.cri".cni]
+  bin_dir = "{dir}/cni"
+  conf_dir = "{dir}/cni"
+[plugins."io.containerd.grpc.v1.cri".containerd]
+  snapshotter = "{}"
+  disable_snapshot_annotations = false
+"#,
+            cri.sandbox_image, cri.snapshotter
+        );
+    }
+    text
+}

@@ -1,0 +1,204 @@
+//! What a kubelet asks of containerd, as far as tests need it: pull, run, log, remove.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use hyper_util::rt::TokioIo;
+use k8s_cri::v1::image_service_client::ImageServiceClient;
+use k8s_cri::v1::runtime_service_client::RuntimeServiceClient;
+use k8s_cri::v1::{
+    ContainerConfig, ContainerMetadata, ContainerState, ContainerStatusRequest,
+    CreateContainerRequest, ImageFsInfoRequest, ImageSpec, LinuxContainerConfig,
+    LinuxPodSandboxConfig, LinuxSandboxSecurityContext, ListImagesRequest, NamespaceMode,
+    NamespaceOption, PodSandboxConfig, PodSandboxMetadata, PullImageRequest, RemoveImageRequest,
+    RemovePodSandboxRequest, RunPodSandboxRequest, StartContainerRequest, StopPodSandboxRequest,
+};
+use tokio::net::UnixStream;
+use tonic::Status;
+use tonic::transport::{Channel, Endpoint, Uri};
+use tower::service_fn;
+
+use crate::containerd::Containerd;
+use crate::remote::block_on;
+use crate::wait::wait_until;
+
+/// A CRI client of one containerd.
+#[derive(Debug)]
+pub struct Cri {
+    channel: Channel,
+    logs: PathBuf,
+}
+
+/// How a container ended.
+#[derive(Debug, Clone)]
+pub struct Ended {
+    /// Its exit code.
+    pub code: i32,
+    /// What it wrote, without CRI's own columns.
+    pub output: String,
+}
+
+impl Cri {
+    /// Connects; containers' logs go to `logs`.
+    pub fn connect(containerd: &Containerd, logs: &Path) -> Self {
+        let socket = containerd.socket();
+        let connector = service_fn(move |_: Uri| {
+            let socket = socket.clone();
+            async move { UnixStream::connect(socket).await.map(TokioIo::new) }
+        });
+        // The address is a formality: the connector knows the socket.
+        let endpoint = Endpoint::from_static("http://containerd");
+        let channel = block_on(endpoint.connect_with_connector(connector)).unwrap();
+        let cri = Self { channel, logs: logs.to_owned() };
+        wait_until("CRI answers", || {
+            block_on(cri.images().list_images(ListImagesRequest { filter: None })).is_ok()
+        });
+        cri
+    }
+
+    /// Pulls an image.
+    ///
+    /// # Errors
+    /// What containerd answers.
+    pub fn pull(&self, reference: &str) -> Result<String, Status> {
+        let request =
+            PullImageRequest { image: Some(spec(reference)), ..PullImageRequest::default() };
+        Ok(block_on(self.images().pull_image(request))?.into_inner().image_ref)
+    }
+
+    /// Removes an image.
+    ///
+    /// # Errors
+    /// What containerd answers.
+    pub fn remove(&self, reference: &str) -> Result<(), Status> {
+        let request = RemoveImageRequest { image: Some(spec(reference)) };
+        block_on(self.images().remove_image(request)).map(|_| ())
+    }
+
+    /// Tags of the images that CRI knows.
+    ///
+    /// # Errors
+    /// What containerd answers.
+    pub fn tags(&self) -> Result<Vec<String>, Status> {
+        let list = block_on(self.images().list_images(ListImagesRequest { filter: None }))?;
+        Ok(list.into_inner().images.into_iter().flat_map(|image| image.repo_tags).collect())
+    }
+
+    /// Bytes that containerd says its images' snapshots take.
+    ///
+    /// # Errors
+    /// What containerd answers.
+    pub fn image_bytes(&self) -> Result<u64, Status> {
+        let info = block_on(self.images().image_fs_info(ImageFsInfoRequest {}))?.into_inner();
+        Ok(info.image_filesystems.iter().filter_map(|fs| fs.used_bytes).map(|v| v.value).sum())
+    }
+
+    /// Runs a command in a pod of its own to its end, and removes the pod.
+    ///
+    /// # Errors
+    /// What containerd answers.
+    pub fn run(&self, reference: &str, name: &str, words: &[&str]) -> Result<Ended, Status> {
+        let pod = pod(name, &self.logs);
+        let request =
+            RunPodSandboxRequest { config: Some(pod.clone()), runtime_handler: String::new() };
+        let sandbox =
+            block_on(self.runtime().run_pod_sandbox(request))?.into_inner().pod_sandbox_id;
+        let ended = self.run_in(&sandbox, pod, reference, name, words);
+        let pod_sandbox_id = sandbox.clone();
+        block_on(self.runtime().stop_pod_sandbox(StopPodSandboxRequest { pod_sandbox_id }))?;
+        let remove = RemovePodSandboxRequest { pod_sandbox_id: sandbox };
+        block_on(self.runtime().remove_pod_sandbox(remove))?;
+        ended
+    }
+
+    fn run_in(
+        &self,
+        sandbox: &str,
+        pod: PodSandboxConfig,
+        reference: &str,
+        name: &str,
+        words: &[&str],
+    ) -> Result<Ended, Status> {
+        let request = CreateContainerRequest {
+            pod_sandbox_id: sandbox.to_owned(),
+            config: Some(container(reference, name, words)),
+            sandbox_config: Some(pod),
+        };
+        let id = block_on(self.runtime().create_container(request))?.into_inner().container_id;
+        let start = StartContainerRequest { container_id: id.clone() };
+        block_on(self.runtime().start_container(start))?;
+        let mut code = None;
+        wait_until("the container ends", || {
+            code = self.exit_code(&id);
+            code.is_some()
+        });
+        let log = fs::read_to_string(self.logs.join(log_name(name))).unwrap_or_default();
+        Ok(Ended { code: code.unwrap_or_default(), output: without_columns(&log) })
+    }
+
+    fn exit_code(&self, id: &str) -> Option<i32> {
+        let request = ContainerStatusRequest { container_id: id.to_owned(), verbose: false };
+        let status = block_on(self.runtime().container_status(request)).ok()?;
+        let status = status.into_inner().status?;
+        (status.state() == ContainerState::ContainerExited).then_some(status.exit_code)
+    }
+
+    fn images(&self) -> ImageServiceClient<Channel> {
+        ImageServiceClient::new(self.channel.clone())
+    }
+
+    fn runtime(&self) -> RuntimeServiceClient<Channel> {
+        RuntimeServiceClient::new(self.channel.clone())
+    }
+}
+
+fn spec(reference: &str) -> ImageSpec {
+    ImageSpec { image: reference.to_owned(), ..ImageSpec::default() }
+}
+
+fn log_name(name: &str) -> String {
+    format!("{name}.log")
+}
+
+/// A pod in the host's network, so that it needs no CNI plugin.
+fn pod(name: &str, logs: &Path) -> PodSandboxConfig {
+    let namespaces =
+        NamespaceOption { network: NamespaceMode::Node.into(), ..NamespaceOption::default() };
+    let security = LinuxSandboxSecurityContext {
+        namespace_options: Some(namespaces),
+        ..LinuxSandboxSecurityContext::default()
+    };
+    PodSandboxConfig {
+        metadata: Some(PodSandboxMetadata {
+            name: name.to_owned(),
+            uid: name.to_owned(),
+            namespace: "default".to_owned(),
+            attempt: 0,
+        }),
+        log_directory: logs.to_str().unwrap().to_owned(),
+        linux: Some(LinuxPodSandboxConfig {
+            security_context: Some(security),
+            ..LinuxPodSandboxConfig::default()
+        }),
+        ..PodSandboxConfig::default()
+    }
+}
+
+fn container(reference: &str, name: &str, words: &[&str]) -> ContainerConfig {
+    ContainerConfig {
+        metadata: Some(ContainerMetadata { name: name.to_owned(), attempt: 0 }),
+        image: Some(spec(reference)),
+        command: words.iter().map(|word| (*word).to_owned()).collect(),
+        log_path: log_name(name),
+        linux: Some(LinuxContainerConfig::default()),
+        ..ContainerConfig::default()
+    }
+}
+
+/// Takes time, stream and tag off each line.
+fn without_columns(log: &str) -> String {
+    log.lines()
+        .filter_map(|line| line.splitn(4, ' ').nth(3))
+        .map(|text| format!("{text}\n"))
+        .collect()
+}

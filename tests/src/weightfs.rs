@@ -1,0 +1,218 @@
+//! The program under test: commands that end, mounts and daemons that run.
+
+use std::ffi::OsStr;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use nix::sys::signal::Signal;
+
+use crate::area::{Area, is_mount_point};
+use crate::process::{Outcome, Service, exit_code, run, run_within};
+use crate::wait::{PATIENCE, wait_until};
+
+/// The variable that names another binary.
+const VARIABLE: &str = "WEIGHTFS_BIN";
+
+/// A state directory with its configuration, and commands on them.
+#[derive(Debug, Clone)]
+pub struct Weightfs {
+    binary: PathBuf,
+    home: PathBuf,
+}
+
+impl Weightfs {
+    /// A new state directory in the area, with an empty configuration and no credentials.
+    ///
+    /// # Panics
+    /// When the program is not built, or FUSE is missing.
+    pub fn new(area: &Area) -> Self {
+        assert!(Path::new("/dev/fuse").exists(), "/dev/fuse is missing: run `modprobe fuse`");
+        let home = tempfile::Builder::new().prefix("w").tempdir_in(area.path()).unwrap().keep();
+        fs::create_dir(home.join("root")).unwrap();
+        let weightfs = Self { binary: binary(), home };
+        weightfs.configure("");
+        weightfs
+    }
+
+    /// Adds to the configuration, which otherwise has the directories of this guard only.
+    pub fn configure(&self, more: &str) {
+        let home = self.home.display();
+        let text = format!(
+            "root = \"{home}/root\"\n\
+             [snapshotter]\naddress = \"{home}/s.sock\"\n\
+             [control]\naddress = \"{home}/ctl.sock\"\n\
+             {more}\n"
+        );
+        fs::write(self.config(), text).unwrap();
+    }
+
+    /// Puts these credentials for a registry into docker's config.json.
+    pub fn log_in(&self, registry: &str, user: &str, password: &str) {
+        use base64::Engine as _;
+        let auth = base64::engine::general_purpose::STANDARD.encode(format!("{user}:{password}"));
+        let text = serde_json::json!({ "auths": { registry: { "auth": auth } } }).to_string();
+        fs::write(self.home.join("config.json"), text).unwrap();
+    }
+
+    /// The state directory.
+    pub fn root(&self) -> PathBuf {
+        self.home.join("root")
+    }
+
+    /// The configuration file.
+    pub fn config(&self) -> PathBuf {
+        self.home.join("config.toml")
+    }
+
+    /// The snapshotter's socket, once a daemon runs.
+    pub fn snapshotter_socket(&self) -> PathBuf {
+        self.home.join("s.sock")
+    }
+
+    /// A command, not started. It sees the credentials of [`Weightfs::log_in`] and no proxy.
+    pub fn command(&self, arguments: impl IntoIterator<Item = impl AsRef<OsStr>>) -> Command {
+        let mut command = Command::new(&self.binary);
+        command.args(arguments).env("DOCKER_CONFIG", &self.home);
+        for name in ["http_proxy", "https_proxy", "all_proxy"] {
+            command.env_remove(name).env_remove(name.to_uppercase());
+        }
+        command
+    }
+
+    /// Runs a command to its end.
+    pub fn run(&self, arguments: impl IntoIterator<Item = impl AsRef<OsStr>>) -> Outcome {
+        run(&mut self.command(arguments))
+    }
+
+    /// Mounts an artifact in the foreground and waits until it is there.
+    ///
+    /// # Panics
+    /// When the program ends instead.
+    pub fn mount(&self, area: &Area, reference: &str, dir: &Path) -> Mounted {
+        let mut service =
+            Service::start(area, "weightfs-mount", self.mount_command(reference, dir));
+        service.wait_ready(|_| is_mount_point(dir).then_some(()));
+        Mounted { service, dir: dir.to_owned() }
+    }
+
+    /// Tries to mount what can't be mounted, and gives how it ended.
+    ///
+    /// # Panics
+    /// When it does not end.
+    pub fn mount_fails(&self, reference: &str, dir: &Path) -> Outcome {
+        run(&mut self.mount_command(reference, dir))
+    }
+
+    /// Starts the daemon and waits until it serves.
+    ///
+    /// # Panics
+    /// When the program ends instead.
+    pub fn serve(&self, area: &Area) -> Daemon {
+        let mut command = self.command(["serve", "--config"]);
+        command.arg(self.config());
+        let mut service = Service::start(area, "weightfs-serve", command);
+        service.wait_ready(|service| service.log().contains("serving").then_some(()));
+        Daemon { service }
+    }
+
+    /// Pulls an image lazily into containerd.
+    pub fn rpull(&self, containerd: &Path, reference: &str) -> Outcome {
+        let mut command = self.command(["rpull", reference, "--address"]);
+        run_within(2 * PATIENCE, command.arg(containerd))
+    }
+
+    fn mount_command(&self, reference: &str, dir: &Path) -> Command {
+        let mut command = self.command(["mount", "--foreground", reference]);
+        command.arg(dir).arg("--root").arg(self.root()).arg("--config").arg(self.config());
+        command
+    }
+}
+
+/// A mount that a foreground process serves.
+#[derive(Debug)]
+pub struct Mounted {
+    service: Service,
+    dir: PathBuf,
+}
+
+impl Mounted {
+    /// Where it is mounted.
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    /// What the process has written.
+    pub fn log(&self) -> String {
+        self.service.log()
+    }
+
+    /// Ends it as Ctrl-C does.
+    ///
+    /// # Panics
+    /// When it does not end well or leaves its mount.
+    pub fn stop(mut self) {
+        self.service.signal(Signal::SIGINT);
+        self.assert_ends_well();
+    }
+
+    /// Waits for the end that something else brings about.
+    ///
+    /// # Panics
+    /// When it does not end well or leaves its mount.
+    pub fn assert_ends_well(&mut self) {
+        let code = exit_code(self.service.wait());
+        assert_eq!(code, 0, "{}", self.service.log());
+        assert!(!is_mount_point(&self.dir), "{} is left mounted", self.dir.display());
+    }
+}
+
+/// A running daemon.
+#[derive(Debug)]
+pub struct Daemon {
+    service: Service,
+}
+
+impl Daemon {
+    /// What it has written.
+    pub fn log(&self) -> String {
+        self.service.log()
+    }
+
+    /// Ends it as systemd does.
+    ///
+    /// # Panics
+    /// When it does not end well.
+    pub fn stop(mut self) {
+        self.service.signal(Signal::SIGTERM);
+        assert_eq!(exit_code(self.service.wait()), 0, "{}", self.service.log());
+    }
+
+    /// Kills it, as a crash would.
+    pub fn kill(mut self) {
+        self.service.kill();
+    }
+}
+
+/// Unmounts through the program and waits until the directory is no mount point.
+pub fn umount(weightfs: &Weightfs, dir: &Path) {
+    let dir_text = dir.to_str().unwrap();
+    weightfs.run(["umount", dir_text, "--root", weightfs.root().to_str().unwrap()]).ok();
+    wait_until("the directory is unmounted", || !is_mount_point(dir));
+}
+
+/// The binary of the same build as the running program.
+///
+/// # Panics
+/// When it is not there.
+pub fn binary() -> PathBuf {
+    if let Some(named) = std::env::var_os(VARIABLE) {
+        return named.into();
+    }
+    let me = std::env::current_exe().unwrap();
+    // Programs are in <target>/<profile>, tests in <target>/<profile>/deps.
+    let mut places = me.ancestors().skip(1).take(2).map(|dir| dir.join("weightfs"));
+    places.find(|place| place.is_file()).unwrap_or_else(|| {
+        panic!("weightfs is not built: run `cargo build -p weightfs`, or name it in {VARIABLE}")
+    })
+}
