@@ -9,6 +9,8 @@ pub mod artifact;
 pub mod layer;
 pub mod listing;
 pub mod path;
+#[cfg(test)]
+mod testing;
 pub mod tree;
 
 pub use artifact::{
