@@ -1,9 +1,33 @@
 //! One blob: its segments, what of them is published, and reads.
+//!
+//! Invariants: a slice covers only published bytes, and they never change while it is held. A
+//! read that finds everything takes no lock that a fetch can hold. A poisoned blob serves
+//! nothing more.
 
+use std::fmt;
+use std::fs::File;
+use std::io;
 use std::ops::{Deref, Range};
-use std::sync::Arc;
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError, RwLock};
 
+use tokio::runtime::Handle;
+use tokio::time::Instant;
+
+use crate::chunk::{ChunkNo, ChunkTable, Place, VerifiedChunk};
+use crate::fetch::Fetcher;
+use crate::hash::{Follow, RunningHash};
+use crate::presence::{Bits, Presence, ones};
+use crate::read_ahead::ReadAhead;
+use crate::segment::{Segments, View};
+use crate::shared::{Entered, Shared, lock};
+use crate::state::{Record, Verdict};
+use crate::store::FetchOptions;
 use crate::{BlobId, Layout, ReadError, Source};
+
+/// Sources that a blob can have at the most: the registry under a few names, and peers.
+const MAX_SOURCES: usize = 64;
 
 /// What is known of a blob's bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -30,8 +54,31 @@ pub struct BlobStats {
 }
 
 /// An open blob.
-#[derive(Debug)]
-pub struct Blob {}
+pub struct Blob {
+    id: BlobId,
+    shared: Arc<Shared>,
+    table: ChunkTable,
+    segments: Segments,
+    presence: Presence,
+    verdict: OnceLock<Verdict>,
+    hash: RunningHash,
+    /// Segments that were written to since they were last synced.
+    unsynced: Bits,
+    recorder: Mutex<Recorder>,
+    sources: RwLock<Vec<Arc<dyn Source>>>,
+    fetcher: Fetcher,
+    read_ahead: Mutex<ReadAhead>,
+    fetched: AtomicU64,
+}
+
+/// Whether records of the blob can still be written.
+#[derive(Debug, PartialEq, Eq)]
+enum Recorder {
+    Ready,
+    /// A sync failed: the kernel may have dropped what it could not write and calls it clean, so
+    /// no later sync proves anything.
+    Broken,
+}
 
 /// What a read finds.
 #[derive(Debug)]
@@ -44,62 +91,367 @@ pub enum Read {
 
 /// Published bytes, straight from the cache file's mapping; they stay as long as this is held.
 #[derive(Debug)]
-pub struct Slice {}
+pub struct Slice {
+    blob: Arc<Blob>,
+    bytes: SliceBytes,
+}
+
+#[derive(Debug)]
+enum SliceBytes {
+    Empty,
+    /// In the mapping of a segment, counted from its start.
+    Mapped {
+        segment: usize,
+        range: Range<usize>,
+    },
+    Copied(Vec<u8>),
+}
 
 impl Deref for Slice {
     type Target = [u8];
 
     fn deref(&self) -> &[u8] {
-        todo!()
+        match &self.bytes {
+            SliceBytes::Empty => &[],
+            SliceBytes::Mapped { segment, range } => self.blob.segments.mapped(*segment, range),
+            SliceBytes::Copied(bytes) => bytes,
+        }
     }
 }
 
-/// A read that waits for its bytes.
+/// A read that waits for its bytes. Nothing is asked for before [`Miss::wait`] is polled.
 #[derive(Debug)]
-pub struct Miss {}
+pub struct Miss {
+    blob: Arc<Blob>,
+    range: Range<u64>,
+    place: Place,
+    read_ahead: Option<Range<u64>>,
+    until: Instant,
+}
 
 impl Miss {
-    /// Fetches what is missing, or waits for whoever does. Ends within the deadline.
+    /// Fetches what is missing, or waits for whoever does. Ends within the deadline, which began
+    /// with the read. If it is dropped, what was asked for is still fetched.
+    ///
+    /// # Errors
+    /// When no source gave the bytes in time, or one refused for good; when the cache files can't
+    /// be written; when the blob turned out to be poisoned.
     pub async fn wait(self) -> Result<Slice, ReadError> {
-        todo!()
+        let Self { blob, range, place, read_ahead, until } = self;
+        let tickets = blob.fetcher.demand(&blob, &place.chunks, until);
+        // After the demand, so that it comes after it in the queue, too.
+        if let Some(ahead) = read_ahead {
+            blob.fetch_ahead(&ahead);
+        }
+        blob.fetcher.wait(&blob, tickets, until).await?;
+        blob.check_trust()?;
+        blob.slice(&range, &place)
     }
 }
 
 impl Blob {
+    /// A blob whose directory is there; `record` is what an earlier run knew of it.
+    pub(crate) fn open(
+        id: BlobId,
+        dir: PathBuf,
+        table: ChunkTable,
+        record: Option<Record>,
+        shared: Arc<Shared>,
+    ) -> Arc<Self> {
+        let segments = Segments::new(dir, table.layout().segments(), Arc::clone(&shared.mappings));
+        let presence = Presence::new(table.all().end.0);
+        let verdict = OnceLock::new();
+        if let Some(record) = record {
+            restore(id, &table, &segments, &presence, &record);
+            if let Some(judged) = record.verdict
+                && (presence.is_complete() || judged != Verdict::Verified)
+            {
+                let _ = verdict.set(judged);
+            }
+        }
+        let follow = if presence.bytes() == 0 { Follow::Prefix } else { Follow::Whole };
+        let FetchOptions { read_ahead_min, read_ahead_max, .. } = shared.fetch;
+        let blob = Arc::new(Self {
+            id,
+            segments,
+            presence,
+            verdict,
+            hash: RunningHash::new(follow),
+            unsynced: Bits::new(u32::try_from(table.layout().segments()).unwrap_or(u32::MAX)),
+            recorder: Mutex::new(Recorder::Ready),
+            sources: RwLock::default(),
+            fetcher: Fetcher::default(),
+            read_ahead: Mutex::new(ReadAhead::new(read_ahead_min, read_ahead_max)),
+            fetched: AtomicU64::new(0),
+            table,
+            shared,
+        });
+        // Complete but not judged: an earlier run ended before it had hashed the whole.
+        blob.hash.poke(&blob);
+        blob
+    }
+
     /// Its name in the store.
     pub fn id(&self) -> BlobId {
-        todo!()
+        self.id
     }
 
     /// Its cuts.
     pub fn layout(&self) -> &Layout {
-        todo!()
+        self.table.layout()
     }
 
-    /// Adds a place to fetch from; one of the same name is replaced.
-    pub fn add_source(&self, _source: Arc<dyn Source>) {
-        todo!()
+    /// Adds a place to fetch from, after those it has; one of the same name is replaced.
+    pub fn add_source(&self, source: Arc<dyn Source>) {
+        let mut sources = self.sources.write().unwrap_or_else(PoisonError::into_inner);
+        if let Some(known) = sources.iter_mut().find(|known| known.name() == source.name()) {
+            *known = source;
+        } else if sources.len() < MAX_SOURCES {
+            sources.push(source);
+        } else {
+            tracing::warn!(blob = %self.id.digest, source = source.name(), "too many sources");
+        }
     }
 
     /// Bytes `range` of the blob, all inside one segment. Never waits, neither for the network
     /// nor for a lock that a fetch can hold. An empty range is ready. Starts read-ahead (it may
     /// spawn on the tokio runtime that the store was opened in).
-    pub fn read(self: &Arc<Self>, _range: Range<u64>) -> Result<Read, ReadError> {
-        todo!()
+    ///
+    /// # Errors
+    /// When the blob is poisoned, the range is not inside one segment, or its file can't be read.
+    pub fn read(self: &Arc<Self>, range: Range<u64>) -> Result<Read, ReadError> {
+        self.check_trust()?;
+        if range.start == range.end && range.end <= self.layout().size() {
+            return Ok(Read::Ready(Slice { blob: Arc::clone(self), bytes: SliceBytes::Empty }));
+        }
+        let place = self.table.locate(&range).ok_or(ReadError::OutOfRange {
+            digest: self.id.digest,
+            start: range.start,
+            end: range.end,
+        })?;
+        if self.presence.has_all(&place.chunks) {
+            self.note_hit(&range, &place);
+            return self.slice(&range, &place).map(Read::Ready);
+        }
+        let read_ahead = lock(&self.read_ahead).on_read(place.segment, &place.covers, &range);
+        let until = Instant::now() + self.shared.fetch.deadline;
+        Ok(Read::Missing(Miss { blob: Arc::clone(self), range, place, read_ahead, until }))
     }
 
-    /// Whether every chunk that `range` touches is published.
-    pub fn is_cached(&self, _range: Range<u64>) -> bool {
-        todo!()
+    /// Whether every chunk that `range` touches is published. Not so for a range that is not
+    /// inside one segment.
+    pub fn is_cached(&self, range: Range<u64>) -> bool {
+        range.is_empty()
+            || self.table.locate(&range).is_some_and(|place| self.presence.has_all(&place.chunks))
     }
 
     /// Its numbers, without touching the disk.
     pub fn stats(&self) -> BlobStats {
-        todo!()
+        BlobStats {
+            size: self.layout().size(),
+            cached: self.presence.bytes(),
+            fetched: self.fetched.load(Ordering::Relaxed),
+            trust: match self.verdict.get() {
+                None => Trust::Transport,
+                Some(Verdict::Verified) => Trust::Verified,
+                Some(Verdict::Poisoned { .. }) => Trust::Poisoned,
+            },
+        }
     }
 
     /// Bytes that the cache files take on disk (`st_blocks`).
     pub fn disk_bytes(&self) -> u64 {
-        todo!()
+        self.segments.disk_bytes()
+    }
+
+    /// The cache file of a complete segment, for reading (FUSE passthrough): byte 0 of the
+    /// segment is byte 0 of the file. `None` if a chunk of it is absent or the blob is poisoned.
+    ///
+    /// # Errors
+    /// When the file can't be opened.
+    pub fn segment_file(&self, segment: usize) -> io::Result<Option<File>> {
+        let chunks = self.table.of_segment(segment);
+        if chunks.is_empty() || self.check_trust().is_err() || !self.presence.has_all(&chunks) {
+            return Ok(None);
+        }
+        self.segments.open(segment).map(Some)
+    }
+
+    fn check_trust(&self) -> Result<(), ReadError> {
+        match self.verdict.get() {
+            Some(Verdict::Poisoned { actual }) => {
+                Err(ReadError::Poisoned { digest: self.id.digest, actual: *actual })
+            }
+            Some(Verdict::Verified) | None => Ok(()),
+        }
+    }
+
+    /// Tells read-ahead of a hit, unless it is busy with another or there is nothing to fetch.
+    fn note_hit(self: &Arc<Self>, range: &Range<u64>, place: &Place) {
+        if self.presence.is_complete() {
+            return;
+        }
+        let Ok(mut read_ahead) = self.read_ahead.try_lock() else { return };
+        if let Some(ahead) = read_ahead.on_read(place.segment, &place.covers, range) {
+            // Not from here: queueing takes a lock that fetches hold, too.
+            let blob = Arc::clone(self);
+            self.shared.runtime.spawn(async move { blob.fetch_ahead(&ahead) });
+        }
+    }
+
+    fn fetch_ahead(self: &Arc<Self>, range: &Range<u64>) {
+        if let Some(place) = self.table.locate(range) {
+            self.fetcher.read_ahead(self, &place.chunks);
+        }
+    }
+
+    fn slice(self: &Arc<Self>, range: &Range<u64>, place: &Place) -> Result<Slice, ReadError> {
+        let cache = |cause| ReadError::Cache { digest: self.id.digest, cause: Arc::new(cause) };
+        let offset = |at: u64| usize::try_from(at - place.covers.start).map_err(io::Error::other);
+        let within = offset(range.start).map_err(cache)?..offset(range.end).map_err(cache)?;
+        let len = place.covers.end - place.covers.start;
+        let bytes = match self.segments.view(place.segment, len, &within).map_err(cache)? {
+            View::Mapped => SliceBytes::Mapped { segment: place.segment, range: within },
+            View::Copied(bytes) => SliceBytes::Copied(bytes),
+        };
+        Ok(Slice { blob: Arc::clone(self), bytes })
+    }
+}
+
+/// For the fetcher and the hash.
+impl Blob {
+    pub(crate) fn table(&self) -> &ChunkTable {
+        &self.table
+    }
+
+    pub(crate) fn presence(&self) -> &Presence {
+        &self.presence
+    }
+
+    pub(crate) fn segments(&self) -> &Segments {
+        &self.segments
+    }
+
+    pub(crate) fn fetcher(&self) -> &Fetcher {
+        &self.fetcher
+    }
+
+    pub(crate) fn hash(&self) -> &RunningHash {
+        &self.hash
+    }
+
+    pub(crate) fn runtime(&self) -> &Handle {
+        &self.shared.runtime
+    }
+
+    pub(crate) fn fetch_options(&self) -> &FetchOptions {
+        &self.shared.fetch
+    }
+
+    pub(crate) fn verdict(&self) -> Option<Verdict> {
+        self.verdict.get().copied()
+    }
+
+    pub(crate) fn sources(&self) -> Vec<Arc<dyn Source>> {
+        self.sources.read().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    pub(crate) fn source_names(&self) -> Vec<String> {
+        self.sources().iter().map(|source| source.name().to_owned()).collect()
+    }
+
+    pub(crate) fn count_fetched(&self, bytes: u64) {
+        self.fetched.fetch_add(bytes, Ordering::Relaxed);
+    }
+
+    /// See [`Shared::enter`].
+    pub(crate) fn enter(&self) -> io::Result<Entered<'_>> {
+        self.shared.enter()
+    }
+
+    /// Makes a chunk readable whose bytes were written while `entered` was held.
+    pub(crate) fn publish(self: &Arc<Self>, chunk: &VerifiedChunk, entered: &Entered<'_>) {
+        if let Some((segment, _)) = self.table.bytes_of(chunk.chunk()) {
+            // Before the chunk is published, so that a record that has the chunk knows what to
+            // sync: see `record`.
+            self.unsynced.set(u32::try_from(segment).unwrap_or(u32::MAX));
+        }
+        self.presence.publish(chunk);
+        self.shared.changed(self, entered);
+    }
+
+    /// The bytes of a published chunk.
+    pub(crate) fn chunk_bytes(self: &Arc<Self>, chunk: ChunkNo) -> Result<Slice, ReadError> {
+        let range = self.table.bytes_of(chunk).map_or(0..0, |(_, range)| range);
+        let place = self.table.locate(&range).ok_or(ReadError::OutOfRange {
+            digest: self.id.digest,
+            start: range.start,
+            end: range.end,
+        })?;
+        self.slice(&range, &place)
+    }
+
+    /// Sets the judgement of the whole blob; whether there was none before.
+    pub(crate) fn settle(self: &Arc<Self>, verdict: Verdict) -> bool {
+        let first = self.verdict.set(verdict).is_ok();
+        // A store that is closed records nothing: the next one hashes the blob again.
+        if first && let Ok(entered) = self.enter() {
+            self.shared.changed(self, &entered);
+        }
+        first
+    }
+
+    /// Makes what is published now survive a restart.
+    pub(crate) fn record(&self) -> io::Result<()> {
+        let mut recorder = lock(&self.recorder);
+        if *recorder == Recorder::Broken {
+            return Ok(());
+        }
+        // The order is what makes the record true. First what it will say: a chunk in it is in a
+        // segment that was marked before. Then the marks; then the data of these segments; last
+        // the record itself.
+        let record = Record { verdict: self.verdict(), present: self.presence.snapshot() };
+        for segment in self.unsynced.take() {
+            if let Err(error) = self.segments.sync(usize::try_from(segment).unwrap_or(usize::MAX)) {
+                *recorder = Recorder::Broken;
+                return Err(error);
+            }
+        }
+        record.write(self.segments.dir(), self.layout())
+    }
+}
+
+/// Publishes what a record says, as far as its files bear it out.
+fn restore(
+    id: BlobId,
+    table: &ChunkTable,
+    segments: &Segments,
+    presence: &Presence,
+    record: &Record,
+) {
+    let mut last = None;
+    for chunk in ones(record.present.iter().copied()).map(ChunkNo) {
+        let Some((segment, bytes)) = table.bytes_of(chunk) else { continue };
+        let (_, whole) = match last {
+            Some((known, whole)) if known == segment => (known, whole),
+            _ => {
+                let len = table.layout().segment(segment).map_or(0, |at| at.end - at.start);
+                let whole = segments.is_whole(segment, len);
+                if !whole {
+                    tracing::warn!(blob = %id.digest, segment, "cache file is gone or cut: fetched again");
+                }
+                *last.insert((segment, whole))
+            }
+        };
+        if whole && let Some(verified) = VerifiedChunk::check(table, chunk, &bytes) {
+            presence.publish(&verified);
+        }
+    }
+}
+
+impl fmt::Debug for Blob {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let stats = self.stats();
+        f.debug_struct("Blob").field("id", &self.id).field("stats", &stats).finish_non_exhaustive()
     }
 }

@@ -62,6 +62,18 @@ pub enum SourceError {
     },
 }
 
+impl SourceError {
+    /// Whether another try may mend it.
+    pub fn may_pass(&self) -> bool {
+        match self {
+            Self::Unreachable { .. } => true,
+            // 408 request timeout, 425 too early, 429 too many requests (RFC 9110, 8470, 6585).
+            Self::Status { status, .. } => matches!(status, 408 | 425 | 429 | 500..=599),
+            Self::Unauthorized { .. } | Self::NotFound { .. } | Self::BadAnswer { .. } => false,
+        }
+    }
+}
+
 /// A read of a blob failed.
 #[derive(Debug, Clone, thiserror::Error)]
 pub enum ReadError {

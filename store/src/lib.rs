@@ -5,17 +5,27 @@
 //! [`CHUNK_BYTES`]. A chunk is absent or published; a published byte never changes.
 
 pub mod blob;
+mod chunk;
 pub mod digest;
+mod document;
 pub mod error;
+mod fetch;
+mod hash;
 pub mod layout;
+mod presence;
+mod read_ahead;
 pub mod registry;
+mod segment;
+mod shared;
 pub mod source;
+mod state;
 pub mod store;
 
 pub use blob::{Blob, BlobStats, Miss, Read, Slice, Trust};
 pub use digest::Digest;
 pub use error::{OpenError, ReadError, SourceError};
 pub use layout::{CHUNK_BYTES, Layout, LayoutError};
-pub use registry::{Manifest, Registries, RegistryOptions, Repository};
+pub use oci_client::Reference;
+pub use registry::{MAX_MANIFEST_BYTES, Manifest, Registries, RegistryOptions, Repository};
 pub use source::{ByteStream, Source};
 pub use store::{BlobId, FetchOptions, Form, Ingest, Store, StoreOptions};

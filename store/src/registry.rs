@@ -1,14 +1,31 @@
-//! Registries: manifests, small blobs and ranged reads of large ones, with their authentication.
+//! Registries: manifests, small blobs and ranged reads of large ones, with their authentication
+//! (OCI distribution-spec 1.1).
+//!
+//! Invariants: what is asked for by digest is checked against it; nothing is read into memory
+//! without a bound; no text that leaves this module holds a secret (tokens, passwords, signed
+//! URLs).
+
+mod auth;
+mod blob;
+mod host;
 
 use std::collections::BTreeMap;
+use std::num::NonZeroUsize;
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use bytes::Bytes;
+use bytes::{Bytes, BytesMut};
+use lru::LruCache;
 use oci_client::Reference;
+use oci_spec::image::MediaType;
+use reqwest::header::{ACCEPT, CONTENT_TYPE, HeaderMap, HeaderValue};
+use reqwest::{Response, StatusCode};
 use serde::{Deserialize, Serialize};
 
+use self::blob::BlobSource;
+use self::host::Host;
+use crate::shared::lock;
 use crate::{Digest, Source, SourceError};
 
 /// What the configuration says of one registry.
@@ -45,52 +62,243 @@ pub struct Manifest {
 /// Largest manifest that is accepted (distribution-spec, "Pulling manifests").
 pub const MAX_MANIFEST_BYTES: u64 = 4 << 20;
 
+/// Registries that are remembered at the most, with connections and tokens.
+const MAX_HOSTS: NonZeroUsize = NonZeroUsize::new(256).unwrap();
+
+/// The manifests that are understood, docker's older names among them.
+const DOCKER_MANIFEST: &str = "application/vnd.docker.distribution.manifest.v2+json";
+const DOCKER_INDEX: &str = "application/vnd.docker.distribution.manifest.list.v2+json";
+
 /// The registries that this process talks to, with their connections and tokens.
 #[derive(Debug)]
-pub struct Registries {}
+pub struct Registries {
+    options: BTreeMap<String, RegistryOptions>,
+    docker_config: Option<PathBuf>,
+    timeout: Duration,
+    hosts: Mutex<LruCache<String, Arc<Host>>>,
+}
 
 impl Registries {
     /// `options` by `host` or `host:port`. `docker_config` is the directory with docker's
-    /// config.json (default: `$DOCKER_CONFIG`, else `~/.docker`).
+    /// config.json (default: `$DOCKER_CONFIG`, else `~/.docker`). `timeout` bounds a request for
+    /// a manifest or a small blob, with its authentication; a connection that gives no byte for
+    /// so long (10 s at the most) is given up.
+    ///
+    /// # Errors
+    /// When a registry's CA file can't be used.
     pub fn new(
-        _options: BTreeMap<String, RegistryOptions>,
-        _docker_config: Option<PathBuf>,
-        _timeout: Duration,
+        options: BTreeMap<String, RegistryOptions>,
+        docker_config: Option<PathBuf>,
+        timeout: Duration,
     ) -> Result<Arc<Self>, SourceError> {
-        todo!()
+        let hosts = Mutex::new(LruCache::new(MAX_HOSTS));
+        let registries =
+            Self { options, docker_config: docker_config.or_else(default_config), timeout, hosts };
+        for registry in registries.options.keys() {
+            registries.host(registry)?;
+        }
+        Ok(Arc::new(registries))
     }
 
     /// The manifest that a reference (tag or digest) names.
-    pub async fn resolve(&self, _reference: &Reference) -> Result<Manifest, SourceError> {
-        todo!()
+    ///
+    /// # Errors
+    /// When the registry can't be reached, refuses, does not have it, or gives something else.
+    pub async fn resolve(&self, reference: &Reference) -> Result<Manifest, SourceError> {
+        let from = Repository::of(reference);
+        let Some(text) = reference.digest() else {
+            return self.get_manifest(&from, reference.tag().unwrap_or("latest"), None).await;
+        };
+        let digest = text.parse().map_err(|error| {
+            let what = format!("manifest {text}");
+            SourceError::BadAnswer { source_name: from.to_string(), what, message: string(error) }
+        })?;
+        self.manifest(&from, digest).await
     }
 
     /// The manifest of that digest.
+    ///
+    /// # Errors
+    /// As [`Registries::resolve`].
     pub async fn manifest(
         &self,
-        _from: &Repository,
-        _digest: Digest,
+        from: &Repository,
+        digest: Digest,
     ) -> Result<Manifest, SourceError> {
-        todo!()
+        self.get_manifest(from, &digest.to_string(), Some(digest)).await
     }
 
     /// A small blob (a config), whole and checked against its digest; refused over `limit` bytes.
+    ///
+    /// # Errors
+    /// As [`Registries::resolve`].
     pub async fn small_blob(
         &self,
-        _from: &Repository,
-        _digest: Digest,
-        _limit: u64,
+        from: &Repository,
+        digest: Digest,
+        limit: u64,
     ) -> Result<Bytes, SourceError> {
-        todo!()
+        let asked = Asked { from, what: format!("blob {digest}"), limit };
+        let path = format!("blobs/{digest}");
+        let (_, bytes) = self.get_small(&asked, &path, &HeaderMap::new()).await?;
+        asked.check_digest(&bytes, digest)?;
+        Ok(bytes)
     }
 
     /// A blob of that repository as a source. Does not talk to the registry yet.
     pub fn source(
         self: &Arc<Self>,
-        _from: &Repository,
-        _digest: Digest,
-        _size: u64,
+        from: &Repository,
+        digest: Digest,
+        size: u64,
     ) -> Arc<dyn Source> {
-        todo!()
+        Arc::new(BlobSource::new(Arc::clone(self), from.clone(), digest, size))
     }
+
+    async fn get_manifest(
+        &self,
+        from: &Repository,
+        name: &str,
+        digest: Option<Digest>,
+    ) -> Result<Manifest, SourceError> {
+        let asked = Asked { from, what: format!("manifest {name}"), limit: MAX_MANIFEST_BYTES };
+        let path = format!("manifests/{name}");
+        let (headers, bytes) = self.get_small(&asked, &path, &manifest_headers()).await?;
+        let found = match digest {
+            Some(digest) => asked.check_digest(&bytes, digest)?,
+            None => Digest::of(&bytes),
+        };
+        let media_type = media_type(&headers, &bytes);
+        Ok(Manifest { repository: from.clone(), digest: found, media_type, bytes })
+    }
+
+    /// A whole body, tried again where that may help, all within the timeout.
+    async fn get_small(
+        &self,
+        asked: &Asked<'_>,
+        path: &str,
+        headers: &HeaderMap,
+    ) -> Result<(HeaderMap, Bytes), SourceError> {
+        use backon::Retryable;
+        let once = || async {
+            let host = self.host(&asked.from.registry)?;
+            let answer = host.get(asked.from, &asked.what, path, headers).await?;
+            let answer = asked.check_status(answer)?;
+            let headers = answer.headers().clone();
+            asked.read(answer).await.map(|bytes| (headers, bytes))
+        };
+        let pauses = backon::ExponentialBuilder::new()
+            .with_min_delay(Duration::from_millis(100))
+            .with_max_times(3)
+            .with_jitter();
+        let tries = once.retry(pauses).when(SourceError::may_pass);
+        tokio::time::timeout(self.timeout, tries).await.unwrap_or_else(|_| {
+            let message = format!("no answer for {} within {:?}", asked.what, self.timeout);
+            Err(SourceError::Unreachable { source_name: asked.from.to_string(), message })
+        })
+    }
+
+    fn host(&self, registry: &str) -> Result<Arc<Host>, SourceError> {
+        let mut hosts = lock(&self.hosts);
+        if let Some(host) = hosts.get(registry) {
+            return Ok(Arc::clone(host));
+        }
+        let options = self.options.get(registry).cloned().unwrap_or_default();
+        let host = Host::new(registry, &options, self.docker_config.clone(), self.timeout)?;
+        let host = Arc::new(host);
+        hosts.put(registry.to_owned(), Arc::clone(&host));
+        Ok(host)
+    }
+}
+
+impl Repository {
+    /// The repository of a reference.
+    pub fn of(reference: &Reference) -> Self {
+        Self { registry: reference.registry().to_owned(), name: reference.repository().to_owned() }
+    }
+}
+
+impl std::fmt::Display for Repository {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}/{}", self.registry, self.name)
+    }
+}
+
+/// Something small that is asked for: what errors call it, and how large it may be.
+struct Asked<'a> {
+    from: &'a Repository,
+    what: String,
+    limit: u64,
+}
+
+impl Asked<'_> {
+    fn bad(&self, message: String) -> SourceError {
+        let source_name = self.from.to_string();
+        SourceError::BadAnswer { source_name, what: self.what.clone(), message }
+    }
+
+    fn check_status(&self, answer: Response) -> Result<Response, SourceError> {
+        match answer.status() {
+            StatusCode::OK => Ok(answer),
+            _ => Err(host::failed_status(self.from, &self.what, &answer)),
+        }
+    }
+
+    async fn read(&self, mut answer: Response) -> Result<Bytes, SourceError> {
+        let too_large = || self.bad(format!("it is over the limit of {} bytes", self.limit));
+        if answer.content_length().is_some_and(|len| len > self.limit) {
+            return Err(too_large());
+        }
+        let mut bytes = BytesMut::new();
+        loop {
+            let piece =
+                answer.chunk().await.map_err(|error| host::unreachable(self.from, error))?;
+            let Some(piece) = piece else { return Ok(bytes.freeze()) };
+            if bytes.len() as u64 + piece.len() as u64 > self.limit {
+                return Err(too_large());
+            }
+            bytes.extend_from_slice(&piece);
+        }
+    }
+
+    fn check_digest(&self, bytes: &[u8], promised: Digest) -> Result<Digest, SourceError> {
+        let actual = Digest::of(bytes);
+        if actual == promised {
+            return Ok(actual);
+        }
+        Err(self.bad(format!("it hashes to {actual}, not to {promised}")))
+    }
+}
+
+fn manifest_headers() -> HeaderMap {
+    let oci = [MediaType::ImageManifest, MediaType::ImageIndex].map(|kind| kind.to_string());
+    let accept = [&oci[0], &oci[1], DOCKER_MANIFEST, DOCKER_INDEX].join(", ");
+    HeaderValue::try_from(accept).map(|accept| (ACCEPT, accept)).into_iter().collect()
+}
+
+/// The Content-Type without parameters, in lower case; where a registry gives none or a useless
+/// one, the manifest's own `mediaType`.
+fn media_type(headers: &HeaderMap, manifest: &[u8]) -> String {
+    #[derive(Deserialize)]
+    #[serde(rename_all = "camelCase")]
+    struct Typed {
+        media_type: Option<String>,
+    }
+    let given = headers.get(CONTENT_TYPE).and_then(|value| value.to_str().ok()).unwrap_or("");
+    let given = given.split(';').next().unwrap_or("").trim().to_ascii_lowercase();
+    if !matches!(&*given, "" | "application/json" | "application/octet-stream" | "text/plain") {
+        return given;
+    }
+    let own = serde_json::from_slice::<Typed>(manifest).ok().and_then(|typed| typed.media_type);
+    own.unwrap_or(given)
+}
+
+/// Where docker keeps its configuration.
+fn default_config() -> Option<PathBuf> {
+    let home = || std::env::home_dir().map(|home| home.join(".docker"));
+    std::env::var_os("DOCKER_CONFIG").map(PathBuf::from).or_else(home)
+}
+
+fn string(error: impl ToString) -> String {
+    error.to_string()
 }

@@ -1,12 +1,44 @@
 //! The state directory: who owns it, and which blobs are open.
+//!
+//! ```text
+//! lock                                     flock, and the owner's process id
+//! ingest/<n>/                              what is being written in sequence
+//! blobs/sha256/<ab>/<hex>/                 a blob as its registry has it
+//! blobs/sha256/<ab>/<hex>.decompressed/    what it inflates to
+//!     layout  state  segment-<n>  attachment-<name>
+//! ```
+//!
+//! Invariants: one process owns the directory; after the store is closed nothing in it changes,
+//! even if blobs of it are still held. Lock order: the table of open blobs, then a blob's own.
 
-use std::path::Path;
-use std::sync::Arc;
+mod checkpoint;
+mod ingest;
+mod owner;
+
+use std::collections::HashMap;
+use std::fs::{self, DirBuilder};
+use std::io;
+use std::os::unix::fs::DirBuilderExt;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, Weak};
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
+use tokio::runtime::Handle;
 
+pub use self::ingest::Ingest;
+
+use self::checkpoint::Checkpointer;
+use self::ingest::IngestArea;
+use self::owner::Owner;
+use crate::chunk::{ChunkTable, MAX_BLOB_BYTES};
+use crate::document::{self, Durability, Found, Kind};
+use crate::shared::{Shared, lock};
+use crate::state::Record;
 use crate::{Blob, Digest, Layout, OpenError};
+
+/// The file that holds a blob's cuts.
+const LAYOUT: &str = "layout";
 
 /// In which form the store keeps a blob's bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -49,83 +81,229 @@ pub struct StoreOptions {
     pub fetch: FetchOptions,
 }
 
-/// The owner of a state directory's blobs.
+/// The owner of a state directory's blobs. When it is dropped, it records what is published and
+/// gives the directory up; blobs that are still held serve what they have and fetch nothing more.
 #[derive(Debug)]
-pub struct Store {}
+pub struct Store {
+    blobs: PathBuf,
+    ingests: IngestArea,
+    shared: Arc<Shared>,
+    open: Mutex<HashMap<BlobId, Weak<Blob>>>,
+    checkpointer: Checkpointer,
+    /// Last, so that the directory is given up when all else is done.
+    _owner: Owner,
+}
 
 impl Store {
-    /// Takes the directory (created if it is not there; one owner at a time, `flock`).
+    /// Takes the directory (created if it is not there; one owner at a time, `flock`). To be
+    /// called in a tokio runtime, on which it fetches.
     ///
     /// # Errors
-    /// Another owner, an unsuitable file system (tmpfs, overlay, network, FUSE), no permission.
-    pub fn open(_root: &Path, _options: StoreOptions) -> Result<Arc<Self>, OpenError> {
-        todo!()
+    /// Another owner, an unsuitable file system (tmpfs, overlay, network, FUSE), no permission,
+    /// no runtime.
+    pub fn open(root: &Path, options: StoreOptions) -> Result<Arc<Self>, OpenError> {
+        let runtime = Handle::try_current().map_err(|error| at(root)(io::Error::other(error)))?;
+        let owner = Owner::take(root)?;
+        let blobs = root.join("blobs").join("sha256");
+        make_dir(&blobs)?;
+        let ingests = IngestArea::clean(root.join("ingest"))?;
+        let shared = Arc::new(Shared::new(options.fetch, runtime));
+        let checkpointer = Checkpointer::start(Arc::clone(&shared)).map_err(at(root))?;
+        let open = Mutex::default();
+        Ok(Arc::new(Self { blobs, ingests, shared, open, checkpointer, _owner: owner }))
     }
 
     /// The layout of a blob that this store has on disk.
-    pub fn layout(&self, _id: BlobId) -> Option<Layout> {
-        todo!()
+    pub fn layout(&self, id: BlobId) -> Option<Layout> {
+        if let Some(blob) = self.opened(id) {
+            return Some(blob.layout().clone());
+        }
+        read_layout(&self.dir(id))
     }
 
     /// Opens a blob, or creates an empty one. All openers share one [`Blob`].
     ///
     /// # Errors
-    /// When it is there with another layout, or the directory can't be used.
-    pub fn blob(self: &Arc<Self>, _id: BlobId, _layout: &Layout) -> Result<Arc<Blob>, OpenError> {
-        todo!()
+    /// When it is there with another layout, is larger than 16 TiB, or the directory can't be
+    /// used.
+    pub fn blob(self: &Arc<Self>, id: BlobId, layout: &Layout) -> Result<Arc<Blob>, OpenError> {
+        let mut open = lock(&self.open);
+        if let Some(blob) = open.get(&id).and_then(Weak::upgrade) {
+            return same_layout(blob, layout);
+        }
+        let blob = self.open_blob(id, layout)?;
+        // Where the table would grow, closed blobs make room first.
+        if open.len() == open.capacity() {
+            open.retain(|_, blob| blob.strong_count() > 0);
+        }
+        open.insert(id, Arc::downgrade(&blob));
+        Ok(blob)
+    }
+
+    fn open_blob(&self, id: BlobId, layout: &Layout) -> Result<Arc<Blob>, OpenError> {
+        let dir = self.dir(id);
+        let size = layout.size();
+        let too_large = || {
+            let why = format!("a blob of {size} bytes is over the limit of {MAX_BLOB_BYTES}");
+            at(&dir)(io::Error::new(io::ErrorKind::InvalidInput, why))
+        };
+        let table = ChunkTable::new(layout.clone()).ok_or_else(too_large)?;
+        let _entered = self.shared.enter().map_err(at(&dir))?;
+        make_dir(&dir)?;
+        match read_layout(&dir) {
+            Some(known) if known == *layout => {}
+            Some(_) => return Err(OpenError::OtherLayout { digest: id.digest }),
+            None => write_layout(&dir, layout).map_err(at(&dir))?,
+        }
+        let record = Record::read(&dir, &table);
+        Ok(Blob::open(id, dir, table, record, Arc::clone(&self.shared)))
     }
 
     /// Begins to write a blob in sequence whose cuts become known on the way. Nothing of it is
     /// visible before [`Ingest::finish`].
-    pub fn ingest(self: &Arc<Self>, _id: BlobId) -> Result<Ingest, OpenError> {
-        todo!()
+    ///
+    /// # Errors
+    /// When the directory can't be used.
+    pub fn ingest(self: &Arc<Self>, id: BlobId) -> Result<Ingest, OpenError> {
+        Ingest::begin(Arc::clone(self), id)
     }
 
-    /// Keeps a small document beside a blob (a listing, an index). Replaces an older one.
-    pub fn attach(&self, _id: BlobId, _name: &str, _bytes: &[u8]) -> Result<(), OpenError> {
-        todo!()
+    /// Keeps a small document beside a blob (a listing, an index). Replaces an older one. The
+    /// blob need not be there yet. Names are of letters, digits, `-`, `_` and `.`.
+    ///
+    /// # Errors
+    /// Another name, more than 256 MiB, or the directory can't be used.
+    pub fn attach(&self, id: BlobId, name: &str, bytes: &[u8]) -> Result<(), OpenError> {
+        let dir = self.dir(id);
+        let failed = at(&dir);
+        let refuse = |why: &str| failed(io::Error::new(io::ErrorKind::InvalidInput, why));
+        let file = attachment_file(name).ok_or_else(|| refuse("not a name for a document"))?;
+        if bytes.len() as u64 > document::MAX_DOCUMENT_BYTES {
+            return Err(refuse("the document is over 256 MiB"));
+        }
+        let _entered = self.shared.enter().map_err(&failed)?;
+        make_dir(&dir)?;
+        document::write(&dir, &file, Kind::Attachment, bytes, Durability::Atomic).map_err(&failed)
     }
 
     /// A document kept beside a blob; `None` if there is none or it is damaged.
-    pub fn attachment(&self, _id: BlobId, _name: &str) -> Option<Vec<u8>> {
-        todo!()
+    pub fn attachment(&self, id: BlobId, name: &str) -> Option<Vec<u8>> {
+        let path = self.dir(id).join(attachment_file(name)?);
+        match document::read(&path, Kind::Attachment) {
+            Found::Payload(bytes) => Some(bytes),
+            Found::Nothing => None,
+            Found::Damaged(damage) => {
+                tracing::warn!(path = %path.display(), damage, "document ignored");
+                None
+            }
+        }
     }
 
     /// Makes what is published survive a restart: syncs data, then writes the records.
     /// Also done every few seconds in the background and when the store is dropped.
+    ///
+    /// # Errors
+    /// The first failure; the other blobs are recorded all the same.
     pub fn checkpoint(&self) -> Result<(), OpenError> {
-        todo!()
+        checkpoint::record_changed(&self.shared)
     }
 
     /// The blobs that are open now.
     pub fn open_blobs(&self) -> Vec<Arc<Blob>> {
-        todo!()
+        lock(&self.open).values().filter_map(Weak::upgrade).collect()
+    }
+
+    /// Removes all that is kept of a blob (a poisoned one, or one that nothing needs). What was
+    /// there is gone when this returns true; it is false, and nothing happened, if it is open.
+    ///
+    /// # Errors
+    /// When the directory can't be changed.
+    pub fn discard(&self, id: BlobId) -> Result<bool, OpenError> {
+        let open = lock(&self.open);
+        if open.get(&id).is_some_and(|blob| blob.strong_count() > 0) {
+            return Ok(false);
+        }
+        let dir = self.dir(id);
+        let _entered = self.shared.enter().map_err(at(&dir))?;
+        self.ingests.remove(&dir)?;
+        Ok(true)
+    }
+
+    fn opened(&self, id: BlobId) -> Option<Arc<Blob>> {
+        lock(&self.open).get(&id).and_then(Weak::upgrade)
+    }
+
+    /// Where a blob's files are.
+    fn dir(&self, id: BlobId) -> PathBuf {
+        let hex = id.digest.hex();
+        let shard = self.blobs.join(hex.get(..2).unwrap_or_default());
+        match id.form {
+            Form::AsStored => shard.join(hex),
+            Form::Decompressed => shard.join(hex + ".decompressed"),
+        }
     }
 }
 
-/// A blob that is being written in sequence.
-#[derive(Debug)]
-pub struct Ingest {}
-
-impl Ingest {
-    /// The bytes that follow begin a new segment.
-    pub fn cut(&mut self) -> Result<(), OpenError> {
-        todo!()
+impl Drop for Store {
+    fn drop(&mut self) {
+        self.checkpointer.stop();
+        if let Err(error) = self.checkpoint() {
+            tracing::error!(%error, "what was fetched last is not recorded: it will be fetched again");
+        }
+        self.shared.close();
     }
+}
 
-    /// Appends bytes. Blocking I/O.
-    pub fn write(&mut self, _bytes: &[u8]) -> Result<(), OpenError> {
-        todo!()
+fn same_layout(blob: Arc<Blob>, layout: &Layout) -> Result<Arc<Blob>, OpenError> {
+    if blob.layout() == layout {
+        return Ok(blob);
     }
+    Err(OpenError::OtherLayout { digest: blob.id().digest })
+}
 
-    /// Bytes written so far.
-    pub fn position(&self) -> u64 {
-        todo!()
-    }
+/// Makes an I/O error one about `path`.
+fn at(path: &Path) -> impl Fn(io::Error) -> OpenError + '_ {
+    |source| OpenError::Io { path: path.to_owned(), source }
+}
 
-    /// Syncs and publishes the blob, complete and verified. The caller has checked the digest of
-    /// what the bytes were made from.
-    pub fn finish(self) -> Result<Arc<Blob>, OpenError> {
-        todo!()
+/// Makes a directory, and those above it, for the owner only.
+fn make_dir(path: &Path) -> Result<(), OpenError> {
+    DirBuilder::new().recursive(true).mode(0o700).create(path).map_err(at(path))
+}
+
+fn attachment_file(name: &str) -> Option<String> {
+    let fits = |byte: u8| byte.is_ascii_alphanumeric() || b"-_.".contains(&byte);
+    let good = (1..=100).contains(&name.len()) && name.bytes().all(fits);
+    good.then(|| format!("{ATTACHMENT}{name}"))
+}
+
+const ATTACHMENT: &str = "attachment-";
+
+/// `None` if there is no layout or it is damaged; then the blob's next opener says what it is.
+fn read_layout(dir: &Path) -> Option<Layout> {
+    let path = dir.join(LAYOUT);
+    let damage = match document::read(&path, Kind::Layout) {
+        Found::Nothing => return None,
+        Found::Damaged(damage) => damage,
+        Found::Payload(payload) => match serde_json::from_slice(&payload) {
+            Ok(layout) => return Some(layout),
+            Err(error) => error.to_string(),
+        },
+    };
+    tracing::warn!(path = %path.display(), damage, "blob layout ignored");
+    None
+}
+
+/// Not synced: the blob's record has a fingerprint of the layout, so it stays good without it.
+fn write_layout(dir: &Path, layout: &Layout) -> io::Result<()> {
+    let payload = serde_json::to_vec(layout)?;
+    document::write(dir, LAYOUT, Kind::Layout, &payload, Durability::Atomic)
+}
+
+/// Removes a directory and what is in it, if it is there.
+fn remove_tree(path: &Path) -> io::Result<()> {
+    match fs::remove_dir_all(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        other => other,
     }
 }

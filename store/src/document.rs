@@ -1,0 +1,173 @@
+//! Small files of the state directory: each with a header that tells its kind and a checksum,
+//! each replaced whole.
+//!
+//! On disk: `WEIGHTFS`, the kind (u32), the version (u32), the payload's length (u64), its
+//! sha256 (32 bytes), the payload. Numbers are little-endian.
+
+use std::fs::{self, File};
+use std::io::{self, Read, Write};
+use std::path::Path;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use crate::Digest;
+
+/// Bytes of a document at the most. The largest layout takes some 20 MiB; listings of tar layers
+/// with a million members some 200.
+pub(crate) const MAX_DOCUMENT_BYTES: u64 = 256 << 20;
+
+const MAGIC: &[u8; 8] = b"WEIGHTFS";
+const VERSION: u32 = 1;
+const HEADER_BYTES: usize = 8 + 4 + 4 + 8 + 32;
+
+/// What a document holds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(u32)]
+pub(crate) enum Kind {
+    /// A blob's cuts.
+    Layout = 1,
+    /// What is known of a blob's bytes.
+    State = 2,
+    /// Something that the store's user keeps beside a blob.
+    Attachment = 3,
+}
+
+/// How sure a write must be.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Durability {
+    /// Replaced atomically; after a power loss it may be gone or damaged, which is noticed.
+    Atomic,
+    /// Replaced atomically and on disk when the call returns.
+    Synced,
+}
+
+/// Replaces the document `name` of `dir`.
+pub(crate) fn write(
+    dir: &Path,
+    name: &str,
+    kind: Kind,
+    payload: &[u8],
+    durability: Durability,
+) -> io::Result<()> {
+    // Distinct names, so that two writers of one document don't write into one file.
+    static WRITES: AtomicU64 = AtomicU64::new(0);
+    let temporary = dir.join(format!(".{name}.{}", WRITES.fetch_add(1, Ordering::Relaxed)));
+    let written = write_new(&temporary, kind, payload, durability)
+        // The commit point: before it the old document holds, after it the new one.
+        .and_then(|()| fs::rename(&temporary, dir.join(name)));
+    if written.is_err() {
+        // The first failure is what counts; a left-over file is overwritten or removed later.
+        let _ = fs::remove_file(&temporary);
+        return written;
+    }
+    match durability {
+        Durability::Atomic => Ok(()),
+        Durability::Synced => File::open(dir)?.sync_all(),
+    }
+}
+
+fn write_new(path: &Path, kind: Kind, payload: &[u8], durability: Durability) -> io::Result<()> {
+    let mut header = Vec::with_capacity(HEADER_BYTES);
+    header.extend_from_slice(MAGIC);
+    header.extend_from_slice(&(kind as u32).to_le_bytes());
+    header.extend_from_slice(&VERSION.to_le_bytes());
+    header.extend_from_slice(&(payload.len() as u64).to_le_bytes());
+    header.extend_from_slice(Digest::of(payload).as_raw());
+    let mut file = File::create(path)?;
+    file.write_all(&header)?;
+    file.write_all(payload)?;
+    match durability {
+        Durability::Atomic => Ok(()),
+        Durability::Synced => file.sync_all(),
+    }
+}
+
+/// What is at a document's place.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) enum Found {
+    /// Its payload, as it was written.
+    Payload(Vec<u8>),
+    /// Nothing.
+    Nothing,
+    /// Something else: cut, changed, of another kind or version, unreadable.
+    Damaged(String),
+}
+
+/// Reads a document.
+pub(crate) fn read(path: &Path, kind: Kind) -> Found {
+    match File::open(path) {
+        Ok(file) => read_file(file, kind).map_or_else(Found::Damaged, Found::Payload),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Found::Nothing,
+        Err(error) => Found::Damaged(error.to_string()),
+    }
+}
+
+fn read_file(file: File, kind: Kind) -> Result<Vec<u8>, String> {
+    let limit = MAX_DOCUMENT_BYTES + HEADER_BYTES as u64;
+    if file.metadata().map_err(|error| error.to_string())?.len() > limit {
+        return Err(format!("longer than {limit} bytes"));
+    }
+    let mut bytes = Vec::new();
+    file.take(limit).read_to_end(&mut bytes).map_err(|error| error.to_string())?;
+    decode(bytes, kind)
+}
+
+fn decode(mut bytes: Vec<u8>, kind: Kind) -> Result<Vec<u8>, String> {
+    if bytes.len() < HEADER_BYTES {
+        return Err("shorter than its header".into());
+    }
+    let payload = bytes.split_off(HEADER_BYTES);
+    let mut expected = Vec::with_capacity(HEADER_BYTES);
+    expected.extend_from_slice(MAGIC);
+    expected.extend_from_slice(&(kind as u32).to_le_bytes());
+    expected.extend_from_slice(&VERSION.to_le_bytes());
+    if !bytes.starts_with(&expected) {
+        return Err(format!("no {kind:?} document of version {VERSION}"));
+    }
+    expected.extend_from_slice(&(payload.len() as u64).to_le_bytes());
+    expected.extend_from_slice(Digest::of(&payload).as_raw());
+    if bytes == expected { Ok(payload) } else { Err("its checksum does not match".into()) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_written_is_read() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("x");
+        assert_eq!(read(&path, Kind::State), Found::Nothing);
+        for payload in [&b"first, longer"[..], b"second", b""] {
+            write(dir.path(), "x", Kind::State, payload, Durability::Synced).unwrap();
+            assert_eq!(read(&path, Kind::State), Found::Payload(payload.to_vec()));
+        }
+        assert!(matches!(read(&path, Kind::Layout), Found::Damaged(_)));
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1, "no temporary file is left");
+    }
+
+    #[test]
+    fn every_cut_and_every_flipped_bit_is_noticed() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("x");
+        write(dir.path(), "x", Kind::Layout, b"payload", Durability::Atomic).unwrap();
+        let good = fs::read(&path).unwrap();
+        for len in 0..good.len() {
+            assert!(decode(good[..len].to_vec(), Kind::Layout).is_err(), "cut at {len}");
+        }
+        for bit in 0..good.len() * 8 {
+            let mut bad = good.clone();
+            bad[bit / 8] ^= 1 << (bit % 8);
+            assert!(decode(bad, Kind::Layout).is_err(), "bit {bit}");
+        }
+        let mut longer = good;
+        longer.push(0);
+        assert!(decode(longer, Kind::Layout).is_err());
+    }
+
+    #[test]
+    fn a_failed_write_leaves_the_old_document() {
+        let dir = tempfile::tempdir().unwrap();
+        let gone = dir.path().join("gone");
+        assert!(write(&gone, "x", Kind::State, b"new", Durability::Synced).is_err());
+    }
+}

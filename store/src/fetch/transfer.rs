@@ -1,0 +1,263 @@
+//! The run of one request: sources in turn, retries, and the way of bytes into the cache file.
+//!
+//! A body that ends early, a server that is busy or away: tried again from the first chunk that
+//! is still missing, with growing, jittered pauses, while the request's patience lasts.
+
+use std::fs::File;
+use std::ops::Range;
+use std::os::unix::fs::FileExt;
+use std::sync::Arc;
+use std::time::Duration;
+
+use backon::{BackoffBuilder, ExponentialBackoff, ExponentialBuilder};
+use bytes::Bytes;
+use futures::StreamExt;
+use tokio::time::{Instant, timeout_at};
+
+use super::{Failure, Outcome, Patience, Running};
+use crate::chunk::{ChunkNo, VerifiedChunk};
+use crate::source::{ByteStream, Source};
+use crate::{Blob, SourceError};
+
+/// A source that gives no byte for this long is asked again on another connection.
+const MAX_IDLE: Duration = Duration::from_secs(10);
+
+/// Shares of the deadline that a silent source may use up before it is asked again.
+const TRIES_PER_DEADLINE: u32 = 3;
+
+/// Pauses between tries: short enough that a registry's restart is hardly noticed, long enough
+/// that thousands of nodes don't keep it down.
+const FIRST_PAUSE: Duration = Duration::from_millis(50);
+const LONGEST_PAUSE: Duration = Duration::from_secs(2);
+
+/// Runs a request to its end.
+pub(super) async fn run(mut running: Running) {
+    running.outcome = fill(&running.blob, &running.request.chunks, &running.request.patience).await;
+}
+
+async fn fill(blob: &Arc<Blob>, chunks: &Range<ChunkNo>, patience: &Patience) -> Outcome {
+    let mut sources = Sources::new(blob.sources());
+    let mut pauses = pauses();
+    while let Some(first) = blob.presence().first_absent(chunks) {
+        let Some(source) = sources.current() else { return Err(sources.into_failure()) };
+        let error = match attempt(blob, &*source, &(first..chunks.end), patience).await {
+            Ok(()) => continue,
+            Err(Trouble::Cache(error)) => return Err(Failure::cache(error)),
+            Err(Trouble::Source(error)) => error,
+        };
+        tracing::debug!(blob = %blob.id().digest, %error, "fetch failed");
+        patience.failed(&error);
+        if blob.presence().first_absent(chunks) > Some(first) {
+            pauses = self::pauses();
+        }
+        if let Some(wait) = sources.after(error, &mut pauses) {
+            pause(wait, patience).await?;
+        }
+    }
+    Ok(())
+}
+
+fn pauses() -> ExponentialBackoff {
+    ExponentialBuilder::new()
+        .with_min_delay(FIRST_PAUSE)
+        .with_max_delay(LONGEST_PAUSE)
+        .with_jitter()
+        .without_max_times()
+        .build()
+}
+
+async fn pause(wait: Duration, patience: &Patience) -> Result<(), Failure> {
+    let end = Instant::now() + wait;
+    if end >= patience.until() {
+        return Err(Failure::Expired { cause: patience.cause() });
+    }
+    tokio::time::sleep_until(end).await;
+    Ok(())
+}
+
+/// The sources of a blob, in turn, without those that refused for good.
+struct Sources {
+    left: Vec<Arc<dyn Source>>,
+    at: usize,
+    refusal: Option<SourceError>,
+}
+
+impl Sources {
+    fn new(left: Vec<Arc<dyn Source>>) -> Self {
+        Self { left, at: 0, refusal: None }
+    }
+
+    fn current(&self) -> Option<Arc<dyn Source>> {
+        self.left.get(self.at).cloned()
+    }
+
+    /// Goes on to the next source; how long to wait before, which is only when each had its turn.
+    fn after(&mut self, error: SourceError, pauses: &mut ExponentialBackoff) -> Option<Duration> {
+        if error.may_pass() {
+            self.at += 1;
+        } else {
+            self.left.remove(self.at);
+            self.refusal = Some(error.clone());
+        }
+        if self.at < self.left.len() || self.left.is_empty() {
+            return None;
+        }
+        self.at = 0;
+        Some(pauses.next().unwrap_or(LONGEST_PAUSE).max(asked_to_wait(&error)))
+    }
+
+    /// Why no source is left.
+    fn into_failure(self) -> Failure {
+        self.refusal.map_or_else(
+            || Failure::Expired { cause: "it has no source to fetch from".into() },
+            Failure::Final,
+        )
+    }
+}
+
+fn asked_to_wait(error: &SourceError) -> Duration {
+    match error {
+        SourceError::Status { retry_after: Some(seconds), .. } => Duration::from_secs(*seconds),
+        _ => Duration::ZERO,
+    }
+}
+
+enum Trouble {
+    Source(SourceError),
+    Cache(std::io::Error),
+}
+
+impl From<SourceError> for Trouble {
+    fn from(error: SourceError) -> Self {
+        Self::Source(error)
+    }
+}
+
+impl From<std::io::Error> for Trouble {
+    fn from(error: std::io::Error) -> Self {
+        Self::Cache(error)
+    }
+}
+
+/// Asks one source once for all of `chunks`.
+async fn attempt(
+    blob: &Arc<Blob>,
+    source: &dyn Source,
+    chunks: &Range<ChunkNo>,
+    patience: &Patience,
+) -> Result<(), Trouble> {
+    let mut filler = Filler::open(blob, chunks)?;
+    let silent = || SourceError::Unreachable {
+        source_name: source.name().to_owned(),
+        message: "gives no data".into(),
+    };
+    let answer = source.fetch(filler.position..filler.end);
+    let answer = timeout_at(next_byte_by(blob, patience), answer).await;
+    let mut body: ByteStream = answer.map_err(|_| silent())??;
+    loop {
+        let piece = timeout_at(next_byte_by(blob, patience), body.next()).await;
+        match piece.map_err(|_| silent())? {
+            // More than it was asked for; what follows is not ours.
+            Some(_) if filler.is_done() => return Ok(()),
+            Some(piece) => filler.write(blob, &piece?, patience)?,
+            None if filler.is_done() => return Ok(()),
+            None => {
+                let message = format!("the body ended {} bytes early", filler.missing());
+                let source_name = source.name().to_owned();
+                return Err(SourceError::Unreachable { source_name, message }.into());
+            }
+        }
+    }
+}
+
+/// When a source that gives nothing is given up.
+fn next_byte_by(blob: &Blob, patience: &Patience) -> Instant {
+    let idle = (blob.fetch_options().deadline / TRIES_PER_DEADLINE).min(MAX_IDLE);
+    patience.until().min(Instant::now() + idle)
+}
+
+/// Writes bytes in sequence to a cache file and publishes each chunk that is whole.
+struct Filler {
+    file: File,
+    /// First byte of the segment.
+    origin: u64,
+    /// Next byte of the blob to write.
+    position: u64,
+    end: u64,
+    /// The chunk that is being written.
+    chunk: ChunkNo,
+    /// Its bytes in the blob.
+    covers: Range<u64>,
+    /// The first byte of it that was written.
+    began: u64,
+}
+
+impl Filler {
+    fn open(blob: &Blob, chunks: &Range<ChunkNo>) -> std::io::Result<Self> {
+        let _entered = blob.enter()?;
+        let outside = || std::io::Error::other("no such chunk");
+        let table = blob.table();
+        let (segment, covers) = table.bytes_of(chunks.start).ok_or_else(outside)?;
+        let end = chunks.end.0.checked_sub(1).map(ChunkNo);
+        let (_, last) = end.and_then(|last| table.bytes_of(last)).ok_or_else(outside)?;
+        let whole = table.layout().segment(segment).ok_or_else(outside)?;
+        let file = blob.segments().open_to_fill(segment, whole.end - whole.start)?;
+        let (chunk, began) = (chunks.start, covers.start);
+        let (origin, end) = (whole.start, last.end);
+        Ok(Self { file, origin, position: began, end, chunk, covers, began })
+    }
+
+    fn is_done(&self) -> bool {
+        self.position == self.end
+    }
+
+    fn missing(&self) -> u64 {
+        self.end.saturating_sub(self.position)
+    }
+
+    /// Writes the next bytes. This blocks, on an async worker: `pwrite` to the page cache takes
+    /// microseconds for such a piece, less than handing it to another thread and back. What may
+    /// take long is the disk's own pace when the page cache is full of dirty pages, and then it
+    /// is right to slow the sources down.
+    fn write(
+        &mut self,
+        blob: &Arc<Blob>,
+        piece: &Bytes,
+        patience: &Patience,
+    ) -> Result<(), Trouble> {
+        blob.count_fetched(piece.len() as u64);
+        let mut rest: &[u8] = piece;
+        while !rest.is_empty() && !self.is_done() {
+            let entered = blob.enter()?;
+            let room = usize::try_from(self.covers.end - self.position).unwrap_or(usize::MAX);
+            let (now, later) = rest.split_at(rest.len().min(room));
+            self.file.write_all_at(now, self.position - self.origin)?;
+            self.position += now.len() as u64;
+            rest = later;
+            if self.position == self.covers.end {
+                self.land(blob, &entered)?;
+                patience.extend(Instant::now() + blob.fetch_options().deadline);
+            }
+        }
+        Ok(())
+    }
+
+    /// Publishes the chunk that was just completed and goes on to the next.
+    fn land(
+        &mut self,
+        blob: &Arc<Blob>,
+        entered: &crate::shared::Entered<'_>,
+    ) -> std::io::Result<()> {
+        let written = self.began..self.position;
+        let verified = VerifiedChunk::check(blob.table(), self.chunk, &written)
+            .ok_or_else(|| std::io::Error::other("not a whole chunk"))?;
+        blob.fetcher().publish(blob, &verified, entered);
+        self.chunk = self.chunk.next();
+        self.began = self.position;
+        if !self.is_done() {
+            let next = blob.table().bytes_of(self.chunk);
+            (_, self.covers) = next.ok_or_else(|| std::io::Error::other("no such chunk"))?;
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,222 @@
+//! A blob of a repository as a source: single ranges by GET (distribution-spec, "Pulling blobs";
+//! RFC 9110, section 14).
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use bytes::Bytes;
+use futures::future::BoxFuture;
+use futures::stream::{self, BoxStream, StreamExt};
+use reqwest::header::{CONTENT_RANGE, HeaderMap, HeaderValue, RANGE};
+use reqwest::{Response, StatusCode};
+
+use super::host::{failed_status, unreachable};
+use super::{Registries, Repository};
+use crate::source::{ByteStream, Source};
+use crate::{Digest, SourceError};
+
+/// A blob of a repository.
+#[derive(Debug)]
+pub(super) struct BlobSource {
+    registries: Arc<Registries>,
+    from: Repository,
+    name: String,
+    what: String,
+    path: String,
+    size: u64,
+}
+
+impl BlobSource {
+    pub(super) fn new(
+        registries: Arc<Registries>,
+        from: Repository,
+        digest: Digest,
+        size: u64,
+    ) -> Self {
+        let (name, what, path) =
+            (from.to_string(), format!("blob {digest}"), format!("blobs/{digest}"));
+        Self { registries, from, name, what, path, size }
+    }
+
+    async fn get(&self, range: Range<u64>) -> Result<ByteStream, SourceError> {
+        if range.is_empty() {
+            return Ok(stream::empty().boxed());
+        }
+        let host = self.registries.host(&self.from.registry)?;
+        let wanted = format!("bytes={}-{}", range.start, range.end - 1);
+        let wanted = HeaderValue::try_from(wanted).map_err(|error| self.bad(error.to_string()))?;
+        let headers = HeaderMap::from_iter([(RANGE, wanted)]);
+        let answer = host.get(&self.from, &self.what, &self.path, &headers).await?;
+        self.check(&answer, &range)?;
+        Ok(self.body(answer, range.end - range.start))
+    }
+
+    /// Whether the answer's body begins with what was asked for.
+    fn check(&self, answer: &Response, range: &Range<u64>) -> Result<(), SourceError> {
+        match answer.status() {
+            StatusCode::PARTIAL_CONTENT => self.check_partial(answer, range),
+            StatusCode::OK => self.check_whole(answer, range),
+            StatusCode::RANGE_NOT_SATISFIABLE => Err(self.bad(format!(
+                "it is shorter than the {} bytes of its descriptor: range {}-{} is not there",
+                self.size,
+                range.start,
+                range.end - 1
+            ))),
+            _ => Err(failed_status(&self.from, &self.what, answer)),
+        }
+    }
+
+    fn check_partial(&self, answer: &Response, range: &Range<u64>) -> Result<(), SourceError> {
+        let header = answer.headers().get(CONTENT_RANGE).and_then(|value| value.to_str().ok());
+        let given = header.and_then(ContentRange::parse);
+        let Some(given) = given else {
+            return Err(self.bad(format!("status 206 with Content-Range {header:?}")));
+        };
+        self.check_size(given.total)?;
+        if given.first != range.start || given.last != range.end - 1 {
+            return Err(self.bad(format!(
+                "asked for bytes {}-{}, got {}-{}",
+                range.start,
+                range.end - 1,
+                given.first,
+                given.last
+            )));
+        }
+        Ok(())
+    }
+
+    /// A server may ignore a range. Its answer is of use where the range begins with the blob:
+    /// what follows it is not read.
+    fn check_whole(&self, answer: &Response, range: &Range<u64>) -> Result<(), SourceError> {
+        self.check_size(answer.content_length())?;
+        if range.start == 0 {
+            return Ok(());
+        }
+        Err(self.bad("the registry ignores Range and sends the whole blob".into()))
+    }
+
+    fn check_size(&self, actual: Option<u64>) -> Result<(), SourceError> {
+        match actual {
+            Some(actual) if actual != self.size => {
+                Err(self
+                    .bad(format!("it has {actual} bytes, but its descriptor says {}", self.size)))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    fn body(&self, answer: Response, wanted: u64) -> ByteStream {
+        let from = self.from.clone();
+        let pieces = answer
+            .bytes_stream()
+            .map(move |piece| piece.map_err(|error| unreachable(&from, error)));
+        let name = self.name.clone();
+        exactly(pieces.boxed(), wanted, move |missing| SourceError::Unreachable {
+            source_name: name.clone(),
+            message: format!("the body ended {missing} bytes early"),
+        })
+    }
+
+    fn bad(&self, message: String) -> SourceError {
+        SourceError::BadAnswer { source_name: self.name.clone(), what: self.what.clone(), message }
+    }
+}
+
+impl Source for BlobSource {
+    fn name(&self) -> &str {
+        &self.name
+    }
+
+    fn fetch(&self, range: Range<u64>) -> BoxFuture<'_, Result<ByteStream, SourceError>> {
+        Box::pin(self.get(range))
+    }
+}
+
+/// The first `wanted` bytes of `pieces`, or what came of them and an error.
+fn exactly(
+    pieces: BoxStream<'static, Result<Bytes, SourceError>>,
+    wanted: u64,
+    cut: impl Fn(u64) -> SourceError + Send + 'static,
+) -> ByteStream {
+    /// What is still to come; `None` after an error.
+    type Rest = Option<(BoxStream<'static, Result<Bytes, SourceError>>, u64)>;
+    let start: Rest = Some((pieces, wanted));
+    stream::unfold((start, cut), async |(rest, cut)| {
+        let (mut pieces, left) = rest?;
+        match pieces.next().await {
+            Some(Ok(mut piece)) if left > 0 => {
+                piece.truncate(usize::try_from(left).unwrap_or(usize::MAX));
+                let left = left - piece.len() as u64;
+                Some((Ok(piece), (Some((pieces, left)), cut)))
+            }
+            Some(Err(error)) if left > 0 => Some((Err(error), (None, cut))),
+            None if left > 0 => Some((Err(cut(left)), (None, cut))),
+            _ => None,
+        }
+    })
+    .boxed()
+}
+
+/// A Content-Range (RFC 9110, section 14.4), with the total that it may leave out.
+#[derive(Debug, PartialEq, Eq)]
+struct ContentRange {
+    first: u64,
+    last: u64,
+    total: Option<u64>,
+}
+
+impl ContentRange {
+    fn parse(text: &str) -> Option<Self> {
+        let (unit, rest) = text.trim().split_once(' ')?;
+        let (range, total) = rest.trim().split_once('/')?;
+        let (first, last) = range.split_once('-')?;
+        let number = |text: &str| {
+            let digits = !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit());
+            if digits { text.parse::<u64>().ok() } else { None }
+        };
+        let total = if total == "*" { None } else { Some(number(total)?) };
+        let (first, last) = (number(first)?, number(last)?);
+        let sound = unit.eq_ignore_ascii_case("bytes") && first <= last;
+        sound.then_some(Self { first, last, total })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn content_ranges_are_read_strictly() {
+        let parsed = |text| ContentRange::parse(text).map(|c| (c.first, c.last, c.total));
+        assert_eq!(parsed("bytes 0-9/100"), Some((0, 9, Some(100))));
+        assert_eq!(parsed("bytes 5-5/*"), Some((5, 5, None)));
+        for bad in ["", "bytes", "bytes */100", "bytes 9-0/100", "bytes 0-9", "items 0-9/100"] {
+            assert_eq!(parsed(bad), None, "{bad}");
+        }
+        for bad in ["bytes +0-9/100", "bytes 0-9/", "bytes 0-99999999999999999999/1"] {
+            assert_eq!(parsed(bad), None, "{bad}");
+        }
+    }
+
+    async fn collect(pieces: &[&'static [u8]], wanted: u64) -> (Vec<u8>, bool) {
+        let pieces: Vec<_> = pieces.iter().map(|piece| Ok(Bytes::from_static(piece))).collect();
+        let cut = |_| SourceError::NotFound { source_name: "".into(), what: "".into() };
+        let mut got = exactly(stream::iter(pieces).boxed(), wanted, cut);
+        let (mut bytes, mut failed) = (vec![], false);
+        while let Some(piece) = got.next().await {
+            match piece {
+                Ok(piece) => bytes.extend_from_slice(&piece),
+                Err(_) => failed = true,
+            }
+        }
+        (bytes, failed)
+    }
+
+    #[tokio::test]
+    async fn a_stream_gives_what_was_asked_for_or_an_error() {
+        assert_eq!(collect(&[b"abc", b"def"], 6).await, (b"abcdef".to_vec(), false));
+        assert_eq!(collect(&[b"abc", b"def"], 4).await, (b"abcd".to_vec(), false));
+        assert_eq!(collect(&[b"abc"], 4).await, (b"abc".to_vec(), true));
+        assert_eq!(collect(&[], 0).await, (vec![], false));
+    }
+}

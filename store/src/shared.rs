@@ -1,0 +1,79 @@
+//! What all blobs of a store share: options, the runtime, the gate that closes with the store,
+//! and the list of blobs with something to record.
+
+use std::collections::HashMap;
+use std::io;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard};
+
+use tokio::runtime::Handle;
+
+use crate::Blob;
+use crate::segment::MappingBudget;
+use crate::store::{BlobId, FetchOptions};
+
+/// A lock whose holder can't leave half a change behind: a panic in one holder does not take the
+/// others down.
+pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Whether the store may still change its directory.
+#[derive(Debug)]
+enum Gate {
+    Open,
+    Closed,
+}
+
+/// Held while something in the directory is changed.
+#[derive(Debug)]
+pub(crate) struct Entered<'a>(#[expect(dead_code, reason = "held")] RwLockReadGuard<'a, Gate>);
+
+/// Shared by a store and its blobs.
+#[derive(Debug)]
+pub(crate) struct Shared {
+    pub(crate) fetch: FetchOptions,
+    pub(crate) runtime: Handle,
+    pub(crate) mappings: Arc<MappingBudget>,
+    gate: RwLock<Gate>,
+    /// Blobs that changed since their last record. It holds them open until it is written.
+    changed: Mutex<HashMap<BlobId, Arc<Blob>>>,
+}
+
+impl Shared {
+    pub(crate) fn new(fetch: FetchOptions, runtime: Handle) -> Self {
+        Self {
+            fetch,
+            runtime,
+            mappings: Arc::default(),
+            gate: RwLock::new(Gate::Open),
+            changed: Mutex::default(),
+        }
+    }
+
+    /// Leave to change files, until the guard is dropped. A store that closes waits for it, so it
+    /// must not be held across an await.
+    pub(crate) fn enter(&self) -> io::Result<Entered<'_>> {
+        let gate = self.gate.read().unwrap_or_else(PoisonError::into_inner);
+        match *gate {
+            Gate::Open => Ok(Entered(gate)),
+            Gate::Closed => Err(io::Error::other("the store is closed")),
+        }
+    }
+
+    /// Ends all changes, for good: the directory may have another owner from now on.
+    pub(crate) fn close(&self) {
+        *self.gate.write().unwrap_or_else(PoisonError::into_inner) = Gate::Closed;
+        // Their blobs hold this list's owner: without this they would keep each other for ever.
+        drop(self.take_changed());
+    }
+
+    /// Asks for a new record of a blob.
+    pub(crate) fn changed(&self, blob: &Arc<Blob>, _proof: &Entered<'_>) {
+        lock(&self.changed).insert(blob.id(), Arc::clone(blob));
+    }
+
+    /// The blobs that need a new record.
+    pub(crate) fn take_changed(&self) -> Vec<Arc<Blob>> {
+        lock(&self.changed).drain().map(|(_, blob)| blob).collect()
+    }
+}

@@ -1,0 +1,167 @@
+//! The record of a blob: which chunks are here and whether the whole can be believed.
+//!
+//! Invariants: a record is written only after the data that it speaks of is synced, so it may
+//! know less than is there, never more. A record of other cuts, or one that is damaged, means
+//! that nothing is cached.
+
+use std::io;
+use std::path::Path;
+
+use crate::Digest;
+use crate::chunk::ChunkTable;
+use crate::document::{self, Durability, Found, Kind};
+use crate::layout::Layout;
+
+/// The file that holds it.
+const FILE: &str = "state";
+
+/// The judgement of a whole blob.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Verdict {
+    /// It hashes to its digest.
+    Verified,
+    /// It hashes to another one.
+    Poisoned {
+        /// The digest that it has.
+        actual: Digest,
+    },
+}
+
+/// What a restart needs to know.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Record {
+    /// The judgement, if the whole was hashed.
+    pub(crate) verdict: Option<Verdict>,
+    /// A bit for each chunk that is here.
+    pub(crate) present: Vec<u64>,
+}
+
+impl Record {
+    /// The record of a complete, believed blob.
+    pub(crate) fn complete(table: &ChunkTable) -> Self {
+        let chunks = table.all().end.0;
+        let word = |index: u32| match chunks - index * 64 {
+            64.. => u64::MAX,
+            rest => (1 << rest) - 1,
+        };
+        let present = (0..chunks.div_ceil(64)).map(word).collect();
+        Self { verdict: Some(Verdict::Verified), present }
+    }
+
+    /// Replaces the record in `dir`; it is on disk when the call returns.
+    pub(crate) fn write(&self, dir: &Path, layout: &Layout) -> io::Result<()> {
+        document::write(dir, FILE, Kind::State, &self.encode(layout), Durability::Synced)
+    }
+
+    /// The record in `dir`. A damaged or foreign one is said once, here, and is `None`.
+    pub(crate) fn read(dir: &Path, table: &ChunkTable) -> Option<Self> {
+        let path = dir.join(FILE);
+        let damage = match document::read(&path, Kind::State) {
+            Found::Nothing => return None,
+            Found::Damaged(damage) => damage,
+            Found::Payload(payload) => match Self::decode(&payload, table) {
+                Some(record) => return Some(record),
+                None => "it speaks of other cuts".into(),
+            },
+        };
+        tracing::warn!(path = %path.display(), damage, "blob state ignored: nothing is cached");
+        None
+    }
+
+    /// The layout's fingerprint, the verdict (0 none, 1 verified, 2 poisoned), the digest that
+    /// the bytes have (zeros unless poisoned), the bitmap's words.
+    fn encode(&self, layout: &Layout) -> Vec<u8> {
+        let (tag, actual) = match self.verdict {
+            None => (0u8, [0; 32]),
+            Some(Verdict::Verified) => (1, [0; 32]),
+            Some(Verdict::Poisoned { actual }) => (2, *actual.as_raw()),
+        };
+        let mut bytes = fingerprint(layout).as_raw().to_vec();
+        bytes.push(tag);
+        bytes.extend_from_slice(&actual);
+        bytes.extend(self.present.iter().flat_map(|word| word.to_le_bytes()));
+        bytes
+    }
+
+    fn decode(bytes: &[u8], table: &ChunkTable) -> Option<Self> {
+        let (layout, rest) = bytes.split_first_chunk::<32>()?;
+        let (tag, rest) = rest.split_first()?;
+        let (actual, words) = rest.split_first_chunk::<32>()?;
+        let verdict = match tag {
+            0 => None,
+            1 => Some(Verdict::Verified),
+            2 => Some(Verdict::Poisoned { actual: Digest::from_raw(*actual) }),
+            _ => return None,
+        };
+        let (words, rest) = words.as_chunks::<8>();
+        let present: Vec<u64> = words.iter().map(|word| u64::from_le_bytes(*word)).collect();
+        let expected = usize::try_from(table.all().end.0.div_ceil(64)).ok()?;
+        let fits = rest.is_empty() && present.len() == expected;
+        (fits && fingerprint(table.layout()).as_raw() == layout)
+            .then_some(Self { verdict, present })
+    }
+}
+
+/// A digest that differs for layouts that differ.
+fn fingerprint(layout: &Layout) -> Digest {
+    let starts = (0..layout.segments()).filter_map(|index| layout.segment(index));
+    let mut bytes = layout.size().to_le_bytes().to_vec();
+    bytes.extend(starts.flat_map(|segment| segment.start.to_le_bytes()));
+    Digest::of(&bytes)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use super::*;
+    use crate::layout::CHUNK_BYTES;
+
+    fn table(cuts: &[u64]) -> ChunkTable {
+        let layout = Layout::new(100 * CHUNK_BYTES, cuts.iter().copied()).unwrap();
+        ChunkTable::new(layout).unwrap()
+    }
+
+    #[test]
+    fn a_record_is_read_as_it_was_written() {
+        let dir = tempfile::tempdir().unwrap();
+        let table = table(&[CHUNK_BYTES]);
+        let actual = Digest::of(b"other");
+        for verdict in [None, Some(Verdict::Verified), Some(Verdict::Poisoned { actual })] {
+            let record = Record { verdict, present: vec![5, 1 << 35] };
+            record.write(dir.path(), table.layout()).unwrap();
+            assert_eq!(Record::read(dir.path(), &table), Some(record));
+        }
+    }
+
+    #[test]
+    fn a_complete_record_has_each_chunk_and_no_more() {
+        assert_eq!(Record::complete(&table(&[])).present, [u64::MAX, (1 << 36) - 1]);
+        let empty = ChunkTable::new(Layout::whole(0)).unwrap();
+        assert!(Record::complete(&empty).present.is_empty());
+        let even = ChunkTable::new(Layout::whole(128 * CHUNK_BYTES)).unwrap();
+        assert_eq!(Record::complete(&even).present, [u64::MAX; 2]);
+    }
+
+    #[test]
+    fn a_record_of_other_cuts_means_nothing_is_cached() {
+        let dir = tempfile::tempdir().unwrap();
+        let one = table(&[CHUNK_BYTES]);
+        Record::complete(&one).write(dir.path(), one.layout()).unwrap();
+        assert_eq!(Record::read(dir.path(), &table(&[2 * CHUNK_BYTES])), None);
+        assert_eq!(Record::read(dir.path(), &table(&[])), None);
+    }
+
+    #[test]
+    fn a_torn_record_means_nothing_is_cached() {
+        let dir = tempfile::tempdir().unwrap();
+        let table = table(&[]);
+        assert_eq!(Record::read(dir.path(), &table), None, "no record at all");
+        Record::complete(&table).write(dir.path(), table.layout()).unwrap();
+        let good = fs::read(dir.path().join(FILE)).unwrap();
+        for bad in [&good[..good.len() - 1], &[], &[0xaa; 4096]] {
+            fs::write(dir.path().join(FILE), bad).unwrap();
+            assert_eq!(Record::read(dir.path(), &table), None);
+        }
+    }
+}
