@@ -2,13 +2,21 @@
 
 use std::collections::BTreeMap;
 use std::path::Path;
+use std::sync::LazyLock;
 
 use proptest::prelude::*;
 
 use super::*;
 use crate::artifact::{LayerContent, RawFile, RawKind};
 use crate::listing::{Entry, EntryKind};
-use crate::testing::listed;
+use crate::testing;
+
+/// One blob for all: no test reads it, and a store is slow to open.
+static BLOB: LazyLock<Arc<Blob>> = LazyLock::new(testing::blob);
+
+fn listed(digest: Digest, content: LayerContent, entries: Vec<Entry>) -> Arc<OpenLayer> {
+    testing::listed(&BLOB, digest, content, entries)
+}
 
 const CREATED: Timestamp = Timestamp { seconds: 1000, nanos: 0 };
 
