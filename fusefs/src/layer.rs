@@ -1,11 +1,23 @@
 //! One layer, opened: its descriptor, the blob that holds its bytes and the listing of its files.
+//!
+//! A raw layer needs nothing; a plain tar is listed by ranged reads of its headers; a compressed
+//! tar is downloaded, checked and inflated once. The listing of a tar is kept beside its blob, so
+//! that a restart needs no network.
+
+mod fetch;
+mod inflate;
+mod remote;
 
 use std::sync::Arc;
 use std::time::Duration;
 
-use weightfs_store::{Blob, Source, Store};
+use weightfs_store::{
+    Blob, BlobId, Digest, Form, LayoutError, OpenError, Source, SourceError, Store,
+};
 
-use crate::artifact::LayerDescriptor;
+use crate::archive::TarError;
+use crate::artifact::{Compression, LayerContent, LayerDescriptor};
+use crate::layer::fetch::Remote;
 use crate::listing::Listing;
 
 /// A layer whose files are known and whose bytes can be read.
@@ -33,9 +45,84 @@ impl Progress for Quiet {
     fn downloaded(&self, _layer: &LayerDescriptor, _bytes: u64) {}
 }
 
+/// Name of the listing beside a blob.
+const LISTING: &str = "listing";
+
 /// Why a layer can't be opened.
 #[derive(Debug, thiserror::Error)]
-pub enum LayerError {}
+pub enum LayerError {
+    /// The source failed in a way that another try would not mend.
+    #[error("layer {digest}: {source}")]
+    Source {
+        /// The layer.
+        digest: Digest,
+        /// What it said.
+        source: SourceError,
+    },
+    /// The source gave nothing for too long.
+    #[error("layer {digest}: {source_name} gave nothing for {deadline:?}: {cause}")]
+    Deadline {
+        /// The layer.
+        digest: Digest,
+        /// The source.
+        source_name: String,
+        /// The configured deadline (`fetch.deadline`).
+        deadline: Duration,
+        /// The last failure seen, or that there was no answer at all.
+        cause: String,
+    },
+    /// Its tar can't be read.
+    #[error("layer {digest}: {source}")]
+    Tar {
+        /// The layer.
+        digest: Digest,
+        /// What is wrong.
+        source: TarError,
+    },
+    /// Its large files make no layout.
+    #[error("layer {digest}: {source}")]
+    Layout {
+        /// The layer.
+        digest: Digest,
+        /// What is wrong.
+        source: LayoutError,
+    },
+    /// The downloaded bytes are not what the digest promises.
+    #[error("layer {digest} was downloaded, but its bytes hash to {actual}; nothing of it is kept")]
+    Digest {
+        /// The digest that was promised.
+        digest: Digest,
+        /// The digest that the bytes have.
+        actual: Digest,
+    },
+    /// It can't be decompressed.
+    #[error("layer {digest} can't be decompressed as {compression:?}: {message}; push it again")]
+    Inflate {
+        /// The layer.
+        digest: Digest,
+        /// How it should be compressed.
+        compression: Compression,
+        /// What the decompressor said.
+        message: String,
+    },
+    /// It inflates to more than such a layer can have in earnest.
+    #[error("layer {digest} inflates to more than {limit} bytes, which is refused")]
+    TooLarge {
+        /// The layer.
+        digest: Digest,
+        /// The bound, in bytes.
+        limit: u64,
+    },
+    /// The cache can't be used.
+    #[error(transparent)]
+    Store(#[from] OpenError),
+    /// The work was given up before it was done, because the program ends.
+    #[error("layer {digest}: opening it was given up")]
+    Stopped {
+        /// The layer.
+        digest: Digest,
+    },
+}
 
 /// Opens a layer: from the store if its listing is there, else by listing it at its source (a
 /// plain tar) or by downloading and inflating it (a compressed one).
@@ -46,24 +133,82 @@ pub enum LayerError {}
 /// A source that fails, a tar that is malformed, a digest that doesn't match, a cache that can't
 /// be written. Nothing is left behind then.
 pub async fn open_layer(
-    _store: &Arc<Store>,
-    _source: Arc<dyn Source>,
-    _layer: &LayerDescriptor,
-    _deadline: Duration,
-    _progress: &dyn Progress,
+    store: &Arc<Store>,
+    source: Arc<dyn Source>,
+    layer: &LayerDescriptor,
+    deadline: Duration,
+    progress: &dyn Progress,
 ) -> Result<Arc<OpenLayer>, LayerError> {
-    todo!()
+    let (local, known, sources) = (Arc::clone(store), layer.clone(), vec![Arc::clone(&source)]);
+    let digest = layer.digest;
+    let reopened = blocking(digest, move || reopen_layer(&local, sources, &known)).await?;
+    if let Some(open) = reopened {
+        return Ok(open);
+    }
+    let remote = Remote { source: Arc::clone(&source), digest, deadline };
+    if layer.compression != Compression::None {
+        let (blob, listing) = inflate::download(store, &remote, layer, progress).await?;
+        return Ok(Arc::new(OpenLayer { descriptor: layer.clone(), blob, listing }));
+    }
+    let listing = remote::list(&remote, layer.size).await?;
+    let (store, descriptor) = (Arc::clone(store), layer.clone());
+    blocking(digest, move || {
+        let id = blob_id(&descriptor);
+        store.attach(id, LISTING, &listing.to_bytes())?;
+        let blob = store.blob(id, listing.layout())?;
+        blob.add_source(source);
+        Ok(Arc::new(OpenLayer { descriptor, blob, listing }))
+    })
+    .await
 }
 
 /// Opens a layer from what the store has on disk, without any network; `None` if the store
-/// doesn't know its files.
+/// doesn't know its files, or has not all of a compressed layer.
 ///
 /// # Errors
 /// A cache that can't be used.
 pub fn reopen_layer(
-    _store: &Arc<Store>,
-    _sources: Vec<Arc<dyn Source>>,
-    _layer: &LayerDescriptor,
+    store: &Arc<Store>,
+    sources: Vec<Arc<dyn Source>>,
+    layer: &LayerDescriptor,
 ) -> Result<Option<Arc<OpenLayer>>, LayerError> {
-    todo!()
+    let id = blob_id(layer);
+    let listing = match layer.content {
+        LayerContent::Raw(_) => Some(Listing::raw(layer.size)),
+        _ => store.attachment(id, LISTING).and_then(|bytes| Listing::from_bytes(&bytes)),
+    };
+    let usable = |listing: &Listing| match id.form {
+        Form::AsStored => listing.layout().size() == layer.size,
+        // Never made here: it has no source that could fill it.
+        Form::Decompressed => store.layout(id).as_ref() == Some(listing.layout()),
+    };
+    let Some(listing) = listing.filter(usable) else { return Ok(None) };
+    let blob = store.blob(id, listing.layout())?;
+    match id.form {
+        Form::AsStored => sources.into_iter().for_each(|source| blob.add_source(source)),
+        Form::Decompressed if blob.stats().cached < listing.layout().size() => return Ok(None),
+        Form::Decompressed => {}
+    }
+    Ok(Some(Arc::new(OpenLayer { descriptor: layer.clone(), blob, listing })))
 }
+
+/// What the store keeps of a layer.
+fn blob_id(layer: &LayerDescriptor) -> BlobId {
+    let form = match layer.compression {
+        Compression::None => Form::AsStored,
+        Compression::Gzip | Compression::Zstd => Form::Decompressed,
+    };
+    BlobId { digest: layer.digest, form }
+}
+
+/// Runs file operations where they don't hold up the runtime.
+async fn blocking<T: Send + 'static>(
+    digest: Digest,
+    work: impl FnOnce() -> Result<T, LayerError> + Send + 'static,
+) -> Result<T, LayerError> {
+    let done = tokio::task::spawn_blocking(work).await;
+    done.map_err(|_| LayerError::Stopped { digest })?
+}
+
+#[cfg(test)]
+mod tests;

@@ -13,6 +13,8 @@ pub mod listing;
 mod open_files;
 pub mod path;
 pub mod session;
+#[cfg(test)]
+mod testing;
 pub mod tree;
 
 pub use artifact::{
