@@ -144,17 +144,21 @@ pub enum TreeProblem {
         /// The layer that has the other thing.
         lower: Digest,
     },
-    /// In a model, a file where there is a directory already, or the other way round.
+    /// In a model, a file where there is a directory already.
     #[error(
-        "it is a {upper_kind} here and a {lower_kind} in layer {lower}; pack the model again with one of them"
+        "it is a file here and a directory in layer {lower}; pack the model again with one of them"
     )]
-    Conflict {
-        /// The layer that has the other thing.
+    FileOverDirectory {
+        /// The layer that has the directory.
         lower: Digest,
-        /// What it is in the upper layer.
-        upper_kind: &'static str,
-        /// What it is in the lower layer.
-        lower_kind: &'static str,
+    },
+    /// In a model, a directory where there is a file already.
+    #[error(
+        "it is a directory here and a file in layer {lower}; pack the model again with one of them"
+    )]
+    DirectoryOverFile {
+        /// The layer that has the file.
+        lower: Digest,
     },
     /// A hard link to nothing, or to a directory.
     #[error(

@@ -249,13 +249,11 @@ impl Writer {
         (length.clamp(1, available), wanted)
     }
 
-    /// Makes the cut that was reached, and feeds the walker when it has what it needs.
+    /// Feeds the walker when it has what it needs, and makes the cut that was reached, before
+    /// and after: a large file can begin here.
     fn advance(&mut self) -> Result<(), LayerError> {
         let digest = self.digest;
-        while self.cuts.last().is_some_and(|cut| *cut <= self.ingest.position()) {
-            self.cuts.pop();
-            self.ingest.cut()?;
-        }
+        self.make_cuts()?;
         while let Some(need) = self.walker.needs()
             && need.end <= self.ingest.position()
         {
@@ -268,6 +266,10 @@ impl Writer {
             }
             self.entries.push(entry);
         }
+        self.make_cuts()
+    }
+
+    fn make_cuts(&mut self) -> Result<(), LayerError> {
         while self.cuts.last().is_some_and(|cut| *cut <= self.ingest.position()) {
             self.cuts.pop();
             self.ingest.cut()?;

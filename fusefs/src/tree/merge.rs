@@ -21,6 +21,9 @@ pub const MAX_LINKS: usize = 255;
 /// Directories in each other at the most: what Linux's `PATH_MAX` leaves room for.
 pub const MAX_DEPTH: usize = 2048;
 
+/// Replaced files of one layer that are named in the log at the most.
+const MAX_WARNINGS: u64 = 20;
+
 /// Prefix of whiteouts (image-spec, "Whiteouts").
 const WHITEOUT: &[u8] = b".wh.";
 /// Prefix of aufs's own files, which are no files of the image.
@@ -87,6 +90,8 @@ pub struct Merger<'a> {
     inputs: Vec<Input<'a>>,
     /// Position of the layer that is being unpacked.
     layer: usize,
+    /// The layer whose file the last entry replaced, where that is unusual.
+    replaced: Option<usize>,
 }
 
 /// The root's position among the drafts.
@@ -113,7 +118,7 @@ impl<'a> Merger<'a> {
     pub fn run(inputs: Vec<Input<'a>>, base: Base) -> Result<Self, TreeError> {
         let mtime = inputs.first().map_or_else(Timestamp::default, |input| created(input.content));
         let root = Draft::made_up(mtime);
-        let mut merger = Self { base, drafts: vec![root], inputs, layer: 0 };
+        let mut merger = Self { base, drafts: vec![root], inputs, layer: 0, replaced: None };
         for layer in 0..merger.inputs.len() {
             merger.layer = layer;
             merger.unpack()?;
@@ -129,27 +134,55 @@ impl<'a> Merger<'a> {
             let path = shown(path);
             move |problem| TreeError { layer: digest, path, problem }
         };
-        let mut skipped = 0_u64;
         match content {
             LayerContent::Raw(file) => {
                 let path = file.path.as_os_str().as_encoded_bytes();
                 self.raw_file(file, path, size).map_err(place(path))?;
+                self.warn_of_replacement(path, 0);
             }
-            LayerContent::ModelTar { .. } => {
-                for entry in entries {
-                    skipped += u64::from(!self.model_entry(entry).map_err(place(&entry.path))?);
-                }
-            }
+            LayerContent::ModelTar { .. } => self.unpack_model(digest, entries)?,
             LayerContent::ImageTar => {
                 for entry in entries {
                     self.image_entry(entry).map_err(place(&entry.path))?;
                 }
             }
         }
+        Ok(())
+    }
+
+    fn unpack_model(&mut self, layer: Digest, entries: &[Entry]) -> Result<(), TreeError> {
+        let (mut skipped, mut replaced) = (0_u64, 0_u64);
+        for entry in entries {
+            let taken = self.model_entry(entry).map_err(|problem| TreeError {
+                layer,
+                path: shown(&entry.path),
+                problem,
+            })?;
+            skipped += u64::from(!taken);
+            replaced += u64::from(self.warn_of_replacement(&entry.path, replaced));
+        }
         if skipped > 0 {
-            tracing::warn!(layer = %digest, skipped, "devices and fifos in a model are left out");
+            tracing::warn!(%layer, skipped, "devices and fifos in a model are left out");
+        }
+        if replaced > MAX_WARNINGS {
+            tracing::warn!(%layer, replaced, "more files were replaced than were named");
         }
         Ok(())
+    }
+
+    /// Logs that the last entry replaced a file of a lower layer, if it did and not too many were
+    /// logged before.
+    fn warn_of_replacement(&mut self, path: &[u8], before: u64) -> bool {
+        let Some(lower) = self.replaced.take() else { return false };
+        if before < MAX_WARNINGS {
+            tracing::warn!(
+                path = shown(path),
+                lower = %self.digest(lower),
+                upper = %self.digest(self.layer),
+                "two layers of a model have this file: the upper one counts"
+            );
+        }
+        true
     }
 
     fn raw_file(&mut self, file: &RawFile, path: &[u8], size: u64) -> Result<(), TreeProblem> {
@@ -245,7 +278,7 @@ impl<'a> Merger<'a> {
                 (false, DraftKind::Directory(folder)) => folder.opaque = true,
                 _ => {}
             }
-            self.check_replacement(slot, name, &draft)?;
+            self.check_replacement(slot, matches!(draft.kind, DraftKind::Directory(_)))?;
         }
         let node = self.add(draft)?;
         self.set_slot(parent, name, node)
@@ -253,25 +286,23 @@ impl<'a> Merger<'a> {
 
     /// In a model, layers don't replace directories by files or the other way round, and what
     /// they replace is worth a warning. In an image both are usual.
-    fn check_replacement(&self, slot: Slot, name: &[u8], draft: &Draft) -> Result<(), TreeProblem> {
+    fn check_replacement(
+        &mut self,
+        slot: Slot,
+        upper_is_directory: bool,
+    ) -> Result<(), TreeProblem> {
         let upper = self.inputs.get(self.layer);
         if upper.is_none_or(|input| matches!(input.content, LayerContent::ImageTar)) {
             return Ok(());
         }
-        let kind = |directory: bool| if directory { "directory" } else { "file" };
-        let upper_kind = kind(matches!(draft.kind, DraftKind::Directory(_)));
-        let lower_kind = kind(self.folder(slot.node).is_some());
-        if upper_kind != lower_kind {
-            let lower = self.digest(slot.layer);
-            return Err(TreeProblem::Conflict { lower, upper_kind, lower_kind });
+        let lower = self.digest(slot.layer);
+        match (self.folder(slot.node).is_some(), upper_is_directory) {
+            (true, false) => return Err(TreeProblem::FileOverDirectory { lower }),
+            (false, true) => return Err(TreeProblem::DirectoryOverFile { lower }),
+            _ => {}
         }
         if slot.layer != self.layer {
-            tracing::warn!(
-                file = shown(name),
-                lower = %self.digest(slot.layer),
-                upper = %self.digest(self.layer),
-                "two layers have this file: the upper one counts"
-            );
+            self.replaced = Some(slot.layer);
         }
         Ok(())
     }
@@ -306,7 +337,7 @@ impl<'a> Merger<'a> {
         if let Some(slot) = self.slot(parent, name)
             && slot.node != found.node
         {
-            self.check_replacement(slot, name, draft)?;
+            self.check_replacement(slot, false)?;
         }
         self.set_slot(parent, name, found.node)
     }

@@ -196,7 +196,7 @@ fn files_and_directories_of_a_model_do_not_replace_each_other() {
     let needs = TreeProblem::NeedsDirectory { lower: digest(0) };
     assert_eq!(problem(conflict("a", "a/b")), needs);
     let over = problem(model(vec![vec![file("a")], vec![dir("a")]]));
-    assert!(matches!(over, TreeProblem::Conflict { upper_kind: "directory", .. }));
+    assert_eq!(over, TreeProblem::DirectoryOverFile { lower: digest(0) });
 }
 
 #[test]
