@@ -3,11 +3,15 @@
 use std::fs;
 use std::time::Duration;
 
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tonic::Code;
 
 use crate::harness::{Answer, Harness, assert_code};
 
 const CHAIN: &str = "sha256:aa";
+
+/// The beginning of the HTTP/2 frame by which the server says that it has read the settings.
+const SETTINGS_ACK: &[u8] = b"\0\0\0\x04\x01";
 
 /// Long enough for any machine; a test that needs it has failed.
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -129,12 +133,19 @@ async fn stat_and_other_prepares_go_on_while_a_mount_stalls() {
 }
 
 #[tokio::test]
-async fn the_service_ends_although_a_client_keeps_its_connection() {
+async fn the_service_ends_although_a_client_ignores_its_goodbye() {
     let harness = Harness::start().await;
-    let client = harness.client.clone();
+    let mut client = tokio::net::UnixStream::connect(harness.root.join("s.sock")).await.unwrap();
+    // An HTTP/2 preface and empty settings: from here on it never answers.
+    client.write_all(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0").await.unwrap();
+    let mut answer = Vec::new();
+    while !answer.windows(SETTINGS_ACK.len()).any(|frame| frame == SETTINGS_ACK) {
+        assert_ne!(client.read_buf(&mut answer).await.unwrap(), 0, "the server closed");
+    }
     let restarted = tokio::time::timeout(PATIENCE, harness.restart()).await;
+    let harness = restarted.expect("the service waits for its client");
+    harness.prepare("key", "", &[]).await.unwrap();
     drop(client);
-    restarted.expect("the service waits for its client").prepare("key", "", &[]).await.unwrap();
 }
 
 /// Waits until a mount has begun.
