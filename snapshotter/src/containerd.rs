@@ -7,18 +7,22 @@ use std::collections::HashMap;
 use std::future::Future;
 use std::io;
 use std::iter;
+use std::pin::Pin;
 use std::sync::Arc;
+use std::task::{Context, Poll};
 use std::time::Duration;
 use std::vec;
 
 use containerd_snapshots::api::types;
 use containerd_snapshots::tonic::transport::Server;
+use containerd_snapshots::tonic::transport::server::Connected;
 use containerd_snapshots::tonic::{Code, Status, async_trait};
 use containerd_snapshots::{Info, Snapshotter};
 use futures::Stream;
 use futures::stream;
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{UnixListener, UnixStream};
-use tokio::sync::oneshot;
+use tokio_util::sync::{CancellationToken, WaitForCancellationFutureOwned};
 
 use crate::metadata::{Kind, Record, SnapshotInfo};
 use crate::snapshots::{Mount, Prepared, SnapshotError, Snapshots, describe};
@@ -40,41 +44,45 @@ const MESSAGE_CHARS_MAX: usize = 2048;
 pub struct ServeError(#[from] containerd_snapshots::tonic::transport::Error);
 
 /// Serves containerd on a listening socket until `shutdown` is ready and the calls under way have
-/// ended, or a short deadline has passed.
+/// ended, or were cut off after a short deadline. What such a call had begun still comes to its end.
 pub async fn serve(
     snapshots: Arc<Snapshots>,
     listener: UnixListener,
     shutdown: impl Future<Output = ()> + Send,
 ) -> Result<(), ServeError> {
-    let (stop, stopped) = oneshot::channel::<()>();
+    let (stopping, cut) = (CancellationToken::new(), CancellationToken::new());
     let service = containerd_snapshots::server(Arc::new(Service(snapshots)));
-    let serving = Server::builder()
-        .add_service(service)
-        .serve_with_incoming_shutdown(connections(listener), async {
-            stopped.await.unwrap_or_default()
-        });
+    let serving = Server::builder().add_service(service).serve_with_incoming_shutdown(
+        connections(listener, cut.clone()),
+        stopping.clone().cancelled_owned(),
+    );
     tokio::pin!(serving);
     tokio::select! {
         ended = &mut serving => return Ok(ended?),
-        () = shutdown => {}
+        () = shutdown => stopping.cancel(),
     }
-    drop(stop);
-    match tokio::time::timeout(SHUTDOWN_DEADLINE, serving).await {
+    match tokio::time::timeout(SHUTDOWN_DEADLINE, &mut serving).await {
         Ok(ended) => Ok(ended?),
         Err(_) => {
-            tracing::debug!("connections that their clients keep open are cut");
-            Ok(())
+            cut.cancel();
+            Ok(serving.await?)
         }
     }
 }
 
 /// The connections of a listener. A failed accept (no file descriptor left) is a pause, not the
 /// end: tonic's server stops at the first error.
-fn connections(listener: UnixListener) -> impl Stream<Item = io::Result<UnixStream>> {
-    stream::unfold(listener, |listener| async {
+fn connections(
+    listener: UnixListener,
+    cut: CancellationToken,
+) -> impl Stream<Item = io::Result<Connection>> {
+    stream::unfold((listener, cut), |(listener, cut)| async {
         loop {
             match listener.accept().await {
-                Ok((connection, _)) => return Some((Ok(connection), listener)),
+                Ok((stream, _)) => {
+                    let connection = Connection::new(stream, &cut);
+                    return Some((Ok(connection), (listener, cut)));
+                }
                 Err(error) => {
                     tracing::warn!(%error, "cannot accept a connection from containerd");
                     tokio::time::sleep(ACCEPT_PAUSE).await;
@@ -82,6 +90,68 @@ fn connections(listener: UnixListener) -> impl Stream<Item = io::Result<UnixStre
             }
         }
     })
+}
+
+/// A connection that can be cut from our side: the server itself has no way to end one whose
+/// client does not answer its goodbye, and would go on serving it.
+struct Connection {
+    stream: UnixStream,
+    cut: Pin<Box<WaitForCancellationFutureOwned>>,
+}
+
+impl Connection {
+    fn new(stream: UnixStream, cut: &CancellationToken) -> Connection {
+        Connection { stream, cut: Box::pin(cut.clone().cancelled_owned()) }
+    }
+}
+
+impl Connected for Connection {
+    type ConnectInfo = ();
+
+    fn connect_info(&self) {}
+}
+
+impl AsyncRead for Connection {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        buffer: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        if self.cut.as_mut().poll(context).is_ready() {
+            return Poll::Ready(Err(io::ErrorKind::ConnectionAborted.into()));
+        }
+        Pin::new(&mut self.stream).poll_read(context, buffer)
+    }
+}
+
+impl AsyncWrite for Connection {
+    fn poll_write(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        bytes: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.stream).poll_write(context, bytes)
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_flush(context)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_shutdown(context)
+    }
+
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        slices: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.stream).poll_write_vectored(context, slices)
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        self.stream.is_write_vectored()
+    }
 }
 
 struct Service(Arc<Snapshots>);

@@ -2,7 +2,7 @@
 //! which directories and trees get their numbers.
 //!
 //! A snapshot exists if and only if its record does, and a transaction here is the commit point
-//! of every operation on snapshots. Everything is also in memory ([`index`]): reads never touch
+//! of every operation on snapshots. Everything is also in memory (`index`): reads never touch
 //! the disk. Memory is changed after the transaction, so it never says what the disk doesn't.
 //!
 //! After a failed write (a full disk) redb refuses to go on with its open file. The next change

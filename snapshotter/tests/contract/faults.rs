@@ -1,13 +1,22 @@
 //! Calls that fail in the middle, clients that hang up: nothing is left, everything goes on.
 
 use std::fs;
+use std::io::Write;
+use std::path::PathBuf;
 use std::time::Duration;
 
-use tonic::Code;
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
 
-use crate::harness::{Answer, Harness, assert_code};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tonic::Code;
+use weightfs::metadata::{Backing, SNAPSHOT_REF};
+
+use crate::harness::{Answer, Harness, assert_code, new_root};
 
 const CHAIN: &str = "sha256:aa";
+
+/// The beginning of the HTTP/2 frame by which the server says that it has read the settings.
+const SETTINGS_ACK: &[u8] = b"\0\0\0\x04\x01";
 
 /// Long enough for any machine; a test that needs it has failed.
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -129,12 +138,95 @@ async fn stat_and_other_prepares_go_on_while_a_mount_stalls() {
 }
 
 #[tokio::test]
-async fn the_service_ends_although_a_client_keeps_its_connection() {
+async fn the_service_ends_although_a_client_ignores_its_goodbye() {
     let harness = Harness::start().await;
-    let client = harness.client.clone();
+    let mut client = tokio::net::UnixStream::connect(harness.root.join("s.sock")).await.unwrap();
+    // An HTTP/2 preface and empty settings: from here on it never answers.
+    client.write_all(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0").await.unwrap();
+    let mut answer = Vec::new();
+    while !answer.windows(SETTINGS_ACK.len()).any(|frame| frame == SETTINGS_ACK) {
+        assert_ne!(client.read_buf(&mut answer).await.unwrap(), 0, "the server closed");
+    }
     let restarted = tokio::time::timeout(PATIENCE, harness.restart()).await;
+    let harness = restarted.expect("the service waits for its client");
+    harness.prepare("key", "", &[]).await.unwrap();
     drop(client);
-    restarted.expect("the service waits for its client").prepare("key", "", &[]).await.unwrap();
+}
+
+/// A tmpfs of 4 MiB. Detached when dropped.
+struct SmallDisk(tempfile::TempDir);
+
+impl SmallDisk {
+    fn mount() -> SmallDisk {
+        let directory = new_root();
+        let (flags, size) = (MsFlags::empty(), Some("size=4m"));
+        mount(Some("tmpfs"), directory.path(), Some("tmpfs"), flags, size).unwrap();
+        SmallDisk(directory)
+    }
+
+    fn fill(&self) -> PathBuf {
+        let path = self.0.path().join("filler");
+        let mut file = fs::File::create(&path).unwrap();
+        while file.write_all(&[0; 4096]).is_ok() {}
+        path
+    }
+}
+
+impl Drop for SmallDisk {
+    fn drop(&mut self) {
+        if let Err(error) = umount2(self.0.path(), MntFlags::MNT_DETACH) {
+            eprintln!("{} is left mounted: {error}", self.0.path().display());
+        }
+    }
+}
+
+/// Directories and trees are those of the snapshots that are there.
+fn assert_only_what_is_recorded(harness: &Harness) {
+    let (mut directories, mut trees) = (Vec::new(), Vec::new());
+    for record in harness.metadata.snapshots() {
+        match record.backing {
+            Backing::Directory { id, .. } => directories.push(id.0),
+            Backing::Lazy { tree, .. } => trees.push(tree),
+        }
+    }
+    directories.sort_unstable();
+    trees.sort();
+    assert_eq!(harness.directories(), directories);
+    assert_eq!(harness.mounter.trees(), trees);
+}
+
+#[tokio::test]
+async fn a_transaction_that_fails_on_a_full_disk_leaves_nothing() {
+    let disk = SmallDisk::mount();
+    let harness = Harness::start_in(tempfile::tempdir_in(disk.0.path()).unwrap()).await;
+    harness.committed("base", "", &[]).await;
+    let filler = disk.fill();
+    let padding = "x".repeat(300 << 10);
+    let (mut ordinary, mut lazy) = (0, 0);
+    for number in 0..20 {
+        let labels = [("padding", padding.as_str())];
+        if let Err(status) = harness.prepare(&format!("key {number}"), "base", &labels).await {
+            assert_eq!(status.code(), Code::Internal, "{status}");
+            ordinary += 1;
+        }
+        assert_only_what_is_recorded(&harness);
+        let chain = format!("sha256:{number}");
+        harness.mounter.answer(&chain, Answer::Lazy(vec![]));
+        let labels = [("padding", padding.as_str()), (SNAPSHOT_REF, &chain)];
+        let prepared = harness.prepare(&format!("lazy {number}"), "base", &labels).await;
+        let status = prepared.unwrap_err();
+        lazy += usize::from(status.message().contains("can't be written"));
+        assert_only_what_is_recorded(&harness);
+    }
+    assert!(ordinary > 0 && lazy > 0, "the disk never was full");
+    assert_eq!(harness.names(&["name==base"]).await, ["base"]);
+
+    fs::remove_file(filler).unwrap();
+    harness.prepare("after", "base", &[]).await.expect("there is room again");
+    let infos = harness.list(&[]).await.unwrap();
+    let harness = harness.restart().await;
+    assert_eq!(harness.list(&[]).await.unwrap(), infos);
+    assert_only_what_is_recorded(&harness);
 }
 
 /// Waits until a mount has begun.
