@@ -14,8 +14,8 @@ use crate::filesystem::{Filesystem, ROOT_INODE, TreeNumber};
 use crate::fuse::Adapter;
 use crate::open_files::OpenFiles;
 
-/// The subtype that mountinfo shows behind `fuse.`.
-pub const SUBTYPE: &str = "weightfs";
+/// The source that the mount table shows. (fuser mounts without a subtype.)
+pub const SOURCE_NAME: &str = "weightfs";
 
 /// Kernel read-ahead of the mount, in KiB. A plain stream keeps one to two windows in flight;
 /// the default of 128 KiB makes loads wait for latency.
@@ -61,8 +61,7 @@ impl Session {
         config.acl = SessionACL::All;
         config.n_threads = Some(THREADS);
         config.mount_options = vec![
-            MountOption::FSName(SUBTYPE.into()),
-            MountOption::Subtype(SUBTYPE.into()),
+            MountOption::FSName(SOURCE_NAME.into()),
             MountOption::RO,
             MountOption::NoAtime,
             MountOption::DefaultPermissions,

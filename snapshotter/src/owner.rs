@@ -5,9 +5,9 @@ use std::os::unix::ffi::OsStrExt as _;
 use std::path::{Path, PathBuf};
 
 use nix::sys::stat::{FileStat, major, minor};
-use procfs::process::Process;
+use procfs::process::{MountInfo, Process};
 use weightfs_fusefs::TreeNumber;
-use weightfs_fusefs::session::SUBTYPE;
+use weightfs_fusefs::session::SOURCE_NAME;
 
 /// File in the state directory that names the owner's control socket.
 const ADDRESS_FILE: &str = "control-address";
@@ -64,8 +64,10 @@ pub fn is_mountpoint(path: &Path) -> io::Result<bool> {
 /// When the mount table can't be read.
 pub fn is_weightfs(status: &FileStat) -> io::Result<bool> {
     let device = format!("{}:{}", major(status.st_dev), minor(status.st_dev));
-    let fs_type = format!("fuse.{SUBTYPE}");
-    Ok(mounts()?.into_iter().any(|mount| mount.majmin == device && mount.fs_type == fs_type))
+    let ours = |mount: &MountInfo| {
+        mount.fs_type == "fuse" && mount.mount_source.as_deref() == Some(SOURCE_NAME)
+    };
+    Ok(mounts()?.into_iter().any(|mount| mount.majmin == device && ours(&mount)))
 }
 
 /// The tree of a daemon's mount that a directory is the root of; `None` for a mount of its own.

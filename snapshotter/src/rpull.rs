@@ -8,14 +8,16 @@ mod containerd;
 
 use std::collections::HashMap;
 use std::path::PathBuf;
+use std::sync::Arc;
 
+use bytes::Bytes;
 use containerd_client::types::Descriptor;
 use futures::StreamExt as _;
 use oci_spec::image::{ImageConfiguration, ImageManifest};
 use serde::Serialize;
 use sha2::{Digest as _, Sha256};
 use weightfs_fusefs::{Artifact, ArtifactError, Platform};
-use weightfs_store::{Digest, Reference, Registries, SourceError};
+use weightfs_store::{Digest, DigestError, Reference, Registries, SourceError};
 
 use self::containerd::{Containerd, Prepared};
 
@@ -24,6 +26,9 @@ const SNAPSHOT_REF: &str = "containerd.io/snapshot.ref";
 
 /// Prefix of the annotations that containerd passes on to a snapshotter.
 const SNAPSHOT_PREFIX: &str = "containerd.io/snapshot/";
+
+/// Largest image config that is read; the manifest's own bound.
+const MAX_CONFIG_BYTES: u64 = 4 << 20;
 
 /// Longest list of layers in the label `cri.image-layers`: containerd limits a label's key and
 /// value to 4,096 bytes in total.
@@ -135,6 +140,8 @@ struct ImageParts {
     name: String,
     artifact: Artifact,
     manifest: ImageManifest,
+    config_digest: Digest,
+    config: Bytes,
     diff_ids: Vec<String>,
 }
 
@@ -143,14 +150,14 @@ struct ImageParts {
 /// # Errors
 /// When the registry or containerd fails; what was begun is given up.
 pub async fn pull(
-    registries: &std::sync::Arc<Registries>,
+    registries: &Arc<Registries>,
     pull: &Pull,
     mut report: impl FnMut(&PulledLayer),
 ) -> Result<Vec<PulledLayer>, RpullError> {
     let image = ImageParts::resolve(registries, &pull.image).await?;
     let containerd = Containerd::connect(&pull.address, &pull.namespace, &pull.snapshotter).await?;
     let result = async {
-        image.write_documents(&containerd, &pull.snapshotter).await?;
+        image.write_documents(&containerd).await?;
         let mut layers = Vec::new();
         let mut parent = String::new();
         for index in 0..image.diff_ids.len() {
@@ -177,25 +184,23 @@ impl ImageParts {
             |what, message: String| RpullError::BadImage { image: name.clone(), what, message };
         let manifest: ImageManifest = serde_json::from_slice(&artifact.manifest)
             .map_err(|error| bad("manifest", error.to_string()))?;
-        let config: ImageConfiguration = serde_json::from_slice(&artifact.config)
-            .map_err(|error| bad("config", error.to_string()))?;
-        let diff_ids = config.rootfs().diff_ids().clone();
+        let config_digest = parse_digest(&name, "config", manifest.config().digest().as_ref())?;
+        let config = registries.small_blob(&artifact.repository, config_digest, MAX_CONFIG_BYTES);
+        let config = config.await.map_err(RpullError::Source)?;
+        let parsed: ImageConfiguration =
+            serde_json::from_slice(&config).map_err(|error| bad("config", error.to_string()))?;
+        let diff_ids = parsed.rootfs().diff_ids().clone();
         if diff_ids.len() != manifest.layers().len() {
             let (ids, layers) = (diff_ids.len(), manifest.layers().len());
             return Err(bad("config", format!("{ids} diff IDs for {layers} layers")));
         }
-        Ok(Self { name, artifact, manifest, diff_ids })
+        Ok(Self { name, artifact, manifest, config_digest, config, diff_ids })
     }
 
     /// Manifest and config, with the labels that keep containerd from collecting what they need.
-    async fn write_documents(
-        &self,
-        containerd: &Containerd,
-        snapshotter: &str,
-    ) -> Result<(), RpullError> {
-        let _ = snapshotter;
-        let config = self.config_digest()?;
-        containerd.write_bytes(config, self.artifact.config.clone(), HashMap::new()).await?;
+    async fn write_documents(&self, containerd: &Containerd) -> Result<(), RpullError> {
+        let config = self.config_digest;
+        containerd.write_bytes(config, self.config.clone(), HashMap::new()).await?;
         let mut labels =
             HashMap::from([("containerd.io/gc.ref.content.config".into(), config.to_string())]);
         for (index, layer) in self.manifest.layers().iter().enumerate() {
@@ -206,19 +211,10 @@ impl ImageParts {
         containerd.write_bytes(self.artifact.manifest_digest, manifest, labels).await
     }
 
-    fn config_digest(&self) -> Result<Digest, RpullError> {
-        let digest = self.manifest.config().digest().to_string();
-        digest.parse().map_err(|error: weightfs_store::DigestError| RpullError::BadImage {
-            image: self.name.clone(),
-            what: "config",
-            message: error.to_string(),
-        })
-    }
-
     /// One layer: offered to the snapshotter, and unpacked if it declines.
     async fn layer(
         &self,
-        registries: &std::sync::Arc<Registries>,
+        registries: &Arc<Registries>,
         containerd: &Containerd,
         index: usize,
         parent: &str,
@@ -278,19 +274,14 @@ impl ImageParts {
 
     async fn unpack(
         &self,
-        registries: &std::sync::Arc<Registries>,
+        registries: &Arc<Registries>,
         containerd: &Containerd,
         index: usize,
         mounts: Vec<containerd_client::types::Mount>,
     ) -> Result<(), RpullError> {
         let layer = &self.manifest.layers()[index];
         let name = layer.digest().to_string();
-        let digest: Digest =
-            name.parse().map_err(|error: weightfs_store::DigestError| RpullError::BadImage {
-                image: self.name.clone(),
-                what: "manifest",
-                message: error.to_string(),
-            })?;
+        let digest = parse_digest(&self.name, "manifest", &name)?;
         if !containerd.has_content(digest).await? {
             let source = registries.source(&self.artifact.repository, digest, layer.size());
             let bytes = source.fetch(0..layer.size()).await.map_err(RpullError::Source)?;
@@ -319,7 +310,7 @@ impl ImageParts {
     ) -> Result<(), RpullError> {
         let label = format!("containerd.io/gc.ref.snapshot.{snapshotter}");
         let labels = HashMap::from([(label, chain_id.to_owned())]);
-        containerd.label_content(self.config_digest()?, labels).await?;
+        containerd.label_content(self.config_digest, labels).await?;
         let media_type = self.manifest.media_type().as_ref().map(ToString::to_string);
         let target = Descriptor {
             media_type: media_type
@@ -330,6 +321,14 @@ impl ImageParts {
         };
         containerd.put_image(&self.name, target).await
     }
+}
+
+fn parse_digest(image: &str, what: &'static str, text: &str) -> Result<Digest, RpullError> {
+    text.parse().map_err(|error: DigestError| RpullError::BadImage {
+        image: image.to_owned(),
+        what,
+        message: error.to_string(),
+    })
 }
 
 /// The chain ID of a layer over `parent` (image-spec, "Layer ChainID"); `parent` is empty for
