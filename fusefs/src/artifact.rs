@@ -11,9 +11,8 @@ mod platform;
 use std::path::PathBuf;
 
 use bytes::Bytes;
-use oci_spec::distribution::Reference;
 use serde::{Deserialize, Serialize};
-use weightfs_store::{Digest, Manifest, Registries, Repository, SourceError};
+use weightfs_store::{Digest, Manifest, Reference, Registries, Repository, SourceError};
 
 pub use manifest::MAX_LAYERS;
 use manifest::{Descriptor, Document};

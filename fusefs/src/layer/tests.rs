@@ -44,12 +44,15 @@ fn gzip(bytes: &[u8]) -> Vec<u8> {
     encoder.finish().unwrap()
 }
 
+/// Opened in a task of its own, as the daemon does it.
 async fn open(
     store: &Arc<Store>,
     source: &Arc<MemorySource>,
     layer: &LayerDescriptor,
 ) -> Result<Arc<OpenLayer>, LayerError> {
-    open_layer(store, Arc::clone(source) as _, layer, DEADLINE, &Quiet).await
+    let (store, source, layer) = (Arc::clone(store), Arc::clone(source), layer.clone());
+    let work = async move { open_layer(&store, source, &layer, DEADLINE, &Quiet).await };
+    tokio::spawn(work).await.unwrap()
 }
 
 async fn read(layer: &OpenLayer, range: std::ops::Range<u64>) -> Vec<u8> {
