@@ -228,13 +228,13 @@ impl ImageParts {
         }
         let key = format!("extract-{}-{index} {chain_id}", std::process::id());
         let labels = self.prepare_labels(index, chain_id);
-        let mounts = match containerd.prepare(&key, parent, labels).await? {
+        let mounts = match containerd.prepare(&key, parent, labels.clone()).await? {
             Prepared::Unpack(mounts) => mounts,
             Prepared::Exists => return Ok(done(LayerResult::Lazy)),
         };
         let unpacked = self.unpack(registries, containerd, index, mounts).await;
         let committed = match unpacked {
-            Ok(()) => containerd.commit(&key, chain_id).await,
+            Ok(()) => containerd.commit(&key, chain_id, labels).await,
             Err(error) => Err(error),
         };
         if let Err(error) = committed {

@@ -4,12 +4,16 @@
 use std::collections::HashMap;
 use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard};
+use std::time::Duration;
 
 use tokio::runtime::Handle;
 
 use crate::Blob;
 use crate::segment::MappingBudget;
 use crate::store::{BlobId, FetchOptions};
+
+/// The longest deadline of a read: as good as none, and sums with it don't overflow.
+const MAX_DEADLINE: Duration = Duration::from_secs(24 * 60 * 60);
 
 /// A lock whose holder can't leave half a change behind: a panic in one holder does not take the
 /// others down.
@@ -41,8 +45,9 @@ pub(crate) struct Shared {
 
 impl Shared {
     pub(crate) fn new(fetch: FetchOptions, runtime: Handle) -> Self {
+        let deadline = fetch.deadline.min(MAX_DEADLINE);
         Self {
-            fetch,
+            fetch: FetchOptions { deadline, ..fetch },
             runtime,
             mappings: Arc::default(),
             gate: RwLock::new(Gate::Open),

@@ -82,7 +82,8 @@ pub struct StoreOptions {
 }
 
 /// The owner of a state directory's blobs. When it is dropped, it records what is published and
-/// gives the directory up; blobs that are still held serve what they have and fetch nothing more.
+/// gives the directory up (which blocks, as syncing does); blobs that are still held serve what
+/// they have and fetch nothing more.
 #[derive(Debug)]
 pub struct Store {
     blobs: PathBuf,
@@ -103,6 +104,8 @@ impl Store {
     /// no runtime.
     pub fn open(root: &Path, options: StoreOptions) -> Result<Arc<Self>, OpenError> {
         let runtime = Handle::try_current().map_err(|error| at(root)(io::Error::other(error)))?;
+        // Whoever changes the working directory later must not move the cache.
+        let root = &std::path::absolute(root).map_err(at(root))?;
         let owner = Owner::take(root)?;
         let blobs = root.join("blobs").join("sha256");
         make_dir(&blobs)?;
@@ -219,6 +222,8 @@ impl Store {
     /// # Errors
     /// When the directory can't be changed.
     pub fn discard(&self, id: BlobId) -> Result<bool, OpenError> {
+        // Blobs that only wait for their record close.
+        self.checkpoint()?;
         let open = lock(&self.open);
         if open.get(&id).is_some_and(|blob| blob.strong_count() > 0) {
             return Ok(false);

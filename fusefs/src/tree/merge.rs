@@ -238,9 +238,12 @@ impl<'a> Merger<'a> {
         if let Some(hidden) = name.strip_prefix(WHITEOUT) {
             return self.whiteout(parent, hidden);
         }
-        if let EntryKind::HardLink(target) = &entry.kind {
-            return self.hard_link(parent, name, target, &clean(target)?);
-        }
+        let hard_link = match &entry.kind {
+            EntryKind::HardLink(target) => {
+                Some(self.hard_link(parent, name, target, &clean(target)?)?)
+            }
+            _ => None,
+        };
         let kind = self.draft_kind(&entry.kind);
         // An overlay's own attributes would change what overlayfs makes of our layer.
         let foreign = |name: &[u8]| {
@@ -249,7 +252,16 @@ impl<'a> Merger<'a> {
         let xattrs = sorted(entry.xattrs.iter().filter(|(name, _)| !foreign(name)));
         let Entry { permissions, uid, gid, mtime, .. } = *entry;
         let origin = Some(self.layer);
-        self.put(parent, name, Draft { kind, permissions, uid, gid, mtime, xattrs, origin })
+        let draft = Draft { kind, permissions, uid, gid, mtime, xattrs, origin };
+        match hard_link {
+            // As an unpack does, which changes owner, mode and time by the new name.
+            Some(node) => {
+                let origin = self.drafts.get(node).and_then(|target| target.origin);
+                self.update_metadata(node, Draft { origin, ..draft });
+            }
+            None => self.put(parent, name, draft)?,
+        }
+        Ok(())
     }
 
     fn draft_kind(&self, kind: &EntryKind) -> DraftKind {
@@ -271,7 +283,7 @@ impl<'a> Merger<'a> {
         if let Some(slot) = self.slot(parent, name) {
             match (self.folder(slot.node).is_some(), &mut draft.kind) {
                 (true, DraftKind::Directory(_)) => {
-                    self.update_directory(slot.node, draft);
+                    self.update_metadata(slot.node, draft);
                     return self.set_slot(parent, name, slot.node);
                 }
                 // What foreign layers have at this path was hidden, and stays so.
@@ -307,7 +319,7 @@ impl<'a> Merger<'a> {
         Ok(())
     }
 
-    fn update_directory(&mut self, node: usize, update: Draft) {
+    fn update_metadata(&mut self, node: usize, update: Draft) {
         let Some(draft) = self.drafts.get_mut(node) else { return };
         let Draft { permissions, uid, gid, mtime, xattrs, origin, kind: _ } = update;
         (draft.permissions, draft.uid, draft.gid) = (permissions, uid, gid);
@@ -318,14 +330,14 @@ impl<'a> Merger<'a> {
         draft.xattrs = merged.into_iter().collect();
     }
 
-    /// Another name for a file. The file's metadata stays: a tar repeats it for each name.
+    /// Another name for a file; which file.
     fn hard_link(
         &mut self,
         parent: usize,
         name: &[u8],
         target: &[u8],
         components: &[&[u8]],
-    ) -> Result<(), TreeProblem> {
+    ) -> Result<usize, TreeProblem> {
         let refuse = || TreeProblem::HardLink { target: shown(target) };
         let (last, parents) = components.split_last().ok_or_else(refuse)?;
         let directory = self.descend(parents, Missing::Refuse)?.ok_or_else(refuse)?;
@@ -339,7 +351,8 @@ impl<'a> Merger<'a> {
         {
             self.check_replacement(slot, false)?;
         }
-        self.set_slot(parent, name, found.node)
+        self.set_slot(parent, name, found.node)?;
+        Ok(found.node)
     }
 
     fn whiteout(&mut self, parent: usize, name: &[u8]) -> Result<(), TreeProblem> {

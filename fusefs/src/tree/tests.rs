@@ -267,6 +267,14 @@ fn hard_links_share_a_node_across_layers() {
 }
 
 #[test]
+fn the_last_name_of_a_file_decides_its_metadata() {
+    let link = Entry { permissions: 0o4711, uid: 7, ..hard_link("b", "a") };
+    let tree = image(vec![vec![file("a"), link]]).unwrap();
+    let node = tree.child(NodeId::ROOT, OsStr::new("a")).and_then(|id| tree.node(id)).unwrap();
+    assert_eq!((node.permissions, node.uid, node.links), (0o4711, 7, 2));
+}
+
+#[test]
 fn a_hard_link_to_nothing_names_both_ends() {
     for layer in [
         vec![hard_link("a", "gone")],

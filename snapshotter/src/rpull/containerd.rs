@@ -262,12 +262,17 @@ impl Containerd {
     }
 
     /// Makes a prepared snapshot a committed one.
-    pub(super) async fn commit(&self, key: &str, name: &str) -> Result<(), RpullError> {
+    pub(super) async fn commit(
+        &self,
+        key: &str,
+        name: &str,
+        labels: HashMap<String, String>,
+    ) -> Result<(), RpullError> {
         let request = CommitSnapshotRequest {
             snapshotter: self.snapshotter.clone(),
             name: name.to_owned(),
             key: key.to_owned(),
-            ..Default::default()
+            labels,
         };
         let result = self.snapshots().commit(request).await;
         or_exists("Snapshots.Commit", result)

@@ -72,7 +72,6 @@ impl Snapshots {
         match self.mounter.mount(self.layer_request(chain_id, &new)).await {
             Verdict::Lazy(layer) => self.commit_lazy(new, layer).await,
             Verdict::Ordinary { reason } => {
-                tracing::info!(chain_id, reason, "the layer is not lazy");
                 let reason = reason.chars().take(REASON_CHARS_MAX).collect();
                 self.create(new, Kind::Active, Some(reason)).await.map(Prepared::Active)
             }
@@ -117,7 +116,6 @@ impl Snapshots {
         match stored {
             Ok(name) => {
                 mounted.keep();
-                tracing::info!(name, tree = %layer.tree, "the layer is lazy");
                 Ok(Prepared::Committed { name })
             }
             Err(error) => {

@@ -69,13 +69,26 @@ struct Flight {
     waiters: Vec<oneshot::Sender<Outcome>>,
 }
 
+/// The requests of one priority.
+#[derive(Debug, Default)]
+struct Lane {
+    waiting: VecDeque<Request>,
+    running: usize,
+}
+
+impl Lane {
+    fn start(&mut self) -> Option<Request> {
+        let request = self.waiting.pop_front()?;
+        self.running += 1;
+        Some(request)
+    }
+}
+
 /// The requests of a blob.
 #[derive(Debug, Default)]
 pub(super) struct Queue {
-    demand: VecDeque<Request>,
-    read_ahead: VecDeque<Request>,
-    running_demand: usize,
-    running_read_ahead: usize,
+    demand: Lane,
+    read_ahead: Lane,
     flights: HashMap<ChunkNo, Flight>,
     next_id: u64,
 }
@@ -95,7 +108,7 @@ impl Queue {
             self.promote(*chunk);
         }
         for request in self.requests(chunks, presence, limits, Priority::Demand, until) {
-            self.demand.push_back(request);
+            self.demand.waiting.push_back(request);
         }
         absent.into_iter().filter_map(|chunk| self.join(chunk, until)).collect()
     }
@@ -109,29 +122,23 @@ impl Queue {
         until: Instant,
     ) {
         for request in self.requests(chunks, presence, limits, Priority::ReadAhead, until) {
-            self.read_ahead.push_back(request);
+            self.read_ahead.waiting.push_back(request);
         }
-        while self.read_ahead.iter().map(Request::len).sum::<u32>() > MAX_WAITING_AHEAD {
-            let Some(dropped) = self.read_ahead.pop_front() else { return };
+        while self.read_ahead.waiting.iter().map(Request::len).sum::<u32>() > MAX_WAITING_AHEAD {
+            let Some(dropped) = self.read_ahead.waiting.pop_front() else { return };
             self.remove_flights(&dropped);
         }
     }
 
     /// The next request to run, if there is room for it.
     pub(super) fn start_next(&mut self, limits: Limits) -> Option<Request> {
-        if self.running_demand + self.running_read_ahead >= limits.connections {
+        if self.demand.running + self.read_ahead.running >= limits.connections {
             return None;
         }
-        if let Some(request) = self.demand.pop_front() {
-            self.running_demand += 1;
-            return Some(request);
-        }
-        if self.running_read_ahead >= limits.for_read_ahead() {
-            return None;
-        }
-        let request = self.read_ahead.pop_front()?;
-        self.running_read_ahead += 1;
-        Some(request)
+        self.demand.start().or_else(|| {
+            let room = self.read_ahead.running < limits.for_read_ahead();
+            if room { self.read_ahead.start() } else { None }
+        })
     }
 
     /// A chunk was published: its flight is over. To be called after the publication, so that who
@@ -142,11 +149,11 @@ impl Queue {
 
     /// A request ended. Gives who still waits for chunks of it.
     pub(super) fn ended(&mut self, request: &Request) -> Vec<oneshot::Sender<Outcome>> {
-        let running = match request.priority {
-            Priority::Demand => &mut self.running_demand,
-            Priority::ReadAhead => &mut self.running_read_ahead,
+        let lane = match request.priority {
+            Priority::Demand => &mut self.demand,
+            Priority::ReadAhead => &mut self.read_ahead,
         };
-        *running = running.saturating_sub(1);
+        lane.running = lane.running.saturating_sub(1);
         self.remove_flights(request)
     }
 
@@ -215,14 +222,16 @@ impl Queue {
     /// the chunk on; what comes before the chunk stays where it is.
     fn promote(&mut self, chunk: ChunkNo) {
         let Some(id) = self.flights.get(&chunk).map(|flight| flight.request) else { return };
-        let Some(at) = self.read_ahead.iter().position(|request| request.id == id) else { return };
-        let Some(mut whole) = self.read_ahead.remove(at) else { return };
+        let Some(at) = self.read_ahead.waiting.iter().position(|request| request.id == id) else {
+            return;
+        };
+        let Some(mut whole) = self.read_ahead.waiting.remove(at) else { return };
         let patience = Arc::new(Patience::new(whole.patience.until()));
         let rest = self.request(chunk..whole.chunks.end, Priority::Demand, patience);
-        self.demand.push_back(rest);
+        self.demand.waiting.push_back(rest);
         whole.chunks.end = chunk;
         if !whole.is_empty() {
-            self.read_ahead.insert(at, whole);
+            self.read_ahead.waiting.insert(at, whole);
         }
     }
 }
@@ -300,7 +309,7 @@ mod tests {
         assert_eq!(started(&mut queue).len(), 3);
         assert_eq!(queue.demand(&chunks(70..71), &presence, LIMITS, soon()).len(), 1);
         assert_eq!(started(&mut queue), [chunks(70..80)]);
-        let waiting: Vec<_> = queue.read_ahead.iter().map(|r| r.chunks.clone()).collect();
+        let waiting: Vec<_> = queue.read_ahead.waiting.iter().map(|r| r.chunks.clone()).collect();
         assert_eq!(waiting, [chunks(48..64), chunks(64..70)]);
     }
 
@@ -312,7 +321,7 @@ mod tests {
         publish(&presence, 0);
         assert_eq!(queue.landed(ChunkNo(0)).len(), 1);
         assert_eq!(queue.ended(&request).len(), 2);
-        assert!(queue.flights.is_empty() && queue.running_demand == 0);
+        assert!(queue.flights.is_empty() && queue.demand.running == 0);
         drop(tickets);
         queue.demand(&chunks(0..3), &presence, LIMITS, soon());
         assert_eq!(started(&mut queue), [chunks(1..3)], "asked for again, without what is here");
@@ -335,7 +344,7 @@ mod tests {
     fn waiting_read_ahead_is_bounded() {
         let (mut queue, presence) = (Queue::default(), Presence::new(100_000));
         queue.read_ahead(&chunks(0..50_000), &presence, LIMITS, soon());
-        let waiting: u32 = queue.read_ahead.iter().map(Request::len).sum();
+        let waiting: u32 = queue.read_ahead.waiting.iter().map(Request::len).sum();
         assert!(waiting <= MAX_WAITING_AHEAD);
         assert_eq!(queue.flights.len() as u32, waiting);
         assert!(queue.flights.contains_key(&ChunkNo(49_999)), "the newest stay");

@@ -67,11 +67,11 @@ fn pauses() -> ExponentialBackoff {
 }
 
 async fn pause(wait: Duration, patience: &Patience) -> Result<(), Failure> {
-    let end = Instant::now() + wait;
-    if end >= patience.until() {
-        return Err(Failure::Expired { cause: patience.cause() });
+    // A server may ask for more time than can be told.
+    match Instant::now().checked_add(wait) {
+        Some(end) if end < patience.until() => tokio::time::sleep_until(end).await,
+        _ => return Err(Failure::Expired { cause: patience.cause() }),
     }
-    tokio::time::sleep_until(end).await;
     Ok(())
 }
 

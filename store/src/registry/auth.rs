@@ -28,6 +28,9 @@ const DOCKER_HUB: &str = "https://index.docker.io/v1/";
 /// (Azure Container Registry, "Authenticate with an Azure container registry").
 const IDENTITY_TOKEN_USER: &str = "00000000-0000-0000-0000-000000000000";
 
+/// Every name and every address, as a list of hosts that need no proxy has it.
+const EVERY_HOST: &str = "*,0.0.0.0/0,::/0";
+
 /// What a request says of us.
 #[derive(Clone)]
 pub(super) enum Authorization {
@@ -54,17 +57,19 @@ impl std::fmt::Debug for Authorization {
 #[derive(Debug)]
 pub(super) struct Authority {
     registry: String,
+    plain_http: bool,
+    loopback: bool,
+    ca: Option<Vec<u8>>,
     docker_config: Option<PathBuf>,
     timeout: Duration,
-    client: TokenClient,
 }
 
-struct TokenClient(Client);
-
-impl std::fmt::Debug for TokenClient {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str("TokenClient")
-    }
+/// What a token is asked for with.
+struct Credentials {
+    client: Client,
+    auth: RegistryAuth,
+    /// What to call them.
+    name: String,
 }
 
 impl Authority {
@@ -74,25 +79,10 @@ impl Authority {
         ca: Option<Vec<u8>>,
         docker_config: Option<PathBuf>,
         timeout: Duration,
-    ) -> Result<Self, OciDistributionError> {
-        let plain = base.scheme() == "http";
-        let extra = ca.map(|data| Certificate { encoding: CertificateEncoding::Pem, data });
-        // Naming a proxy that is used for no host is the one way to keep this client from using
-        // those of the environment, which can't reach our own loopback.
-        let no_proxy = is_loopback(base.authority()).then(|| "*".to_owned());
-        let config = ClientConfig {
-            protocol: if plain { ClientProtocol::Http } else { ClientProtocol::Https },
-            extra_root_certificates: extra.into_iter().collect(),
-            read_timeout: Some(timeout),
-            connect_timeout: Some(timeout),
-            user_agent: USER_AGENT,
-            http_proxy: no_proxy.as_ref().map(|_| "http://127.0.0.1:9".to_owned()),
-            no_proxy,
-            ..ClientConfig::default()
-        };
+    ) -> Self {
+        let (plain_http, loopback) = (base.scheme() == "http", is_loopback(base.authority()));
         let registry = registry.to_owned();
-        let client = TokenClient(Client::try_from(config)?);
-        Ok(Self { registry, docker_config, timeout, client })
+        Self { registry, plain_http, loopback, ca, docker_config, timeout }
     }
 
     async fn authenticate(
@@ -100,21 +90,17 @@ impl Authority {
         from: &Repository,
         what: &str,
     ) -> Result<Grant, SourceError> {
-        let refused = |credentials: String| SourceError::Unauthorized {
-            source_name: from.to_string(),
-            what: what.to_owned(),
-            credentials,
-        };
         let own = Arc::clone(self);
-        // Blocking: it reads a file, and may run a credential helper.
-        let found = tokio::task::spawn_blocking(move || own.credentials()).await;
-        let found = found.unwrap_or_else(|_| Err("the credential lookup panicked".into()));
-        let (auth, credentials) = found.map_err(refused)?;
+        // Blocking: it reads files, and may run a credential helper.
+        let prepared = tokio::task::spawn_blocking(move || own.prepare()).await;
+        let prepared = prepared.unwrap_or_else(|_| Err("the credential lookup panicked".into()));
+        let Credentials { client, auth, name } =
+            prepared.map_err(|why| unauthorized(from, what, why))?;
         let image = Reference::with_tag(self.registry.clone(), from.name.clone(), "latest".into());
-        let asked = self.client.0.auth(&image, &auth, RegistryOperation::Pull);
+        let asked = client.auth(&image, &auth, RegistryOperation::Pull);
         let token = match tokio::time::timeout(self.timeout, asked).await {
             Ok(Ok(token)) => token,
-            Ok(Err(error)) => return Err(token_error(from, what, credentials, error)),
+            Ok(Err(error)) => return Err(token_error(from, what, name, error)),
             Err(_) => {
                 let message = format!("no token within {:?}", self.timeout);
                 return Err(SourceError::Unreachable { source_name: from.to_string(), message });
@@ -125,7 +111,34 @@ impl Authority {
             (None, RegistryAuth::Basic(user, password)) => Authorization::Basic { user, password },
             (None, _) => Authorization::None,
         };
-        Ok(Grant { number: 0, authorization, credentials })
+        Ok(Grant { number: 0, authorization, credentials: name })
+    }
+
+    fn prepare(&self) -> Result<Credentials, String> {
+        let (auth, name) = self.credentials()?;
+        let client =
+            self.token_client().map_err(|error| format!("TLS can't be set up: {error}"))?;
+        Ok(Credentials { client, auth, name })
+    }
+
+    /// A client for one token. Not kept: tokens are rare, it would remember them a second time,
+    /// and a machine without certificates needs none where no token is wanted.
+    fn token_client(&self) -> Result<Client, OciDistributionError> {
+        let ca = self.ca.clone();
+        let ca = ca.map(|data| Certificate { encoding: CertificateEncoding::Pem, data });
+        // Naming a proxy that is used for no host is the one way to keep this client from using
+        // those of the environment, which can't reach our own loopback.
+        let no_proxy = self.loopback.then(|| EVERY_HOST.to_owned());
+        Client::try_from(ClientConfig {
+            protocol: if self.plain_http { ClientProtocol::Http } else { ClientProtocol::Https },
+            extra_root_certificates: ca.into_iter().collect(),
+            read_timeout: Some(self.timeout),
+            connect_timeout: Some(self.timeout),
+            user_agent: USER_AGENT,
+            http_proxy: no_proxy.as_ref().map(|_| "http://127.0.0.1:9".to_owned()),
+            no_proxy,
+            ..ClientConfig::default()
+        })
     }
 
     /// The credentials for this registry and what to call them, or why they can't be had.
@@ -181,6 +194,10 @@ fn why(path: &Path, error: &CredentialRetrievalError) -> String {
     }
 }
 
+fn unauthorized(from: &Repository, what: &str, credentials: String) -> SourceError {
+    SourceError::Unauthorized { source_name: from.to_string(), what: what.to_owned(), credentials }
+}
+
 fn token_error(
     from: &Repository,
     what: &str,
@@ -190,9 +207,7 @@ fn token_error(
     let source_name = from.to_string();
     match error {
         OciDistributionError::AuthenticationFailure(_)
-        | OciDistributionError::UnauthorizedError { .. } => {
-            SourceError::Unauthorized { source_name, what: what.to_owned(), credentials }
-        }
+        | OciDistributionError::UnauthorizedError { .. } => unauthorized(from, what, credentials),
         OciDistributionError::RequestError(error) => super::host::unreachable(from, error),
         OciDistributionError::RegistryTokenDecodeError(_) => SourceError::BadAnswer {
             source_name,
@@ -223,11 +238,7 @@ impl Grant {
 
     /// That it was not good enough.
     pub(super) fn refused(&self, from: &Repository, what: &str) -> SourceError {
-        SourceError::Unauthorized {
-            source_name: from.to_string(),
-            what: what.to_owned(),
-            credentials: self.credentials.clone(),
-        }
+        unauthorized(from, what, self.credentials.clone())
     }
 }
 

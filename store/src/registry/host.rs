@@ -65,8 +65,7 @@ impl Host {
         };
         let client = client(&base, ca.as_deref(), timeout.min(MAX_SILENCE))
             .map_err(|error| failed(format!("TLS can't be set up: {}", words(&error))))?;
-        let authority = Authority::new(registry, &base, ca, docker_config, timeout)
-            .map_err(|error| failed(format!("TLS can't be set up: {error}")))?;
+        let authority = Authority::new(registry, &base, ca, docker_config, timeout);
         let access = Mutex::new(LruCache::new(MAX_REPOSITORIES));
         Ok(Self { base, client, authority: Arc::new(authority), access })
     }

@@ -143,6 +143,8 @@ impl Ingest {
         let layout = Layout::new(self.position, cuts)
             .map_err(|error| at(&self.draft.0)(io::Error::other(error)))?;
         self.seal(&layout).map_err(at(&self.draft.0))?;
+        // Blobs that only wait for their record close: an older state of this one may be such.
+        self.store.checkpoint()?;
         self.install(&layout)?;
         self.store.blob(self.id, &layout)
     }

@@ -42,12 +42,11 @@ pub(super) struct Owner {
 }
 
 impl Owner {
-    /// Makes the directory if it is not there, and locks it.
+    /// Makes the directory (an absolute path) if it is not there, and locks it.
     pub(super) fn take(root: &Path) -> Result<Self, OpenError> {
-        let root = std::path::absolute(root).map_err(at(root))?;
         // Before anything is made in it.
-        check_file_system(&root)?;
-        make_dir(&root)?;
+        check_file_system(root)?;
+        make_dir(root)?;
         let path = root.join("lock");
         let mut options = OpenOptions::new();
         options.read(true).write(true).create(true).truncate(false).mode(0o600);
@@ -55,7 +54,7 @@ impl Owner {
         match lock.try_lock() {
             Ok(()) => {}
             Err(TryLockError::WouldBlock) => {
-                return Err(OpenError::Owned { pid: owner_of(lock), root });
+                return Err(OpenError::Owned { pid: owner_of(lock), root: root.to_owned() });
             }
             Err(TryLockError::Error(error)) => return Err(at(&path)(error)),
         }

@@ -1,0 +1,83 @@
+//! The store against sources that fail on command, and the registry client against a small HTTP
+//! server.
+
+mod blobs;
+mod faults;
+mod ingest;
+mod model;
+mod registry;
+mod restart;
+mod server;
+mod source;
+
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use weightfs_store::{
+    Blob, BlobId, Digest, FetchOptions, Form, Layout, Read, ReadError, Slice, Store, StoreOptions,
+    Trust,
+};
+
+use source::TestSource;
+
+const MIB: u64 = 1 << 20;
+
+/// Bytes that look like nothing in particular; the same for the same length and seed.
+fn noise(len: u64, seed: u64) -> Vec<u8> {
+    let mut state = seed | 1;
+    let mut next = || {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        state
+    };
+    let mut bytes: Vec<u8> = (0..len.div_ceil(8)).flat_map(|_| next().to_le_bytes()).collect();
+    bytes.truncate(len as usize);
+    bytes
+}
+
+fn id(bytes: &[u8]) -> BlobId {
+    BlobId { digest: Digest::of(bytes), form: Form::AsStored }
+}
+
+fn options() -> StoreOptions {
+    StoreOptions {
+        fetch: FetchOptions {
+            deadline: Duration::from_secs(30),
+            connections: 4,
+            request_bytes: 4 * MIB,
+            read_ahead_min: 0,
+            read_ahead_max: 0,
+        },
+    }
+}
+
+fn open(root: &Path) -> Arc<Store> {
+    Store::open(root, options()).unwrap()
+}
+
+/// A blob of `data` in one segment whose source is a new [`TestSource`].
+fn blob_of(store: &Arc<Store>, data: &[u8]) -> (Arc<Blob>, Arc<TestSource>) {
+    let blob = store.blob(id(data), &Layout::whole(data.len() as u64)).unwrap();
+    let source = TestSource::new("test", data.to_vec());
+    blob.add_source(source.clone());
+    (blob, source)
+}
+
+async fn read(blob: &Arc<Blob>, range: std::ops::Range<u64>) -> Result<Slice, ReadError> {
+    match blob.read(range)? {
+        Read::Ready(slice) => Ok(slice),
+        Read::Missing(miss) => miss.wait().await,
+    }
+}
+
+/// Waits until the blob is judged. Bounded only by the test's own time.
+async fn judged(blob: &Blob) -> Trust {
+    loop {
+        match blob.stats().trust {
+            Trust::Transport => tokio::task::yield_now().await,
+            trust => return trust,
+        }
+    }
+}
