@@ -110,7 +110,8 @@ pub fn open_store(root: &TempDir) -> Arc<Store> {
         read_ahead_min: 1 << 20,
         read_ahead_max: 4 << 20,
     };
-    Store::open(root.path(), StoreOptions { fetch }).unwrap()
+    let checkpoint_interval = Duration::from_secs(5);
+    Store::open(root.path(), StoreOptions { fetch, checkpoint_interval }).unwrap()
 }
 
 /// An empty blob, for trees whose files nobody reads.

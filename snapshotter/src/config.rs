@@ -259,6 +259,9 @@ impl Config {
         if fetch.deadline.is_zero() {
             return bad("fetch.deadline", "must be longer than 0s");
         }
+        if self.cache.checkpoint_interval < Duration::from_millis(100) {
+            return bad("cache.checkpoint_interval", "must be 100ms or longer");
+        }
         if !(1..=256).contains(&fetch.connections) {
             return bad("fetch.connections", "must be from 1 to 256");
         }
@@ -282,6 +285,7 @@ impl Config {
                 read_ahead_min: fetch.read_ahead_min.as_u64(),
                 read_ahead_max: fetch.read_ahead_max.as_u64(),
             },
+            checkpoint_interval: self.cache.checkpoint_interval,
         }
     }
 
@@ -429,6 +433,7 @@ mod tests {
             ("[fetch]\nconnections = 0", "`fetch.connections` must be from 1 to 256"),
             ("[fetch]\nrequest_size = '65MiB'", "`fetch.request_size`"),
             ("[fetch]\ndeadline = '0s'", "`fetch.deadline`"),
+            ("[cache]\ncheckpoint_interval = '1ms'", "`cache.checkpoint_interval`"),
             ("[fetch]\nread_ahead_min = '1GiB'", "`fetch.read_ahead_min`"),
             ("root = 3", "line 1"),
             ("root = ", "line 1"),

@@ -10,10 +10,6 @@ use super::at;
 use crate::OpenError;
 use crate::shared::{Shared, lock};
 
-/// Between two checkpoints. What was fetched since the last one is fetched again after a power
-/// loss; more often would cost throughput (syncing each 4 MiB halves it).
-const INTERVAL: Duration = Duration::from_secs(5);
-
 /// The thread; it ends with [`Checkpointer::stop`].
 #[derive(Debug)]
 pub(super) struct Checkpointer {
@@ -21,10 +17,10 @@ pub(super) struct Checkpointer {
 }
 
 impl Checkpointer {
-    pub(super) fn start(shared: Arc<Shared>) -> io::Result<Self> {
+    pub(super) fn start(shared: Arc<Shared>, interval: Duration) -> io::Result<Self> {
         let (stop, stopped) = sync_channel(1);
         let work = move || {
-            while stopped.recv_timeout(INTERVAL) == Err(RecvTimeoutError::Timeout) {
+            while stopped.recv_timeout(interval) == Err(RecvTimeoutError::Timeout) {
                 if let Err(error) = record_changed(&shared) {
                     tracing::error!(%error, "blob state not recorded");
                 }

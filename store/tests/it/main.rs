@@ -50,6 +50,7 @@ fn options() -> StoreOptions {
             read_ahead_min: 0,
             read_ahead_max: 0,
         },
+        checkpoint_interval: Duration::from_secs(5),
     }
 }
 
