@@ -6,6 +6,7 @@
 //! Invariant: the harness waits for conditions with a deadline, never for a span of time.
 
 pub mod area;
+pub mod bed;
 pub mod containerd;
 pub mod cri;
 pub mod digest;
@@ -23,6 +24,7 @@ pub mod wait;
 pub mod weightfs;
 
 pub use area::Area;
+pub use bed::Bed;
 pub use containerd::{Containerd, ContainerdOptions};
 pub use proxy::{Fault, Proxy, Target};
 pub use registry::{Registry, RegistryOptions};
