@@ -19,6 +19,7 @@ pub mod proxy;
 pub mod python;
 pub mod registry;
 pub mod remote;
+pub mod snapshots;
 pub mod tree;
 pub mod wait;
 pub mod weightfs;
