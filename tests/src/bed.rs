@@ -72,6 +72,11 @@ impl Bed {
         self.weightfs.mount(&self.area, reference, &self.mount_point())
     }
 
+    /// Mounts an artifact beside others: a state directory has one owner.
+    pub fn mount_with_other_root(&self, reference: &str) -> Mounted {
+        Weightfs::new(&self.area).mount(&self.area, reference, &self.mount_point())
+    }
+
     /// Asserts that the artifact can't be mounted, that the message has each of `texts`, and that
     /// nothing is left of the attempt.
     pub fn assert_refused(&self, reference: &str, texts: &[&str]) -> Outcome {
