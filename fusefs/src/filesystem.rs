@@ -18,7 +18,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use serde::{Deserialize, Serialize};
-use weightfs_store::{Read, ReadError};
+use weightfs_store::{Blob, Read, ReadError};
 
 use crate::tree::{Content, Node, NodeId, NodeKind, Tree};
 
@@ -142,6 +142,7 @@ impl Filesystem {
 
     /// Shows a tree as directory [`TreeNumber::directory_name`] of the root.
     pub fn add(&self, number: TreeNumber, tree: Tree) {
+        tree.blobs().for_each(Blob::shown);
         let mounted = Arc::new(MountedTree { number, tree, lookups: AtomicU64::new(0) });
         write(&self.trees).insert(number, Arc::clone(&mounted));
         write(&self.shown).insert(number, mounted);

@@ -10,8 +10,8 @@ use futures::future::BoxFuture;
 use futures::{FutureExt as _, StreamExt as _, stream};
 use tempfile::TempDir;
 use weightfs_store::{
-    Blob, BlobId, ByteStream, Digest, FetchOptions, Form, Layout, Source, SourceError, Store,
-    StoreOptions,
+    Background, Blob, BlobId, ByteStream, Digest, FetchOptions, Form, Layout, Source, SourceError,
+    Store, StoreOptions,
 };
 
 use crate::artifact::{Compression, LayerContent, LayerDescriptor};
@@ -90,6 +90,10 @@ impl Source for MemorySource {
         "memory"
     }
 
+    fn host(&self) -> &str {
+        "memory"
+    }
+
     fn fetch(&self, range: Range<u64>) -> BoxFuture<'_, Result<ByteStream, SourceError>> {
         async move { self.answer(range) }.boxed()
     }
@@ -106,9 +110,11 @@ pub fn open_store(root: &TempDir) -> Arc<Store> {
     let fetch = FetchOptions {
         deadline: Duration::from_secs(10),
         connections: 2,
+        connections_per_host: 8,
         request_bytes: 4 << 20,
         read_ahead_min: 1 << 20,
         read_ahead_max: 4 << 20,
+        background: Background::Off,
     };
     let checkpoint_interval = Duration::from_secs(5);
     Store::open(root.path(), StoreOptions { fetch, checkpoint_interval }).unwrap()

@@ -11,6 +11,7 @@
 mod finish;
 mod merge;
 
+use std::collections::HashSet;
 use std::ffi::{OsStr, OsString};
 use std::ops::Range;
 use std::path::PathBuf;
@@ -266,6 +267,15 @@ impl Tree {
     /// Bytes of all files, each counted once.
     pub fn content_bytes(&self) -> u64 {
         self.content_bytes
+    }
+
+    /// The blobs that its files are in, each once.
+    pub fn blobs(&self) -> impl Iterator<Item = &Arc<Blob>> {
+        let mut seen = HashSet::new();
+        self.nodes.iter().filter_map(move |node| match &node.kind {
+            NodeKind::File(content) => seen.insert(content.blob.id()).then_some(&content.blob),
+            _ => None,
+        })
     }
 
     /// The layer that a node came from; `None` for the root and for directories that no layer

@@ -10,7 +10,7 @@ use std::time::Duration;
 use bytesize::ByteSize;
 use serde::{Deserialize, Serialize};
 use toml::{Table, Value};
-use weightfs_store::{FetchOptions, RegistryOptions, StoreOptions};
+use weightfs_store::{Background, FetchOptions, RegistryOptions, StoreOptions};
 
 /// Where the configuration is looked for; its absence means defaults.
 pub const DEFAULT_PATH: &str = "/etc/weightfs/config.toml";
@@ -33,9 +33,21 @@ const KEYS: &[(&str, &str)] = &[
     ),
     ("fetch.deadline", "A read that no source has served within this time fails with EIO."),
     ("fetch.connections", "Requests in flight for one blob at the most."),
+    (
+        "fetch.connections_per_host",
+        "Requests in flight to one host at the most; as many are sent as bring throughput.",
+    ),
     ("fetch.request_size", "Bytes of one ranged request at the most."),
     ("fetch.read_ahead_min", "First read-ahead window of a sequential reader."),
     ("fetch.read_ahead_max", "Largest read-ahead window of a sequential reader."),
+    (
+        "fetch.background",
+        "Fetched although nobody waits: the rest of \"touched-files\", \"everything\", or \"off\".",
+    ),
+    (
+        "fetch.prefetch",
+        "Fetch what loaders read first (headers, tokenizers) and what recorded loads read.",
+    ),
     (
         "credentials.docker_config",
         "Directory of docker's config.json. Unset: $DOCKER_CONFIG, else ~/.docker.",
@@ -100,12 +112,18 @@ pub struct FetchConfig {
     pub deadline: Duration,
     /// Requests in flight for one blob.
     pub connections: usize,
+    /// Requests in flight to one host.
+    pub connections_per_host: usize,
     /// Bytes of one request at the most.
     pub request_size: ByteSize,
     /// First read-ahead window.
     pub read_ahead_min: ByteSize,
     /// Largest read-ahead window.
     pub read_ahead_max: ByteSize,
+    /// What is fetched without being asked for.
+    pub background: Background,
+    /// Whether what loaders will read is fetched before they do.
+    pub prefetch: bool,
 }
 
 /// `[credentials]`
@@ -162,10 +180,13 @@ impl Default for FetchConfig {
     fn default() -> Self {
         Self {
             deadline: Duration::from_secs(30),
-            connections: 8,
+            connections: 32,
+            connections_per_host: 64,
             request_size: ByteSize::mib(16),
             read_ahead_min: ByteSize::mib(8),
-            read_ahead_max: ByteSize::mib(128),
+            read_ahead_max: ByteSize::mib(256),
+            background: Background::TouchedFiles,
+            prefetch: true,
         }
     }
 }
@@ -265,6 +286,9 @@ impl Config {
         if !(1..=256).contains(&fetch.connections) {
             return bad("fetch.connections", "must be from 1 to 256");
         }
+        if !(1..=256).contains(&fetch.connections_per_host) {
+            return bad("fetch.connections_per_host", "must be from 1 to 256");
+        }
         if !(mib..=64 * mib).contains(&fetch.request_size.as_u64()) {
             return bad("fetch.request_size", "must be from 1MiB to 64MiB");
         }
@@ -281,9 +305,11 @@ impl Config {
             fetch: FetchOptions {
                 deadline: fetch.deadline,
                 connections: fetch.connections,
+                connections_per_host: fetch.connections_per_host,
                 request_bytes: fetch.request_size.as_u64(),
                 read_ahead_min: fetch.read_ahead_min.as_u64(),
                 read_ahead_max: fetch.read_ahead_max.as_u64(),
+                background: fetch.background,
             },
             checkpoint_interval: self.cache.checkpoint_interval,
         }

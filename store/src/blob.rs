@@ -9,21 +9,22 @@ use std::fs::File;
 use std::io;
 use std::ops::{Deref, Range};
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError, RwLock};
 
 use tokio::runtime::Handle;
 use tokio::time::Instant;
 
 use crate::chunk::{ChunkNo, ChunkTable, Place, VerifiedChunk};
-use crate::fetch::Fetcher;
+use crate::fetch::{Fetcher, Priority, Scheduler};
 use crate::hash::{Follow, RunningHash};
+use crate::interest::Interest;
 use crate::presence::{Bits, Presence, ones};
-use crate::read_ahead::ReadAhead;
+use crate::read_ahead::{Advice, ReadAhead};
 use crate::segment::{Segments, View};
 use crate::shared::{Entered, Shared, lock};
 use crate::state::{Record, Verdict};
-use crate::store::FetchOptions;
+use crate::store::{Background, FetchOptions};
 use crate::{BlobId, Layout, ReadError, Source};
 
 /// Sources that a blob can have at the most: the registry under a few names, and peers.
@@ -65,10 +66,35 @@ pub struct Blob {
     /// Segments that were written to since they were last synced.
     unsynced: Bits,
     recorder: Mutex<Recorder>,
-    sources: RwLock<Vec<Arc<dyn Source>>>,
+    sources: RwLock<Sources>,
     fetcher: Fetcher,
-    read_ahead: Mutex<ReadAhead>,
+    readers: Mutex<Readers>,
+    /// Whether what nobody has asked for is to be fetched, too, because little is missing.
+    rounding_off: AtomicBool,
     fetched: AtomicU64,
+}
+
+#[derive(Debug, Default)]
+struct Sources {
+    in_order: Vec<Arc<dyn Source>>,
+    /// The host of the first.
+    host: Arc<str>,
+}
+
+/// What is known of those who read.
+#[derive(Debug)]
+struct Readers {
+    ahead: ReadAhead,
+    interest: Interest,
+}
+
+/// What a read gives reason to do.
+#[derive(Debug)]
+struct Notice {
+    segment: usize,
+    advice: Advice,
+    /// Whether all of the segment is wanted from now on.
+    whole: bool,
 }
 
 /// Whether records of the blob can still be written.
@@ -125,7 +151,7 @@ pub struct Miss {
     blob: Arc<Blob>,
     range: Range<u64>,
     place: Place,
-    read_ahead: Option<Range<u64>>,
+    notice: Notice,
     until: Instant,
 }
 
@@ -137,12 +163,11 @@ impl Miss {
     /// When no source gave the bytes in time, or one refused for good; when the cache files can't
     /// be written; when the blob turned out to be poisoned.
     pub async fn wait(self) -> Result<Slice, ReadError> {
-        let Self { blob, range, place, read_ahead, until } = self;
-        let tickets = blob.fetcher.demand(&blob, &place.chunks, until);
+        let Self { blob, range, place, notice, until } = self;
+        let access = notice.advice.access;
+        let tickets = blob.fetcher.demand(&blob, &place.chunks, access, until);
         // After the demand, so that it comes after it in the queue, too.
-        if let Some(ahead) = read_ahead {
-            blob.fetch_ahead(&ahead);
-        }
+        blob.follow(&notice);
         blob.fetcher.wait(&blob, tickets, until).await?;
         blob.check_trust()?;
         blob.slice(&range, &place)
@@ -181,7 +206,11 @@ impl Blob {
             recorder: Mutex::new(Recorder::Ready),
             sources: RwLock::default(),
             fetcher: Fetcher::default(),
-            read_ahead: Mutex::new(ReadAhead::new(read_ahead_min, read_ahead_max)),
+            readers: Mutex::new(Readers {
+                ahead: ReadAhead::new(read_ahead_min, read_ahead_max),
+                interest: Interest::default(),
+            }),
+            rounding_off: AtomicBool::new(false),
             fetched: AtomicU64::new(0),
             table,
             shared,
@@ -204,12 +233,33 @@ impl Blob {
     /// Adds a place to fetch from, after those it has; one of the same name is replaced.
     pub fn add_source(&self, source: Arc<dyn Source>) {
         let mut sources = self.sources.write().unwrap_or_else(PoisonError::into_inner);
-        if let Some(known) = sources.iter_mut().find(|known| known.name() == source.name()) {
+        let known = &mut sources.in_order;
+        if let Some(known) = known.iter_mut().find(|known| known.name() == source.name()) {
             *known = source;
-        } else if sources.len() < MAX_SOURCES {
-            sources.push(source);
+        } else if known.len() < MAX_SOURCES {
+            known.push(source);
         } else {
             tracing::warn!(blob = %self.id.digest, source = source.name(), "too many sources");
+        }
+        let host = sources.in_order.first().map_or("", |first| first.host());
+        sources.host = host.into();
+    }
+
+    /// Its bytes are shown to readers from now on. Where the options say so, all of it is fetched
+    /// in the background.
+    pub fn shown(self: &Arc<Self>) {
+        if self.shared.fetch.background == Background::Everything && !self.presence.is_complete() {
+            self.fetcher.plan(self, Priority::Background, self.table.all());
+        }
+    }
+
+    /// A reader of `range`, which lies inside one segment, is expected: it is fetched when there
+    /// is room, before anything in the background. Does not wait.
+    pub fn expect(self: &Arc<Self>, range: &Range<u64>) {
+        if let Some(place) = self.table.locate(range)
+            && !self.presence.has_all(&place.chunks)
+        {
+            self.fetcher.plan(self, Priority::Profile, place.chunks);
         }
     }
 
@@ -233,9 +283,9 @@ impl Blob {
             self.note_hit(&range, &place);
             return self.slice(&range, &place).map(Read::Ready);
         }
-        let read_ahead = lock(&self.read_ahead).on_read(place.segment, &place.covers, &range);
+        let notice = self.notice(&mut lock(&self.readers), &range, &place, true);
         let until = Instant::now() + self.shared.fetch.deadline;
-        Ok(Read::Missing(Miss { blob: Arc::clone(self), range, place, read_ahead, until }))
+        Ok(Read::Missing(Miss { blob: Arc::clone(self), range, place, notice, until }))
     }
 
     /// Whether every chunk that `range` touches is published. Not so for a range that is not
@@ -286,23 +336,67 @@ impl Blob {
         }
     }
 
-    /// Tells read-ahead of a hit, unless it is busy with another or there is nothing to fetch.
+    /// Notes a hit, unless somebody else notes something or there is nothing to fetch.
     fn note_hit(self: &Arc<Self>, range: &Range<u64>, place: &Place) {
         if self.presence.is_complete() {
             return;
         }
-        let Ok(mut read_ahead) = self.read_ahead.try_lock() else { return };
-        if let Some(ahead) = read_ahead.on_read(place.segment, &place.covers, range) {
-            // Not from here: queueing takes a lock that fetches hold, too.
+        let Ok(mut readers) = self.readers.try_lock() else { return };
+        let notice = self.notice(&mut readers, range, place, false);
+        if !notice.advice.ahead.is_empty() || notice.whole {
+            // Not from here: queueing takes locks that fetches hold, too.
             let blob = Arc::clone(self);
-            self.shared.runtime.spawn(async move { blob.fetch_ahead(&ahead) });
+            self.shared.runtime.spawn(async move { blob.follow(&notice) });
         }
     }
 
-    fn fetch_ahead(self: &Arc<Self>, range: &Range<u64>) {
-        if let Some(place) = self.table.locate(range) {
-            self.fetcher.read_ahead(self, &place.chunks);
+    fn notice(
+        &self,
+        readers: &mut Readers,
+        range: &Range<u64>,
+        place: &Place,
+        missed: bool,
+    ) -> Notice {
+        let advice = readers.ahead.on_read(place.segment, &place.covers, range);
+        let (len, bytes) = (place.covers.end - place.covers.start, range.end - range.start);
+        let whole = match self.shared.fetch.background {
+            Background::Off => false,
+            Background::TouchedFiles | Background::Everything => {
+                readers.interest.on_read(place.segment, len, bytes, missed)
+            }
+        };
+        Notice { segment: place.segment, advice, whole }
+    }
+
+    /// Fetches what a read gives reason to.
+    fn follow(self: &Arc<Self>, notice: &Notice) {
+        let Notice { segment, advice: Advice { ahead, request_bytes, .. }, whole } = notice;
+        for range in ahead {
+            if let Some(place) = self.table.locate(range) {
+                self.fetcher.read_ahead(self, &place.chunks, *request_bytes);
+            }
         }
+        if *whole {
+            self.fetcher.plan(self, Priority::Background, self.table.of_segment(*segment));
+        }
+    }
+
+    /// When most of the blob is here and nothing else is to be done, the rest is fetched, too:
+    /// only a whole blob can be verified.
+    pub(crate) fn round_off(self: &Arc<Self>) {
+        let size = self.layout().size();
+        let most = self.presence.bytes() >= size - size / 4 && !self.presence.is_complete();
+        let wanted = most && self.shared.fetch.background != Background::Off;
+        if wanted && self.fetcher.is_calm() && !self.rounding_off.swap(true, Ordering::AcqRel) {
+            self.fetcher.plan(self, Priority::Background, self.table.all());
+        }
+    }
+
+    /// What was to be fetched of a segment in the background has failed: its next reader begins
+    /// anew.
+    pub(crate) fn forget_interest(&self, segment: usize) {
+        lock(&self.readers).interest.forget(segment);
+        self.rounding_off.store(false, Ordering::Release);
     }
 
     fn slice(self: &Arc<Self>, range: &Range<u64>, place: &Place) -> Result<Slice, ReadError> {
@@ -353,7 +447,16 @@ impl Blob {
     }
 
     pub(crate) fn sources(&self) -> Vec<Arc<dyn Source>> {
-        self.sources.read().unwrap_or_else(PoisonError::into_inner).clone()
+        self.sources.read().unwrap_or_else(PoisonError::into_inner).in_order.clone()
+    }
+
+    /// Whose line its requests take a place on; empty if it has no source.
+    pub(crate) fn host(&self) -> Arc<str> {
+        Arc::clone(&self.sources.read().unwrap_or_else(PoisonError::into_inner).host)
+    }
+
+    pub(crate) fn scheduler(&self) -> &Scheduler {
+        &self.shared.scheduler
     }
 
     pub(crate) fn source_names(&self) -> Vec<String> {

@@ -1,15 +1,22 @@
 //! Fetching: who waits for which chunk, what is asked for next, and by whom.
 //!
 //! Each absent chunk that somebody wants has one *flight*, which belongs to one *request*: a
-//! ranged read of chunks in sequence, inside one segment. Requests wait in queues by priority and
-//! run as tasks, a bounded number for each blob. A chunk is published and its waiters are woken
-//! as soon as its last byte is written, not when the request ends.
+//! ranged read of chunks in sequence, inside one segment. Requests wait in their blob's queue by
+//! priority; the scheduler lets blobs send them in turn, a bounded number for each blob, each
+//! host and in all. They run as tasks. A chunk is published and its waiters are woken as soon as
+//! its last byte is written, not when the request ends.
+//!
+//! What is fetched without being asked for (profiles, background) is only *planned*: it has no
+//! flights before there is room for it.
 //!
 //! Invariants: one flight for each chunk; a flight ends when its chunk is published or its
 //! request ends, however that comes (the task's guard sees to it); failures are not remembered.
-//! The queue's lock is never held across I/O or an await, and hits never take it.
+//! No lock is held across I/O or an await, and hits take none of these.
 
+mod line;
+mod plan;
 mod queue;
+mod scheduler;
 mod transfer;
 
 use std::ops::Range;
@@ -20,8 +27,13 @@ use std::time::Duration;
 use tokio::sync::oneshot;
 use tokio::time::Instant;
 
+pub(crate) use self::line::Priority;
+pub(crate) use self::scheduler::Scheduler;
+
 use self::queue::{Queue, Request};
+use self::scheduler::Next;
 use crate::chunk::{ChunkNo, VerifiedChunk};
+use crate::read_ahead::Access;
 use crate::shared::{Entered, lock};
 use crate::{Blob, ReadError, SourceError};
 
@@ -117,10 +129,12 @@ impl Fetcher {
         &self,
         blob: &Arc<Blob>,
         chunks: &Range<ChunkNo>,
+        access: Access,
         until: Instant,
     ) -> Vec<Ticket> {
-        let tickets = lock(&self.queue).demand(chunks, blob.presence(), limits(blob), until);
-        self.pump(blob);
+        let tickets =
+            lock(&self.queue).demand(chunks, access, blob.presence(), limits(blob), until);
+        pump(blob);
         tickets
     }
 
@@ -143,22 +157,40 @@ impl Fetcher {
     }
 
     /// Fetches what nobody fetches yet of `chunks`, after what is in demand.
-    pub(crate) fn read_ahead(&self, blob: &Arc<Blob>, chunks: &Range<ChunkNo>) {
-        let until = Instant::now() + blob.fetch_options().deadline;
-        lock(&self.queue).read_ahead(chunks, blob.presence(), limits(blob), until);
-        self.pump(blob);
+    pub(crate) fn read_ahead(&self, blob: &Arc<Blob>, chunks: &Range<ChunkNo>, request_bytes: u64) {
+        let (limits, until) = (limits(blob), patience(blob));
+        lock(&self.queue).read_ahead(chunks, request_bytes, blob.presence(), limits, until);
+        pump(blob);
     }
 
-    /// Starts requests while there is room for them.
-    fn pump(&self, blob: &Arc<Blob>) {
-        loop {
-            // The lock must be free when the task is spawned: a runtime that shuts down drops the
-            // task at once, and its guard comes back here.
-            let next = lock(&self.queue).start_next(limits(blob));
-            let Some(request) = next else { return };
-            let running = Running::new(Arc::clone(blob), request);
-            blob.runtime().spawn(transfer::run(running));
-        }
+    /// Fetches `chunks`, of several segments if need be, when there is room.
+    pub(crate) fn plan(&self, blob: &Arc<Blob>, priority: Priority, chunks: Range<ChunkNo>) {
+        lock(&self.queue).plan(priority, chunks);
+        pump(blob);
+    }
+
+    /// Whether nothing but what is expected of loaders is to be fetched any more.
+    pub(crate) fn is_calm(&self) -> bool {
+        lock(&self.queue).is_calm()
+    }
+
+    /// For the scheduler: the next request of that priority.
+    fn start_next(&self, blob: &Blob, priority: Priority) -> Option<Request> {
+        let (limits, until) = (limits(blob), patience(blob));
+        lock(&self.queue).start_next(priority, blob.presence(), blob.table(), limits, until)
+    }
+
+    /// For the scheduler: whether the blob is to be put into the ring.
+    fn enters_ring(&self) -> bool {
+        let mut queue = lock(&self.queue);
+        !queue.is_idle() && !std::mem::replace(&mut queue.in_ring, true)
+    }
+
+    /// For the scheduler: whether the blob has still something to fetch.
+    fn stays_in_ring(&self) -> bool {
+        let mut queue = lock(&self.queue);
+        queue.in_ring = !queue.is_idle();
+        queue.in_ring
     }
 
     /// Makes a chunk readable and wakes who waits for it.
@@ -177,27 +209,66 @@ fn limits(blob: &Blob) -> queue::Limits {
     queue::Limits::new(fetch.connections, fetch.request_bytes)
 }
 
+/// When a request that nobody waits for gives up.
+fn patience(blob: &Blob) -> Instant {
+    Instant::now() + blob.fetch_options().deadline
+}
+
+/// Has a blob's requests started, and those of others, while there is room for them.
+fn pump(blob: &Arc<Blob>) {
+    let scheduler = blob.scheduler();
+    scheduler.enter(&blob.host(), blob);
+    // No lock may be held when the task is spawned: a runtime that shuts down drops the task at
+    // once, and its guard comes back here.
+    while let Some(next) = scheduler.next() {
+        let blob = Arc::clone(&next.blob);
+        let running = Running::new(next);
+        blob.runtime().spawn(transfer::run(running));
+    }
+}
+
 /// A request that runs. Its end is made known when this is dropped: by its task's end, by a panic
 /// in it, or by a runtime that shuts down.
 #[derive(Debug)]
 struct Running {
     blob: Arc<Blob>,
     request: Request,
+    /// The host whose line it takes a place on. A request that turns to another source keeps it.
+    host: Arc<str>,
+    /// Bytes that came.
+    bytes: u64,
     outcome: Outcome,
 }
 
 impl Running {
-    fn new(blob: Arc<Blob>, request: Request) -> Self {
-        Self { blob, request, outcome: Err(Failure::abandoned()) }
+    fn new(Next { blob, request, host }: Next) -> Self {
+        Self { blob, request, host, bytes: 0, outcome: Err(Failure::abandoned()) }
     }
 }
 
 impl Drop for Running {
     fn drop(&mut self) {
-        let fetcher = self.blob.fetcher();
-        for waiter in lock(&fetcher.queue).ended(&self.request) {
+        let blob = &self.blob;
+        for waiter in lock(&blob.fetcher().queue).ended(&self.request) {
             let _ = waiter.send(self.outcome.clone());
         }
-        fetcher.pump(&self.blob);
+        blob.scheduler().ended(&self.host, self.request.priority, self.bytes);
+        match self.outcome {
+            Ok(()) => blob.round_off(),
+            Err(_) => self.give_up_plans(),
+        }
+        pump(blob);
+    }
+}
+
+impl Running {
+    /// After a failure nothing more of the segment is fetched unasked: its next reader sees
+    /// whether the source is back.
+    fn give_up_plans(&self) {
+        let chunk = self.request.start();
+        let Some((segment, _)) = self.blob.table().bytes_of(chunk) else { return };
+        let chunks = self.blob.table().of_segment(segment);
+        lock(&self.blob.fetcher().queue).drop_plans(&chunks);
+        self.blob.forget_interest(segment);
     }
 }

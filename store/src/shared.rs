@@ -9,6 +9,7 @@ use std::time::Duration;
 use tokio::runtime::Handle;
 
 use crate::Blob;
+use crate::fetch::Scheduler;
 use crate::segment::MappingBudget;
 use crate::store::{BlobId, FetchOptions};
 
@@ -38,6 +39,7 @@ pub(crate) struct Shared {
     pub(crate) fetch: FetchOptions,
     pub(crate) runtime: Handle,
     pub(crate) mappings: Arc<MappingBudget>,
+    pub(crate) scheduler: Scheduler,
     gate: RwLock<Gate>,
     /// Blobs that changed since their last record. It holds them open until it is written.
     changed: Mutex<HashMap<BlobId, Arc<Blob>>>,
@@ -47,6 +49,7 @@ impl Shared {
     pub(crate) fn new(fetch: FetchOptions, runtime: Handle) -> Self {
         let deadline = fetch.deadline.min(MAX_DEADLINE);
         Self {
+            scheduler: Scheduler::new(fetch.connections_per_host),
             fetch: FetchOptions { deadline, ..fetch },
             runtime,
             mappings: Arc::default(),

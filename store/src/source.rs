@@ -18,6 +18,9 @@ pub trait Source: Debug + Send + Sync {
     /// are one source.
     fn name(&self) -> &str;
 
+    /// The host that answers (`host:port`): what it bears is shared by all of its blobs.
+    fn host(&self) -> &str;
+
     /// Bytes `range` of the blob, in order. The stream ends with an error or after exactly
     /// `range.end - range.start` bytes; it never gives more.
     fn fetch(&self, range: Range<u64>) -> BoxFuture<'_, Result<ByteStream, SourceError>>;

@@ -66,12 +66,29 @@ pub struct FetchOptions {
     pub deadline: Duration,
     /// Requests in flight to one blob at the most.
     pub connections: usize,
+    /// Requests in flight to one host at the most. As many are sent as bring throughput.
+    pub connections_per_host: usize,
     /// Bytes of one ranged request at the most.
     pub request_bytes: u64,
     /// First read-ahead window of a sequential stream, in bytes.
     pub read_ahead_min: u64,
     /// Largest read-ahead window, in bytes.
     pub read_ahead_max: u64,
+    /// What is fetched although nobody waits for it.
+    pub background: Background,
+}
+
+/// What is fetched in the background, after all that readers wait or are expected for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Background {
+    /// Nothing.
+    Off,
+    /// The rest of each segment that is being read for real, not only looked at; and the rest of
+    /// a blob when most of it is here.
+    TouchedFiles,
+    /// All of each blob that is shown ([`Blob::shown`]).
+    Everything,
 }
 
 /// What a store needs to know.

@@ -1,23 +1,37 @@
-//! Which requests wait, which run, and which chunk belongs to which. No I/O and no clock.
+//! Which requests of a blob wait, which run, and which chunk belongs to which. No I/O and no
+//! clock.
 //!
 //! Invariants: a chunk has a flight exactly while it is part of a request that waits or runs and
-//! is not published; the chunks of two such requests never overlap in flights.
+//! is not published; the chunks of two such requests never overlap in flights. A request that
+//! runs goes forward through its chunks and ends where [`Request::end`] says, which may come
+//! nearer while it runs, but never nearer than the chunk after the one that is being written.
 
 use std::collections::{HashMap, VecDeque};
 use std::ops::Range;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
 
 use tokio::sync::oneshot;
 use tokio::time::Instant;
 
+use super::line::Priority;
+use super::plan::Plan;
 use super::{Outcome, Patience, Ticket};
-use crate::chunk::{ChunkNo, each};
+use crate::chunk::{ChunkNo, ChunkTable, each};
 use crate::layout::CHUNK_BYTES;
 use crate::presence::Presence;
+use crate::read_ahead::Access;
 
 /// Chunks that wait for read-ahead at the most (8 GiB); beyond it, what waits longest is dropped:
 /// its reader has moved on, or asks for it again.
 const MAX_WAITING_AHEAD: u32 = 8192;
+
+/// Chunks that a random read waits for at the most behind others of a running request. Two take
+/// about as long as a request of its own.
+const MAX_CHUNKS_BEHIND: u32 = 2;
+
+/// Chunks of a request that nobody has asked for: it must not hold its place on the line for long.
+const MAX_PLANNED_CHUNKS: u32 = 8;
 
 /// How many requests, and how large.
 #[derive(Debug, Clone, Copy)]
@@ -29,37 +43,57 @@ pub(super) struct Limits {
 impl Limits {
     /// At least one request of one chunk.
     pub(super) fn new(connections: usize, request_bytes: u64) -> Self {
-        let chunks = u32::try_from(request_bytes / CHUNK_BYTES).unwrap_or(u32::MAX);
-        Self { connections: connections.max(1), request_chunks: chunks.max(1) }
+        Self { connections: connections.max(1), request_chunks: to_chunks(request_bytes) }
     }
 
-    /// Requests that may run for the sake of read-ahead: some are kept free, so that a read in
-    /// demand need not wait until one of them ends.
-    fn for_read_ahead(&self) -> usize {
+    /// Requests that may run besides those in demand: some places are kept free, so that a read
+    /// in demand need not wait until one of them ends.
+    fn unhurried(&self) -> usize {
         let kept_free = if self.connections > 1 { self.connections.div_ceil(4) } else { 0 };
         self.connections - kept_free
     }
 }
 
-/// What comes first.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Priority {
-    /// A reader waits.
-    Demand,
-    /// A reader will come.
-    ReadAhead,
+/// Whole chunks that fit; at least one.
+fn to_chunks(bytes: u64) -> u32 {
+    u32::try_from(bytes / CHUNK_BYTES).unwrap_or(u32::MAX).max(1)
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 struct RequestId(u64);
 
 /// A ranged read of chunks in sequence, inside one segment.
 #[derive(Debug)]
 pub(super) struct Request {
     id: RequestId,
-    priority: Priority,
-    pub(super) chunks: Range<ChunkNo>,
+    pub(super) priority: Priority,
+    chunks: Range<ChunkNo>,
+    end: Arc<AtomicU32>,
     pub(super) patience: Arc<Patience>,
+}
+
+impl Request {
+    pub(super) fn start(&self) -> ChunkNo {
+        self.chunks.start
+    }
+
+    /// One past its last chunk, as things are now.
+    pub(super) fn end(&self) -> ChunkNo {
+        ChunkNo(self.end.load(Ordering::Acquire))
+    }
+
+    fn len(&self) -> u32 {
+        self.chunks.end.0 - self.chunks.start.0
+    }
+}
+
+/// What is known of a request that runs.
+#[derive(Debug)]
+struct Run {
+    priority: Priority,
+    /// The chunk that is being written.
+    front: ChunkNo,
+    end: Arc<AtomicU32>,
 }
 
 #[derive(Debug)]
@@ -69,28 +103,18 @@ struct Flight {
     waiters: Vec<oneshot::Sender<Outcome>>,
 }
 
-/// The requests of one priority.
-#[derive(Debug, Default)]
-struct Lane {
-    waiting: VecDeque<Request>,
-    running: usize,
-}
-
-impl Lane {
-    fn start(&mut self) -> Option<Request> {
-        let request = self.waiting.pop_front()?;
-        self.running += 1;
-        Some(request)
-    }
-}
-
 /// The requests of a blob.
 #[derive(Debug, Default)]
 pub(super) struct Queue {
-    demand: Lane,
-    read_ahead: Lane,
+    demand: VecDeque<Request>,
+    read_ahead: VecDeque<Request>,
+    profile: Plan,
+    background: Plan,
+    running: HashMap<RequestId, Run>,
     flights: HashMap<ChunkNo, Flight>,
     next_id: u64,
+    /// Whether the blob stands in its host's ring.
+    pub(super) in_ring: bool,
 }
 
 impl Queue {
@@ -98,6 +122,7 @@ impl Queue {
     pub(super) fn demand(
         &mut self,
         chunks: &Range<ChunkNo>,
+        access: Access,
         presence: &Presence,
         limits: Limits,
         until: Instant,
@@ -106,54 +131,109 @@ impl Queue {
         let absent: Vec<_> = each(chunks).filter(|chunk| !presence.has(*chunk)).collect();
         for chunk in &absent {
             self.promote(*chunk);
+            if access == Access::Random {
+                self.overtake(*chunk, chunks.end, until);
+            }
         }
-        for request in self.requests(chunks, presence, limits, Priority::Demand, until) {
-            self.demand.waiting.push_back(request);
+        let most = limits.request_chunks;
+        for request in self.requests(chunks, presence, most, Priority::Demand, until) {
+            self.demand.push_back(request);
         }
         absent.into_iter().filter_map(|chunk| self.join(chunk, until)).collect()
     }
 
-    /// Begins a flight for each absent chunk that has none.
+    /// Begins a flight for each absent chunk that has none, in requests of `request_bytes`.
     pub(super) fn read_ahead(
         &mut self,
         chunks: &Range<ChunkNo>,
+        request_bytes: u64,
         presence: &Presence,
         limits: Limits,
         until: Instant,
     ) {
-        for request in self.requests(chunks, presence, limits, Priority::ReadAhead, until) {
-            self.read_ahead.waiting.push_back(request);
+        let most = to_chunks(request_bytes).min(limits.request_chunks);
+        for request in self.requests(chunks, presence, most, Priority::ReadAhead, until) {
+            self.read_ahead.push_back(request);
         }
-        while self.read_ahead.waiting.iter().map(Request::len).sum::<u32>() > MAX_WAITING_AHEAD {
-            let Some(dropped) = self.read_ahead.waiting.pop_front() else { return };
+        while self.read_ahead.iter().map(Request::len).sum::<u32>() > MAX_WAITING_AHEAD {
+            let Some(dropped) = self.read_ahead.pop_front() else { return };
             self.remove_flights(&dropped);
         }
     }
 
-    /// The next request to run, if there is room for it.
-    pub(super) fn start_next(&mut self, limits: Limits) -> Option<Request> {
-        if self.demand.running + self.read_ahead.running >= limits.connections {
+    /// Adds chunks to what is fetched when there is room; they may lie in several segments.
+    pub(super) fn plan(&mut self, priority: Priority, chunks: Range<ChunkNo>) {
+        match priority {
+            Priority::Profile => self.profile.add(chunks),
+            Priority::Demand | Priority::ReadAhead | Priority::Background => {
+                self.background.add(chunks);
+            }
+        }
+    }
+
+    /// Gives up what is planned inside `chunks`.
+    pub(super) fn drop_plans(&mut self, chunks: &Range<ChunkNo>) {
+        self.profile.drop_within(chunks);
+        self.background.drop_within(chunks);
+    }
+
+    /// Whether nothing waits.
+    pub(super) fn is_idle(&self) -> bool {
+        self.demand.is_empty()
+            && self.read_ahead.is_empty()
+            && self.profile.is_empty()
+            && self.background.is_empty()
+    }
+
+    /// Whether there is nothing that a reader waits or is expected for.
+    pub(super) fn is_calm(&self) -> bool {
+        self.demand.is_empty() && self.read_ahead.is_empty() && self.background.is_empty()
+    }
+
+    /// The next request of that priority, if there is one and room for it. A planned one may go
+    /// on until `until`.
+    pub(super) fn start_next(
+        &mut self,
+        priority: Priority,
+        presence: &Presence,
+        table: &ChunkTable,
+        limits: Limits,
+        until: Instant,
+    ) -> Option<Request> {
+        let in_demand = self.running.values().filter(|run| run.priority == Priority::Demand);
+        let unhurried = self.running.len() - in_demand.count();
+        let room = match priority {
+            Priority::Demand => self.running.len() < limits.connections,
+            _ => self.running.len() < limits.connections && unhurried < limits.unhurried(),
+        };
+        if !room {
             return None;
         }
-        self.demand.start().or_else(|| {
-            let room = self.read_ahead.running < limits.for_read_ahead();
-            if room { self.read_ahead.start() } else { None }
-        })
+        let request = match priority {
+            Priority::Demand => self.demand.pop_front(),
+            Priority::ReadAhead => self.read_ahead.pop_front(),
+            Priority::Profile | Priority::Background => {
+                self.take_planned(priority, presence, table, limits, until)
+            }
+        }?;
+        let run = Run { priority, front: request.chunks.start, end: Arc::clone(&request.end) };
+        self.running.insert(request.id, run);
+        Some(request)
     }
 
     /// A chunk was published: its flight is over. To be called after the publication, so that who
     /// finds no flight under the queue's lock finds the chunk.
     pub(super) fn landed(&mut self, chunk: ChunkNo) -> Vec<oneshot::Sender<Outcome>> {
-        self.flights.remove(&chunk).map_or_else(Vec::new, |flight| flight.waiters)
+        let Some(flight) = self.flights.remove(&chunk) else { return vec![] };
+        if let Some(run) = self.running.get_mut(&flight.request) {
+            run.front = chunk.next();
+        }
+        flight.waiters
     }
 
     /// A request ended. Gives who still waits for chunks of it.
     pub(super) fn ended(&mut self, request: &Request) -> Vec<oneshot::Sender<Outcome>> {
-        let lane = match request.priority {
-            Priority::Demand => &mut self.demand,
-            Priority::ReadAhead => &mut self.read_ahead,
-        };
-        lane.running = lane.running.saturating_sub(1);
+        self.running.remove(&request.id);
         self.remove_flights(request)
     }
 
@@ -176,12 +256,12 @@ impl Queue {
     }
 
     /// Requests, with flights, for what is neither published nor in flight: adjacent chunks
-    /// together, up to the limit.
+    /// together, `most` at the most.
     fn requests(
         &mut self,
         chunks: &Range<ChunkNo>,
         presence: &Presence,
-        limits: Limits,
+        most: u32,
         priority: Priority,
         until: Instant,
     ) -> Vec<Request> {
@@ -189,67 +269,100 @@ impl Queue {
         let mut runs: Vec<Range<ChunkNo>> = vec![];
         for chunk in each(chunks).filter(wanted) {
             match runs.last_mut() {
-                Some(run)
-                    if run.end == chunk && run.end.0 - run.start.0 < limits.request_chunks =>
-                {
+                Some(run) if run.end == chunk && run.end.0 - run.start.0 < most => {
                     run.end = chunk.next();
                 }
                 _ => runs.push(chunk..chunk.next()),
             }
         }
-        let mut make = |chunks| self.request(chunks, priority, Arc::new(Patience::new(until)));
-        runs.into_iter().map(&mut make).collect()
+        runs.into_iter().map(|chunks| self.request(chunks, priority, until)).collect()
+    }
+
+    fn take_planned(
+        &mut self,
+        priority: Priority,
+        presence: &Presence,
+        table: &ChunkTable,
+        limits: Limits,
+        until: Instant,
+    ) -> Option<Request> {
+        let plan =
+            if priority == Priority::Profile { &mut self.profile } else { &mut self.background };
+        let flights = &self.flights;
+        let wanted = |chunk: ChunkNo| !presence.has(chunk) && !flights.contains_key(&chunk);
+        let cut = |chunk: ChunkNo| match table.bytes_of(chunk) {
+            Some((segment, _)) => table.of_segment(segment).end,
+            None => chunk.next(),
+        };
+        let chunks = plan.take(wanted, cut, limits.request_chunks.min(MAX_PLANNED_CHUNKS))?;
+        Some(self.request(chunks, priority, until))
     }
 
     /// A request to which the flights of its chunks belong from now on.
-    fn request(
-        &mut self,
-        chunks: Range<ChunkNo>,
-        priority: Priority,
-        patience: Arc<Patience>,
-    ) -> Request {
+    fn request(&mut self, chunks: Range<ChunkNo>, priority: Priority, until: Instant) -> Request {
         let id = RequestId(self.next_id);
         self.next_id += 1;
+        let patience = Arc::new(Patience::new(until));
         for chunk in each(&chunks) {
-            let waiters = self.landed(chunk);
+            let waiters =
+                self.flights.remove(&chunk).map_or_else(Vec::new, |flight| flight.waiters);
             let patience = Arc::clone(&patience);
             self.flights.insert(chunk, Flight { request: id, patience, waiters });
         }
-        Request { id, priority, chunks, patience }
+        let end = Arc::new(AtomicU32::new(chunks.end.0));
+        Request { id, priority, chunks, end, patience }
     }
 
     /// If the chunk is part of a read-ahead that waits, that goes to the end of the demand, from
     /// the chunk on; what comes before the chunk stays where it is.
     fn promote(&mut self, chunk: ChunkNo) {
         let Some(id) = self.flights.get(&chunk).map(|flight| flight.request) else { return };
-        let Some(at) = self.read_ahead.waiting.iter().position(|request| request.id == id) else {
+        let Some(at) = self.read_ahead.iter().position(|request| request.id == id) else {
             return;
         };
-        let Some(mut whole) = self.read_ahead.waiting.remove(at) else { return };
-        let patience = Arc::new(Patience::new(whole.patience.until()));
-        let rest = self.request(chunk..whole.chunks.end, Priority::Demand, patience);
-        self.demand.waiting.push_back(rest);
+        let Some(mut whole) = self.read_ahead.remove(at) else { return };
+        let rest = self.request(chunk..whole.chunks.end, Priority::Demand, whole.patience.until());
+        self.demand.push_back(rest);
         whole.chunks.end = chunk;
-        if !whole.is_empty() {
-            self.read_ahead.waiting.insert(at, whole);
+        whole.end.store(chunk.0, Ordering::Release);
+        if !whole.chunks.is_empty() {
+            self.read_ahead.insert(at, whole);
         }
     }
-}
 
-impl Request {
-    fn len(&self) -> u32 {
-        self.chunks.end.0 - self.chunks.start.0
-    }
-
-    fn is_empty(&self) -> bool {
-        self.len() == 0
+    /// If the chunk lies far ahead in a request that runs, that request ends before it, and the
+    /// chunk, with what is in demand after it up to `end`, gets a request of its own. What
+    /// remains waits for its turn again.
+    fn overtake(&mut self, chunk: ChunkNo, end: ChunkNo, until: Instant) {
+        let Some(flight) = self.flights.get(&chunk) else { return };
+        let Some(run) = self.running.get(&flight.request) else { return };
+        if chunk.0.saturating_sub(run.front.0) < MAX_CHUNKS_BEHIND {
+            return;
+        }
+        let whole = chunk..ChunkNo(run.end.swap(chunk.0, Ordering::AcqRel));
+        let rest = whole.end.min(end)..whole.end;
+        let own = self.request(chunk..rest.start, Priority::Demand, until);
+        self.demand.push_back(own);
+        if rest.is_empty() {
+            return;
+        }
+        let waited_for = each(&rest)
+            .any(|chunk| self.flights.get(&chunk).is_some_and(|flight| !flight.waiters.is_empty()));
+        if waited_for {
+            let rest = self.request(rest, Priority::Demand, until);
+            self.demand.push_back(rest);
+        } else {
+            let rest = self.request(rest, Priority::ReadAhead, until);
+            self.read_ahead.push_front(rest);
+        }
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::chunk::{ChunkTable, VerifiedChunk};
+    use crate::chunk::VerifiedChunk;
+    use crate::fetch::line::PRIORITIES;
     use crate::layout::Layout;
 
     const LIMITS: Limits = Limits { connections: 4, request_chunks: 16 };
@@ -269,94 +382,205 @@ mod tests {
         presence.publish(&VerifiedChunk::check(&table, chunk, &bytes).unwrap());
     }
 
-    fn started(queue: &mut Queue) -> Vec<Range<ChunkNo>> {
-        std::iter::from_fn(|| queue.start_next(LIMITS)).map(|request| request.chunks).collect()
+    /// A blob of 1000 chunks, in segments of 400.
+    struct World {
+        queue: Queue,
+        presence: Presence,
+        table: ChunkTable,
+        limits: Limits,
+    }
+
+    impl World {
+        fn new() -> Self {
+            let cuts = [400 * CHUNK_BYTES, 800 * CHUNK_BYTES];
+            let table = ChunkTable::new(Layout::new(1000 * CHUNK_BYTES, cuts).unwrap()).unwrap();
+            Self { queue: Queue::default(), presence: Presence::new(1000), table, limits: LIMITS }
+        }
+
+        fn demand(&mut self, range: Range<u32>) -> Vec<Ticket> {
+            self.demand_as(range, Access::Sequential)
+        }
+
+        fn demand_as(&mut self, range: Range<u32>, access: Access) -> Vec<Ticket> {
+            self.queue.demand(&chunks(range), access, &self.presence, self.limits, soon())
+        }
+
+        fn read_ahead(&mut self, range: Range<u32>) {
+            let size = 16 * CHUNK_BYTES;
+            self.queue.read_ahead(&chunks(range), size, &self.presence, self.limits, soon());
+        }
+
+        /// Publishes a chunk; how many had waited for it.
+        fn land(&mut self, number: u32) -> usize {
+            publish(&self.presence, number);
+            self.queue.landed(ChunkNo(number)).len()
+        }
+
+        fn start(&mut self) -> Option<Request> {
+            let Self { queue, presence, table, limits } = self;
+            PRIORITIES
+                .into_iter()
+                .find_map(|priority| queue.start_next(priority, presence, table, *limits, soon()))
+        }
+
+        fn start_all(&mut self) -> Vec<Request> {
+            std::iter::from_fn(|| self.start()).collect()
+        }
+
+        fn started(&mut self) -> Vec<Range<ChunkNo>> {
+            self.start_all().into_iter().map(|request| request.chunks).collect()
+        }
     }
 
     #[test]
     fn a_second_reader_joins_and_adds_only_what_is_new() {
-        let (mut queue, presence) = (Queue::default(), Presence::new(1000));
-        assert_eq!(queue.demand(&chunks(3..5), &presence, LIMITS, soon()).len(), 2);
-        assert_eq!(queue.demand(&chunks(2..6), &presence, LIMITS, soon()).len(), 4);
-        assert_eq!(started(&mut queue), [chunks(3..5), chunks(2..3), chunks(5..6)]);
+        let mut world = World::new();
+        assert_eq!(world.demand(3..5).len(), 2);
+        assert_eq!(world.demand(2..6).len(), 4);
+        assert_eq!(world.started(), [chunks(3..5), chunks(2..3), chunks(5..6)]);
     }
 
     #[test]
     fn adjacent_chunks_are_one_request_up_to_the_limit() {
-        let (mut queue, presence) = (Queue::default(), Presence::new(1000));
-        publish(&presence, 20);
-        let tickets = queue.demand(&chunks(0..40), &presence, LIMITS, soon());
-        assert_eq!(tickets.len(), 39);
+        let mut world = World::new();
+        publish(&world.presence, 20);
+        assert_eq!(world.demand(0..40).len(), 39);
         let expected = [chunks(0..16), chunks(16..20), chunks(21..37), chunks(37..40)];
-        assert_eq!(started(&mut queue), expected);
+        assert_eq!(world.started(), expected);
     }
 
     #[test]
     fn demand_overtakes_read_ahead_and_finds_room() {
-        let (mut queue, presence) = (Queue::default(), Presence::new(1000));
-        queue.read_ahead(&chunks(100..400), &presence, LIMITS, soon());
-        assert_eq!(started(&mut queue).len(), 3, "one connection is kept for demand");
-        queue.demand(&chunks(0..1), &presence, LIMITS, soon());
-        assert_eq!(started(&mut queue), [chunks(0..1)]);
-        queue.demand(&chunks(1..2), &presence, LIMITS, soon());
-        assert!(started(&mut queue).is_empty(), "no more than the connections");
+        let mut world = World::new();
+        world.read_ahead(100..400);
+        assert_eq!(world.started().len(), 3, "one connection is kept for demand");
+        world.demand(0..1);
+        assert_eq!(world.started(), [chunks(0..1)]);
+        world.demand(1..2);
+        assert!(world.started().is_empty(), "no more than the connections");
     }
 
     #[test]
     fn a_read_of_what_waits_for_read_ahead_promotes_it_from_there_on() {
-        let (mut queue, presence) = (Queue::default(), Presence::new(1000));
-        queue.read_ahead(&chunks(0..80), &presence, LIMITS, soon());
-        assert_eq!(started(&mut queue).len(), 3);
-        assert_eq!(queue.demand(&chunks(70..71), &presence, LIMITS, soon()).len(), 1);
-        assert_eq!(started(&mut queue), [chunks(70..80)]);
-        let waiting: Vec<_> = queue.read_ahead.waiting.iter().map(|r| r.chunks.clone()).collect();
+        let mut world = World::new();
+        world.read_ahead(0..80);
+        assert_eq!(world.started().len(), 3);
+        assert_eq!(world.demand(70..71).len(), 1);
+        assert_eq!(world.started(), [chunks(70..80)]);
+        let waiting: Vec<_> = world.queue.read_ahead.iter().map(|r| r.chunks.clone()).collect();
         assert_eq!(waiting, [chunks(48..64), chunks(64..70)]);
     }
 
     #[test]
+    fn a_random_read_far_ahead_in_a_running_request_gets_one_of_its_own() {
+        let mut world = World::new();
+        world.read_ahead(0..16);
+        let running = world.start().unwrap();
+        world.land(0);
+        assert_eq!(world.demand_as(9..10, Access::Random).len(), 1);
+        assert_eq!((running.start(), running.end()), (ChunkNo(0), ChunkNo(9)));
+        let rest = world.start_all();
+        let ranges: Vec<_> = rest.iter().map(|request| request.chunks.clone()).collect();
+        assert_eq!(ranges, [chunks(9..10), chunks(10..16)]);
+        assert_eq!(world.queue.flights.len(), 15, "no chunk is lost");
+        assert!(world.queue.ended(&running).is_empty(), "its reader waits for another request");
+        assert_eq!(world.queue.flights.len(), 7);
+        assert_eq!(world.land(9), 1);
+    }
+
+    #[test]
+    fn what_is_about_to_come_is_waited_for() {
+        let mut world = World::new();
+        world.read_ahead(0..16);
+        let running = world.start().unwrap();
+        world.demand_as(1..2, Access::Random);
+        world.demand(12..13);
+        assert_eq!(running.end(), ChunkNo(16), "near, or part of a stream");
+        assert!(world.start().is_none());
+    }
+
+    #[test]
+    fn readers_of_what_an_overtaken_request_leaves_are_still_served_first() {
+        let mut world = World::new();
+        world.read_ahead(0..16);
+        world.start().unwrap();
+        world.demand(14..15);
+        world.demand_as(5..6, Access::Random);
+        assert_eq!(world.queue.demand.len(), 2);
+        assert!(world.queue.read_ahead.is_empty());
+    }
+
+    #[test]
     fn a_request_that_ends_frees_its_place_and_its_chunks() {
-        let (mut queue, presence) = (Queue::default(), Presence::new(1000));
-        let tickets = queue.demand(&chunks(0..3), &presence, LIMITS, soon());
-        let request = queue.start_next(LIMITS).unwrap();
-        publish(&presence, 0);
-        assert_eq!(queue.landed(ChunkNo(0)).len(), 1);
-        assert_eq!(queue.ended(&request).len(), 2);
-        assert!(queue.flights.is_empty() && queue.demand.running == 0);
+        let mut world = World::new();
+        let tickets = world.demand(0..3);
+        let request = world.start().unwrap();
+        assert_eq!(world.land(0), 1);
+        assert_eq!(world.queue.ended(&request).len(), 2);
+        assert!(world.queue.flights.is_empty() && world.queue.running.is_empty());
         drop(tickets);
-        queue.demand(&chunks(0..3), &presence, LIMITS, soon());
-        assert_eq!(started(&mut queue), [chunks(1..3)], "asked for again, without what is here");
+        world.demand(0..3);
+        assert_eq!(world.started(), [chunks(1..3)], "asked for again, without what is here");
     }
 
     #[test]
     fn ending_a_request_leaves_the_flights_of_others() {
-        let (mut queue, presence) = (Queue::default(), Presence::new(1000));
-        queue.read_ahead(&chunks(0..16), &presence, LIMITS, soon());
-        let first = queue.start_next(LIMITS).unwrap();
-        publish(&presence, 5);
-        queue.landed(ChunkNo(5));
+        let mut world = World::new();
+        world.read_ahead(0..16);
+        let first = world.start().unwrap();
+        world.land(5);
         // Chunk 5 is published; whatever comes for it later is no business of the first request.
-        let _later = queue.request(chunks(5..6), Priority::Demand, Arc::clone(&first.patience));
-        queue.ended(&first);
-        assert_eq!(queue.flights.keys().collect::<Vec<_>>(), [&ChunkNo(5)]);
+        let _later = world.queue.request(chunks(5..6), Priority::Demand, soon());
+        world.queue.ended(&first);
+        assert_eq!(world.queue.flights.keys().collect::<Vec<_>>(), [&ChunkNo(5)]);
     }
 
     #[test]
     fn waiting_read_ahead_is_bounded() {
         let (mut queue, presence) = (Queue::default(), Presence::new(100_000));
-        queue.read_ahead(&chunks(0..50_000), &presence, LIMITS, soon());
-        let waiting: u32 = queue.read_ahead.waiting.iter().map(Request::len).sum();
+        queue.read_ahead(&chunks(0..50_000), 16 * CHUNK_BYTES, &presence, LIMITS, soon());
+        let waiting: u32 = queue.read_ahead.iter().map(Request::len).sum();
         assert!(waiting <= MAX_WAITING_AHEAD);
         assert_eq!(queue.flights.len() as u32, waiting);
         assert!(queue.flights.contains_key(&ChunkNo(49_999)), "the newest stay");
     }
 
     #[test]
-    fn one_connection_serves_both() {
-        let (mut queue, presence) = (Queue::default(), Presence::new(10));
-        let limits = Limits::new(1, 0);
-        queue.read_ahead(&chunks(0..2), &presence, limits, soon());
-        let request = queue.start_next(limits).unwrap();
+    fn requests_of_read_ahead_are_as_large_as_its_stream_allows() {
+        let mut world = World::new();
+        world.queue.read_ahead(&chunks(0..3), 1, &world.presence, LIMITS, soon());
+        assert_eq!(world.started(), [chunks(0..1), chunks(1..2), chunks(2..3)]);
+    }
+
+    #[test]
+    fn plans_are_carried_out_in_order_without_what_others_fetch() {
+        let mut world = World::new();
+        world.limits = Limits::new(100, 64 * CHUNK_BYTES);
+        world.queue.plan(Priority::Background, chunks(390..410));
+        world.queue.plan(Priority::Profile, chunks(700..702));
+        assert!(world.queue.flights.is_empty(), "a plan takes no memory");
+        publish(&world.presence, 393);
+        world.demand(395..397);
+        let expected = [
+            chunks(395..397),
+            chunks(700..702),
+            chunks(390..393),
+            chunks(394..395),
+            chunks(397..400),
+            chunks(400..408),
+            chunks(408..410),
+        ];
+        assert_eq!(world.started(), expected, "demand, profile, background; cut at a segment");
+        assert!(world.queue.is_idle());
+    }
+
+    #[test]
+    fn one_connection_serves_all() {
+        let mut world = World::new();
+        world.limits = Limits::new(1, 0);
+        world.read_ahead(0..2);
+        let request = world.start().unwrap();
         assert_eq!(request.chunks, chunks(0..1));
-        assert!(queue.start_next(limits).is_none());
+        assert!(world.start().is_none());
     }
 }

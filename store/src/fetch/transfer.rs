@@ -14,6 +14,7 @@ use bytes::Bytes;
 use futures::StreamExt;
 use tokio::time::{Instant, timeout_at};
 
+use super::queue::Request;
 use super::{Failure, Outcome, Patience, Running};
 use crate::chunk::{ChunkNo, VerifiedChunk};
 use crate::source::{ByteStream, Source};
@@ -32,23 +33,28 @@ const LONGEST_PAUSE: Duration = Duration::from_secs(2);
 
 /// Runs a request to its end.
 pub(super) async fn run(mut running: Running) {
-    running.outcome = fill(&running.blob, &running.request.chunks, &running.request.patience).await;
+    running.outcome = fill(&mut running).await;
 }
 
-async fn fill(blob: &Arc<Blob>, chunks: &Range<ChunkNo>, patience: &Patience) -> Outcome {
+async fn fill(Running { blob, request, bytes, .. }: &mut Running) -> Outcome {
+    let patience = &*request.patience;
     let mut sources = Sources::new(blob.sources());
     let mut pauses = pauses();
-    while let Some(first) = blob.presence().first_absent(chunks) {
+    // Asked again each time: the request may have become shorter.
+    while let Some(first) = blob.presence().first_absent(&(request.start()..request.end())) {
         let Some(source) = sources.current() else { return Err(sources.into_failure()) };
-        let error = match attempt(blob, &*source, &(first..chunks.end), patience).await {
+        let error = match attempt(blob, &*source, request, first, bytes).await {
             Ok(()) => continue,
             Err(Trouble::Cache(error)) => return Err(Failure::cache(error)),
             Err(Trouble::Source(error)) => error,
         };
         tracing::debug!(blob = %blob.id().digest, %error, "fetch failed");
         patience.failed(&error);
-        if blob.presence().first_absent(chunks) > Some(first) {
+        if blob.presence().has(first) {
             pauses = self::pauses();
+        }
+        if is_complaint(&error) {
+            blob.scheduler().refused(source.host());
         }
         if let Some(wait) = sources.after(error, &mut pauses) {
             pause(wait, patience).await?;
@@ -115,6 +121,11 @@ impl Sources {
     }
 }
 
+/// Whether the host says that it is asked too much.
+fn is_complaint(error: &SourceError) -> bool {
+    matches!(error, SourceError::Status { status: 429 | 503, .. })
+}
+
 fn asked_to_wait(error: &SourceError) -> Duration {
     match error {
         SourceError::Status { retry_after: Some(seconds), .. } => Duration::from_secs(*seconds),
@@ -139,14 +150,16 @@ impl From<std::io::Error> for Trouble {
     }
 }
 
-/// Asks one source once for all of `chunks`.
+/// Asks one source once for the request's chunks from `first` on; counts what comes.
 async fn attempt(
     blob: &Arc<Blob>,
     source: &dyn Source,
-    chunks: &Range<ChunkNo>,
-    patience: &Patience,
+    request: &Request,
+    first: ChunkNo,
+    bytes: &mut u64,
 ) -> Result<(), Trouble> {
-    let mut filler = Filler::open(blob, chunks)?;
+    let patience = &*request.patience;
+    let mut filler = Filler::open(blob, request, first)?;
     let silent = || SourceError::Unreachable {
         source_name: source.name().to_owned(),
         message: "gives no data".into(),
@@ -159,7 +172,14 @@ async fn attempt(
         match piece.map_err(|_| silent())? {
             // More than it was asked for; what follows is not ours.
             Some(_) if filler.is_done() => return Ok(()),
-            Some(piece) => filler.write(blob, &piece?, patience)?,
+            Some(piece) => {
+                let piece = piece?;
+                *bytes += piece.len() as u64;
+                filler.write(blob, &piece)?;
+                if filler.was_cut_short() {
+                    return Ok(());
+                }
+            }
             None if filler.is_done() => return Ok(()),
             None => {
                 let message = format!("the body ended {} bytes early", filler.missing());
@@ -177,13 +197,16 @@ fn next_byte_by(blob: &Blob, patience: &Patience) -> Instant {
 }
 
 /// Writes bytes in sequence to a cache file and publishes each chunk that is whole.
-struct Filler {
+struct Filler<'a> {
+    request: &'a Request,
     file: File,
     /// First byte of the segment.
     origin: u64,
     /// Next byte of the blob to write.
     position: u64,
     end: u64,
+    /// The end that the source was asked for.
+    asked: u64,
     /// The chunk that is being written.
     chunk: ChunkNo,
     /// Its bytes in the blob.
@@ -192,23 +215,28 @@ struct Filler {
     began: u64,
 }
 
-impl Filler {
-    fn open(blob: &Blob, chunks: &Range<ChunkNo>) -> std::io::Result<Self> {
+impl<'a> Filler<'a> {
+    fn open(blob: &Blob, request: &'a Request, first: ChunkNo) -> std::io::Result<Self> {
         let _entered = blob.enter()?;
         let outside = || std::io::Error::other("no such chunk");
         let table = blob.table();
-        let (segment, covers) = table.bytes_of(chunks.start).ok_or_else(outside)?;
-        let end = chunks.end.0.checked_sub(1).map(ChunkNo);
+        let (segment, covers) = table.bytes_of(first).ok_or_else(outside)?;
+        let end = request.end().0.checked_sub(1).map(ChunkNo);
         let (_, last) = end.and_then(|last| table.bytes_of(last)).ok_or_else(outside)?;
         let whole = table.layout().segment(segment).ok_or_else(outside)?;
         let file = blob.segments().open_to_fill(segment, whole.end - whole.start)?;
-        let (chunk, began) = (chunks.start, covers.start);
+        let (chunk, began) = (first, covers.start);
         let (origin, end) = (whole.start, last.end);
-        Ok(Self { file, origin, position: began, end, chunk, covers, began })
+        Ok(Self { request, file, origin, position: began, end, asked: end, chunk, covers, began })
     }
 
     fn is_done(&self) -> bool {
         self.position == self.end
+    }
+
+    /// Whether the request became shorter than what the source was asked for.
+    fn was_cut_short(&self) -> bool {
+        self.end < self.asked
     }
 
     fn missing(&self) -> u64 {
@@ -219,12 +247,7 @@ impl Filler {
     /// microseconds for such a piece, less than handing it to another thread and back. What may
     /// take long is the disk's own pace when the page cache is full of dirty pages, and then it
     /// is right to slow the sources down.
-    fn write(
-        &mut self,
-        blob: &Arc<Blob>,
-        piece: &Bytes,
-        patience: &Patience,
-    ) -> Result<(), Trouble> {
+    fn write(&mut self, blob: &Arc<Blob>, piece: &Bytes) -> Result<(), Trouble> {
         blob.count_fetched(piece.len() as u64);
         let mut rest: &[u8] = piece;
         while !rest.is_empty() && !self.is_done() {
@@ -236,7 +259,7 @@ impl Filler {
             rest = later;
             if self.position == self.covers.end {
                 self.land(blob, &entered)?;
-                patience.extend(Instant::now() + blob.fetch_options().deadline);
+                self.request.patience.extend(Instant::now() + blob.fetch_options().deadline);
             }
         }
         Ok(())
@@ -254,6 +277,10 @@ impl Filler {
         blob.fetcher().publish(blob, &verified, entered);
         self.chunk = self.chunk.next();
         self.began = self.position;
+        if self.chunk >= self.request.end() {
+            // The rest has become another request's.
+            self.end = self.position;
+        }
         if !self.is_done() {
             let next = blob.table().bytes_of(self.chunk);
             (_, self.covers) = next.ok_or_else(|| std::io::Error::other("no such chunk"))?;

@@ -127,6 +127,10 @@ impl Source for BlobSource {
         &self.name
     }
 
+    fn host(&self) -> &str {
+        &self.from.registry
+    }
+
     fn fetch(&self, range: Range<u64>) -> BoxFuture<'_, Result<ByteStream, SourceError>> {
         Box::pin(self.get(range))
     }

@@ -15,8 +15,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use weightfs_store::{
-    Blob, BlobId, Digest, FetchOptions, Form, Layout, Read, ReadError, Slice, Store, StoreOptions,
-    Trust,
+    Background, Blob, BlobId, Digest, FetchOptions, Form, Layout, Read, ReadError, Slice, Store,
+    StoreOptions, Trust,
 };
 
 use source::TestSource;
@@ -46,9 +46,11 @@ fn options() -> StoreOptions {
         fetch: FetchOptions {
             deadline: Duration::from_secs(30),
             connections: 4,
+            connections_per_host: 64,
             request_bytes: 4 * MIB,
             read_ahead_min: 0,
             read_ahead_max: 0,
+            background: Background::Off,
         },
         checkpoint_interval: Duration::from_secs(5),
     }

@@ -110,6 +110,10 @@ impl Source for TestSource {
         &self.name
     }
 
+    fn host(&self) -> &str {
+        &self.name
+    }
+
     fn fetch(&self, range: Range<u64>) -> BoxFuture<'_, Result<ByteStream, SourceError>> {
         Box::pin(async move {
             self.requests.lock().unwrap().push(range.clone());

@@ -1,0 +1,333 @@
+//! The line to one host: how many requests it bears, and which priority may start the next.
+//! No I/O and no clock of its own.
+//!
+//! *How many.* The limit begins low and doubles while that brings more throughput; when it
+//! doesn't, the last doubling is taken back and tried again later. A host that says that it is
+//! asked too much (429, 503) halves it; from then on it grows by one at a time.
+//!
+//! *Which.* Demand may use the whole line. The others leave a part of it free, so that a read in
+//! demand finds room at once. Every [`FLOOR_EVERY`]th start is offered in the reverse order, so
+//! that nobody starves.
+
+use std::time::Duration;
+
+use tokio::time::Instant;
+
+/// What comes first.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) enum Priority {
+    /// A reader waits.
+    Demand,
+    /// A reader will come: its stream leads there.
+    ReadAhead,
+    /// A reader is expected: earlier loads, or the format of the file, say so.
+    Profile,
+    /// Nobody has asked, but the file is in use.
+    Background,
+}
+
+/// From the most to the least urgent.
+pub(crate) const PRIORITIES: [Priority; 4] =
+    [Priority::Demand, Priority::ReadAhead, Priority::Profile, Priority::Background];
+
+/// Requests that a host is sent at once before it is known what it gives: enough for a fast one
+/// nearby, and few enough for a small one.
+const FIRST_LIMIT: usize = 16;
+
+/// How much more throughput twice as many requests must bring to be worth their memory.
+const WORTH_DOUBLING: f64 = 1.3;
+
+/// How long a limit that was found is kept before more is tried.
+const HOLD: Duration = Duration::from_secs(20);
+
+/// How long a host that asked for less is left alone.
+const RESPITE: Duration = Duration::from_secs(5);
+
+/// Shortest time that throughput is measured over; shorter ones measure chance.
+const MIN_EPOCH: Duration = Duration::from_millis(100);
+
+/// Of so many starts, one is offered to the least urgent first.
+const FLOOR_EVERY: u32 = 8;
+
+/// How the limit changes at the end of an epoch.
+#[derive(Debug, Clone, Copy, PartialEq)]
+enum Growth {
+    /// Doubled. `before` is the throughput of the limit before, in bytes a second.
+    Doubling { before: f64 },
+    /// Found; more is tried then.
+    Settled { until: Instant },
+    /// Halved, because the host complained; left alone until then.
+    Respite { until: Instant },
+    /// One more each time, because the host has complained.
+    Careful,
+}
+
+/// The state of a line.
+#[derive(Debug)]
+pub(super) struct Line {
+    limit: usize,
+    largest: usize,
+    growth: Growth,
+    epoch: Epoch,
+    /// By priority.
+    running: [usize; PRIORITIES.len()],
+    starts: u32,
+}
+
+/// What is measured between two looks at the limit.
+#[derive(Debug)]
+struct Epoch {
+    began: Instant,
+    bytes: u64,
+    ended: usize,
+    /// Whether there was work that the limit held back.
+    full: bool,
+}
+
+impl Epoch {
+    fn new(now: Instant) -> Self {
+        Self { began: now, bytes: 0, ended: 0, full: false }
+    }
+}
+
+impl Line {
+    /// A line of `largest` requests at the most.
+    pub(super) fn new(largest: usize, now: Instant) -> Self {
+        Self {
+            limit: FIRST_LIMIT.min(largest.max(1)),
+            largest: largest.max(1),
+            growth: Growth::Doubling { before: 0.0 },
+            epoch: Epoch::new(now),
+            running: [0; PRIORITIES.len()],
+            starts: 0,
+        }
+    }
+
+    pub(super) fn running_requests(&self) -> usize {
+        self.running.iter().sum()
+    }
+
+    /// The priorities that may start a request now, in the order in which to ask them.
+    pub(super) fn offers(&self) -> impl Iterator<Item = Priority> + use<> {
+        let reversed = self.starts % FLOOR_EVERY == FLOOR_EVERY - 1;
+        let mut order = PRIORITIES;
+        if reversed {
+            order.reverse();
+        }
+        let open = order.map(|priority| self.has_room(priority).then_some(priority));
+        open.into_iter().flatten()
+    }
+
+    /// There is work for the line; if it has no room for it, more room may be worth it.
+    pub(super) fn note_held_back(&mut self) {
+        self.epoch.full |= self.running_requests() + self.kept_free() >= self.limit;
+    }
+
+    pub(super) fn started(&mut self, priority: Priority) {
+        self.running[slot(priority)] += 1;
+        self.starts = self.starts.wrapping_add(1);
+    }
+
+    /// A request ended that brought `bytes`.
+    pub(super) fn ended(&mut self, priority: Priority, bytes: u64, now: Instant) {
+        let running = &mut self.running[slot(priority)];
+        *running = running.saturating_sub(1);
+        self.epoch.bytes += bytes;
+        self.epoch.ended += 1;
+        // Each place on the line was used about twice, so what came says something of the limit.
+        if self.epoch.ended >= 2 * self.limit && now >= self.epoch.began + MIN_EPOCH {
+            self.adapt(now);
+        }
+    }
+
+    /// The host says that it is asked too much.
+    pub(super) fn refused(&mut self, now: Instant) {
+        // All requests of one moment are refused together; that counts once.
+        let just_halved =
+            matches!(self.growth, Growth::Respite { .. }) && now < self.epoch.began + MIN_EPOCH;
+        if just_halved {
+            return;
+        }
+        self.limit = (self.limit / 2).max(1);
+        self.growth = Growth::Respite { until: now + RESPITE };
+        self.epoch = Epoch::new(now);
+    }
+
+    fn adapt(&mut self, now: Instant) {
+        let epoch = std::mem::replace(&mut self.epoch, Epoch::new(now));
+        if !epoch.full {
+            return;
+        }
+        let rate = epoch.bytes as f64 / (now - epoch.began).as_secs_f64();
+        let limit = self.limit;
+        let settled = Growth::Settled { until: now + HOLD };
+        (self.limit, self.growth) = match self.growth {
+            Growth::Doubling { before } if rate < before * WORTH_DOUBLING => {
+                ((limit / 2).max(1), settled)
+            }
+            Growth::Settled { until } | Growth::Respite { until } if now < until => return,
+            Growth::Respite { .. } | Growth::Careful => {
+                ((limit + 1).min(self.largest), Growth::Careful)
+            }
+            // Not doubled, so the next look could not tell what it brought.
+            Growth::Doubling { .. } | Growth::Settled { .. } if limit * 2 > self.largest => {
+                (self.largest, settled)
+            }
+            Growth::Doubling { .. } | Growth::Settled { .. } => {
+                (limit * 2, Growth::Doubling { before: rate })
+            }
+        };
+    }
+
+    fn running(&self, priority: Priority) -> usize {
+        self.running[slot(priority)]
+    }
+
+    /// Places that only demand may take.
+    fn kept_free(&self) -> usize {
+        if self.limit > 1 { self.limit.div_ceil(4) } else { 0 }
+    }
+
+    fn has_room(&self, priority: Priority) -> bool {
+        let total = self.running_requests();
+        let unhurried = total - self.running(Priority::Demand);
+        let shared = self.limit - self.kept_free();
+        let own = match priority {
+            Priority::Demand => return total < self.limit,
+            Priority::ReadAhead => shared,
+            Priority::Profile => (self.limit / 2).max(1),
+            // Alone it may use what the others may; beside them it only trickles.
+            Priority::Background if total == self.running(Priority::Background) => shared,
+            Priority::Background => (self.limit / 8).max(1),
+        };
+        total < self.limit && unhurried < shared && self.running(priority) < own
+    }
+}
+
+fn slot(priority: Priority) -> usize {
+    priority as usize
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const MIB: u64 = 1 << 20;
+
+    /// A host whose requests of 1 MiB take `latency` and share `rate` bytes a second; so many
+    /// rounds of a full line.
+    fn rounds(line: &mut Line, now: &mut Instant, latency: f64, rate: f64, count: usize) {
+        for _ in 0..count {
+            let requests = line.limit;
+            for _ in 0..requests {
+                line.started(Priority::Demand);
+            }
+            line.note_held_back();
+            let bytes = requests as u64 * MIB;
+            *now += Duration::from_secs_f64(latency + bytes as f64 / rate);
+            for _ in 0..requests {
+                line.ended(Priority::Demand, MIB, *now);
+            }
+        }
+    }
+
+    fn starts(line: &mut Line, priority: Priority) -> usize {
+        let mut count = 0;
+        while line.has_room(priority) {
+            line.started(priority);
+            count += 1;
+        }
+        count
+    }
+
+    #[test]
+    fn the_limit_grows_while_that_brings_throughput() {
+        let mut now = Instant::now();
+        let mut far = Line::new(64, now);
+        rounds(&mut far, &mut now, 1.0, 1e9, 5);
+        assert_eq!(far.limit, 64, "latency bound");
+        let mut near = Line::new(64, now);
+        rounds(&mut near, &mut now, 0.001, 1e8, 40);
+        assert_eq!(near.limit, FIRST_LIMIT, "the line is full with few");
+    }
+
+    #[test]
+    fn a_host_that_complains_is_asked_half_and_then_carefully_more() {
+        let mut now = Instant::now();
+        let mut line = Line::new(64, now);
+        rounds(&mut line, &mut now, 1.0, 1e9, 5);
+        line.refused(now);
+        line.refused(now);
+        assert_eq!(line.limit, 32, "complaints of one moment count once");
+        rounds(&mut line, &mut now, 1.0, 1e9, 3);
+        assert_eq!(line.limit, 32, "a respite");
+        rounds(&mut line, &mut now, 1.0, 1e9, 12);
+        assert!((34..=38).contains(&line.limit), "{}", line.limit);
+        for _ in 0..10 {
+            now += Duration::from_secs(1);
+            line.refused(now);
+        }
+        assert_eq!(line.limit, 1, "never none");
+    }
+
+    #[test]
+    fn a_line_that_is_not_full_says_nothing_of_its_limit() {
+        let mut now = Instant::now();
+        let mut line = Line::new(64, now);
+        for _ in 0..100 {
+            line.started(Priority::Demand);
+            now += Duration::from_secs(1);
+            line.ended(Priority::Demand, MIB, now);
+        }
+        assert_eq!(line.limit, FIRST_LIMIT);
+    }
+
+    #[test]
+    fn demand_finds_room_beside_everything_else() {
+        let mut line = Line::new(8, Instant::now());
+        assert_eq!(starts(&mut line, Priority::Background), 6);
+        assert_eq!(starts(&mut line, Priority::ReadAhead), 0);
+        assert_eq!(starts(&mut line, Priority::Demand), 2);
+        let mut line = Line::new(8, Instant::now());
+        assert_eq!(starts(&mut line, Priority::ReadAhead), 6);
+        assert_eq!(starts(&mut line, Priority::Background), 0);
+        assert_eq!(starts(&mut line, Priority::Demand), 2);
+    }
+
+    #[test]
+    fn background_only_trickles_beside_others() {
+        let mut line = Line::new(8, Instant::now());
+        line.started(Priority::ReadAhead);
+        assert_eq!(starts(&mut line, Priority::Background), 1);
+    }
+
+    #[test]
+    fn nobody_starves_beside_endless_demand() {
+        let now = Instant::now();
+        let mut line = Line::new(4, now);
+        starts(&mut line, Priority::Demand);
+        let mut started = [0; PRIORITIES.len()];
+        for _ in 0..800 {
+            line.ended(Priority::Demand, 0, now);
+            // All have work.
+            let next = line.offers().next().unwrap();
+            line.started(next);
+            started[slot(next)] += 1;
+            if next != Priority::Demand {
+                line.ended(next, 0, now);
+                line.started(Priority::Demand);
+            }
+        }
+        assert!(started[slot(Priority::Background)] > 20, "{started:?}");
+        assert!(started[slot(Priority::Demand)] > 600, "{started:?}");
+    }
+
+    #[test]
+    fn one_place_serves_all() {
+        let mut line = Line::new(1, Instant::now());
+        for priority in PRIORITIES {
+            assert_eq!(starts(&mut line, priority), 1);
+            line.ended(priority, 0, Instant::now());
+        }
+    }
+}

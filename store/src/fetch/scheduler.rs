@@ -1,0 +1,150 @@
+//! Which blob may send the next request: one line for each host, shared by all blobs that are
+//! fetched from it, in turn.
+//!
+//! A blob with something to fetch stands in its host's ring until it has nothing left. Lock
+//! order: the scheduler's state, then a blob's queue.
+
+use std::collections::{HashMap, VecDeque};
+use std::sync::{Arc, Mutex, Weak};
+
+use tokio::time::Instant;
+
+use super::line::{Line, Priority};
+use super::queue::Request;
+use crate::Blob;
+use crate::shared::lock;
+
+/// Memory that a request takes while it runs: what the HTTP client reads at once (417 KiB, hyper's
+/// largest buffer) and the piece before that, which is being written.
+const REQUEST_BUFFER_BYTES: usize = 1 << 20;
+
+/// Memory for requests in flight, over all hosts.
+const BUFFER_BUDGET_BYTES: usize = 64 << 20;
+
+/// Requests in flight at the most, over all hosts.
+const MAX_REQUESTS: usize = BUFFER_BUDGET_BYTES / REQUEST_BUFFER_BYTES;
+
+/// Hosts that are remembered while nothing is fetched from them.
+const MAX_IDLE_HOSTS: usize = 256;
+
+/// The lines of a store.
+#[derive(Debug)]
+pub(crate) struct Scheduler {
+    connections_per_host: usize,
+    state: Mutex<State>,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    hosts: HashMap<Arc<str>, Host>,
+    running: usize,
+}
+
+#[derive(Debug)]
+struct Host {
+    line: Line,
+    /// Blobs that may have something to fetch. They are not kept open by it.
+    ring: VecDeque<Weak<Blob>>,
+}
+
+/// A request that is to run.
+#[derive(Debug)]
+pub(super) struct Next {
+    pub(super) blob: Arc<Blob>,
+    pub(super) request: Request,
+    /// The host whose line it takes a place on.
+    pub(super) host: Arc<str>,
+}
+
+impl Scheduler {
+    pub(crate) fn new(connections_per_host: usize) -> Self {
+        Self { connections_per_host, state: Mutex::default() }
+    }
+
+    /// A blob has something to fetch from `host`.
+    pub(super) fn enter(&self, host: &Arc<str>, blob: &Arc<Blob>) {
+        let mut state = lock(&self.state);
+        if state.hosts.len() >= MAX_IDLE_HOSTS {
+            state
+                .hosts
+                .retain(|_, host| !(host.line.running_requests() == 0 && host.ring.is_empty()));
+        }
+        let largest = self.connections_per_host;
+        let host = state.hosts.entry(Arc::clone(host)).or_insert_with(|| Host {
+            line: Line::new(largest, Instant::now()),
+            ring: VecDeque::new(),
+        });
+        if blob.fetcher().enters_ring() {
+            host.ring.push_back(Arc::downgrade(blob));
+        }
+    }
+
+    /// The next request, if there is room for one.
+    pub(super) fn next(&self) -> Option<Next> {
+        let mut state = lock(&self.state);
+        let State { hosts, running } = &mut *state;
+        if *running >= MAX_REQUESTS {
+            return None;
+        }
+        let mut busy: Vec<_> = hosts.iter_mut().filter(|(_, host)| !host.ring.is_empty()).collect();
+        // The buffers are shared by all hosts: who uses few of them comes first.
+        busy.sort_by_key(|(_, host)| host.line.running_requests());
+        for (name, host) in busy {
+            if let Some((blob, request)) = host.start_next() {
+                *running += 1;
+                return Some(Next { blob, request, host: Arc::clone(name) });
+            }
+        }
+        None
+    }
+
+    /// A request that [`Scheduler::next`] gave is over; it brought `bytes`.
+    pub(super) fn ended(&self, host: &str, priority: Priority, bytes: u64) {
+        let mut state = lock(&self.state);
+        state.running = state.running.saturating_sub(1);
+        if let Some(host) = state.hosts.get_mut(host) {
+            host.line.ended(priority, bytes, Instant::now());
+        }
+    }
+
+    /// A host said that it is asked too much.
+    pub(super) fn refused(&self, host: &str) {
+        if let Some(host) = lock(&self.state).hosts.get_mut(host) {
+            host.line.refused(Instant::now());
+        }
+    }
+}
+
+impl Host {
+    fn start_next(&mut self) -> Option<(Arc<Blob>, Request)> {
+        for priority in self.line.offers() {
+            if let Some(found) = self.start(priority) {
+                self.line.started(priority);
+                return Some(found);
+            }
+        }
+        self.leave_ring();
+        if !self.ring.is_empty() {
+            self.line.note_held_back();
+        }
+        None
+    }
+
+    /// The next request of that priority, from the blobs in turn.
+    fn start(&mut self, priority: Priority) -> Option<(Arc<Blob>, Request)> {
+        for _ in 0..self.ring.len() {
+            let blob = self.ring.pop_front()?;
+            let Some(open) = blob.upgrade() else { continue };
+            self.ring.push_back(blob);
+            if let Some(request) = open.fetcher().start_next(&open, priority) {
+                return Some((open, request));
+            }
+        }
+        None
+    }
+
+    /// Takes out who has nothing to fetch any more.
+    fn leave_ring(&mut self) {
+        self.ring.retain(|blob| blob.upgrade().is_some_and(|blob| blob.fetcher().stays_in_ring()));
+    }
+}
