@@ -42,11 +42,7 @@ const KEYS: &[(&str, &str)] = &[
     ("fetch.read_ahead_max", "Largest read-ahead window of a sequential reader."),
     (
         "fetch.background",
-        "Fetched although nobody waits: the rest of \"touched-files\", \"everything\", or \"off\".",
-    ),
-    (
-        "fetch.prefetch",
-        "Fetch what loaders read first (headers, tokenizers) and what recorded loads read.",
+        "What is fetched unasked: the rest of \"touched-files\", \"everything\", or nothing (\"off\").",
     ),
     (
         "credentials.docker_config",
@@ -122,8 +118,6 @@ pub struct FetchConfig {
     pub read_ahead_max: ByteSize,
     /// What is fetched without being asked for.
     pub background: Background,
-    /// Whether what loaders will read is fetched before they do.
-    pub prefetch: bool,
 }
 
 /// `[credentials]`
@@ -186,7 +180,6 @@ impl Default for FetchConfig {
             read_ahead_min: ByteSize::mib(8),
             read_ahead_max: ByteSize::mib(256),
             background: Background::TouchedFiles,
-            prefetch: true,
         }
     }
 }

@@ -17,7 +17,7 @@ use tokio::time::Instant;
 
 use crate::chunk::{ChunkNo, ChunkTable, Place, VerifiedChunk};
 use crate::fetch::{Fetcher, Priority, Scheduler};
-use crate::hash::{Follow, RunningHash};
+use crate::hash::{Follow, Hashers, RunningHash};
 use crate::interest::Interest;
 use crate::presence::{Bits, Presence, ones};
 use crate::read_ahead::{Advice, ReadAhead};
@@ -432,6 +432,10 @@ impl Blob {
 
     pub(crate) fn hash(&self) -> &RunningHash {
         &self.hash
+    }
+
+    pub(crate) fn hashers(&self) -> &Arc<Hashers> {
+        &self.shared.hashers
     }
 
     pub(crate) fn runtime(&self) -> &Handle {

@@ -175,9 +175,10 @@ impl Fetcher {
     }
 
     /// For the scheduler: the next request of that priority.
-    fn start_next(&self, blob: &Blob, priority: Priority) -> Option<Request> {
-        let (limits, until) = (limits(blob), patience(blob));
-        lock(&self.queue).start_next(priority, blob.presence(), blob.table(), limits, until)
+    fn start_next(&self, blob: &Blob, priority: Priority, planned: u32) -> Option<Request> {
+        let (limits, until, presence) = (limits(blob), patience(blob), blob.presence());
+        let mut queue = lock(&self.queue);
+        queue.start_next(priority, planned, presence, blob.table(), limits, until)
     }
 
     /// For the scheduler: whether the blob is to be put into the ring.

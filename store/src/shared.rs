@@ -10,6 +10,7 @@ use tokio::runtime::Handle;
 
 use crate::Blob;
 use crate::fetch::Scheduler;
+use crate::hash::Hashers;
 use crate::segment::MappingBudget;
 use crate::store::{BlobId, FetchOptions};
 
@@ -40,6 +41,7 @@ pub(crate) struct Shared {
     pub(crate) runtime: Handle,
     pub(crate) mappings: Arc<MappingBudget>,
     pub(crate) scheduler: Scheduler,
+    pub(crate) hashers: Arc<Hashers>,
     gate: RwLock<Gate>,
     /// Blobs that changed since their last record. It holds them open until it is written.
     changed: Mutex<HashMap<BlobId, Arc<Blob>>>,
@@ -50,6 +52,7 @@ impl Shared {
         let deadline = fetch.deadline.min(MAX_DEADLINE);
         Self {
             scheduler: Scheduler::new(fetch.connections_per_host),
+            hashers: Hashers::new(),
             fetch: FetchOptions { deadline, ..fetch },
             runtime,
             mappings: Arc::default(),

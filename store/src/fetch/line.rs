@@ -49,6 +49,9 @@ const MIN_EPOCH: Duration = Duration::from_millis(100);
 /// Of so many starts, one is offered to the least urgent first.
 const FLOOR_EVERY: u32 = 8;
 
+/// Chunks of a request that nobody has asked for: it must not hold its place for long.
+const PLANNED_CHUNKS: u32 = 8;
+
 /// How the limit changes at the end of an epoch.
 #[derive(Debug, Clone, Copy, PartialEq)]
 enum Growth {
@@ -121,6 +124,20 @@ impl Line {
     /// There is work for the line; if it has no room for it, more room may be worth it.
     pub(super) fn note_held_back(&mut self) {
         self.epoch.full |= self.running_requests() + self.kept_free() >= self.limit;
+    }
+
+    /// Chunks of a planned request at the most. Beside others, background takes hardly anything
+    /// of the line.
+    pub(super) fn planned_chunks(&self, priority: Priority) -> u32 {
+        if priority == Priority::Background && !self.is_background_alone() {
+            1
+        } else {
+            PLANNED_CHUNKS
+        }
+    }
+
+    fn is_background_alone(&self) -> bool {
+        self.running_requests() == self.running(Priority::Background)
     }
 
     pub(super) fn started(&mut self, priority: Priority) {
@@ -197,7 +214,7 @@ impl Line {
             Priority::ReadAhead => shared,
             Priority::Profile => (self.limit / 2).max(1),
             // Alone it may use what the others may; beside them it only trickles.
-            Priority::Background if total == self.running(Priority::Background) => shared,
+            Priority::Background if self.is_background_alone() => shared,
             Priority::Background => (self.limit / 8).max(1),
         };
         total < self.limit && unhurried < shared && self.running(priority) < own

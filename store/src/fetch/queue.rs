@@ -30,9 +30,6 @@ const MAX_WAITING_AHEAD: u32 = 8192;
 /// about as long as a request of its own.
 const MAX_CHUNKS_BEHIND: u32 = 2;
 
-/// Chunks of a request that nobody has asked for: it must not hold its place on the line for long.
-const MAX_PLANNED_CHUNKS: u32 = 8;
-
 /// How many requests, and how large.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Limits {
@@ -190,11 +187,12 @@ impl Queue {
         self.demand.is_empty() && self.read_ahead.is_empty() && self.background.is_empty()
     }
 
-    /// The next request of that priority, if there is one and room for it. A planned one may go
-    /// on until `until`.
+    /// The next request of that priority, if there is one and room for it. A planned one has
+    /// `planned` chunks at the most and may go on until `until`.
     pub(super) fn start_next(
         &mut self,
         priority: Priority,
+        planned: u32,
         presence: &Presence,
         table: &ChunkTable,
         limits: Limits,
@@ -213,7 +211,8 @@ impl Queue {
             Priority::Demand => self.demand.pop_front(),
             Priority::ReadAhead => self.read_ahead.pop_front(),
             Priority::Profile | Priority::Background => {
-                self.take_planned(priority, presence, table, limits, until)
+                let most = planned.min(limits.request_chunks);
+                self.take_planned(priority, presence, table, most, until)
             }
         }?;
         let run = Run { priority, front: request.chunks.start, end: Arc::clone(&request.end) };
@@ -283,7 +282,7 @@ impl Queue {
         priority: Priority,
         presence: &Presence,
         table: &ChunkTable,
-        limits: Limits,
+        most: u32,
         until: Instant,
     ) -> Option<Request> {
         let plan =
@@ -294,7 +293,7 @@ impl Queue {
             Some((segment, _)) => table.of_segment(segment).end,
             None => chunk.next(),
         };
-        let chunks = plan.take(wanted, cut, limits.request_chunks.min(MAX_PLANNED_CHUNKS))?;
+        let chunks = plan.take(wanted, cut, most)?;
         Some(self.request(chunks, priority, until))
     }
 
@@ -418,9 +417,9 @@ mod tests {
 
         fn start(&mut self) -> Option<Request> {
             let Self { queue, presence, table, limits } = self;
-            PRIORITIES
-                .into_iter()
-                .find_map(|priority| queue.start_next(priority, presence, table, *limits, soon()))
+            PRIORITIES.into_iter().find_map(|priority| {
+                queue.start_next(priority, 8, presence, table, *limits, soon())
+            })
         }
 
         fn start_all(&mut self) -> Vec<Request> {

@@ -132,11 +132,12 @@ impl Host {
 
     /// The next request of that priority, from the blobs in turn.
     fn start(&mut self, priority: Priority) -> Option<(Arc<Blob>, Request)> {
+        let planned = self.line.planned_chunks(priority);
         for _ in 0..self.ring.len() {
             let blob = self.ring.pop_front()?;
             let Some(open) = blob.upgrade() else { continue };
             self.ring.push_back(blob);
-            if let Some(request) = open.fetcher().start_next(&open, priority) {
+            if let Some(request) = open.fetcher().start_next(&open, priority, planned) {
                 return Some((open, request));
             }
         }

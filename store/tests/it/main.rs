@@ -4,9 +4,11 @@
 mod blobs;
 mod faults;
 mod ingest;
+mod line;
 mod model;
 mod registry;
 mod restart;
+mod scheduling;
 mod server;
 mod source;
 
