@@ -20,6 +20,7 @@ use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use serde::{Deserialize, Serialize};
 use weightfs_store::{Blob, Read, ReadError};
 
+use crate::loader::Loader;
 use crate::tree::{Content, Node, NodeId, NodeKind, Tree};
 
 /// The root directory's inode (`FUSE_ROOT_ID`).
@@ -99,6 +100,7 @@ pub struct Filesystem {
 struct MountedTree {
     number: TreeNumber,
     tree: Tree,
+    loader: Loader,
     lookups: AtomicU64,
 }
 
@@ -143,7 +145,12 @@ impl Filesystem {
     /// Shows a tree as directory [`TreeNumber::directory_name`] of the root.
     pub fn add(&self, number: TreeNumber, tree: Tree) {
         tree.blobs().for_each(Blob::shown);
-        let mounted = Arc::new(MountedTree { number, tree, lookups: AtomicU64::new(0) });
+        let mounted = Arc::new(MountedTree {
+            number,
+            loader: Loader::of(&tree),
+            tree,
+            lookups: AtomicU64::new(0),
+        });
         write(&self.trees).insert(number, Arc::clone(&mounted));
         write(&self.shown).insert(number, mounted);
     }
@@ -263,6 +270,15 @@ impl Filesystem {
         let content = node.content().ok_or(FsError::NotAFile(inode))?;
         let Some(range) = clip(&content.range, offset, size) else { return Ok(None) };
         Ok(Some(content.blob.read(range)?))
+    }
+
+    /// What a loader is expected to read next, having read these bytes: to be fetched by
+    /// [`Blob::expect`], off the FUSE threads. Mostly nothing.
+    pub fn expected(&self, inode: u64, offset: u64, size: u32) -> Vec<Content> {
+        match self.inode(inode) {
+            Ok(Inode::Node(node)) => node.mounted.loader.on_read(node.id, offset, size.into()),
+            Ok(Inode::Root) | Err(_) => vec![],
+        }
     }
 
     /// The node of that number; the directory of all trees is none.

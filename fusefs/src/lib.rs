@@ -10,6 +10,7 @@ pub mod filesystem;
 mod fuse;
 pub mod layer;
 pub mod listing;
+mod loader;
 mod open_files;
 pub mod path;
 pub mod session;

@@ -115,6 +115,7 @@ pub fn open_store(root: &TempDir) -> Arc<Store> {
         read_ahead_min: 1 << 20,
         read_ahead_max: 4 << 20,
         background: Background::Off,
+        prefetch: true,
     };
     let checkpoint_interval = Duration::from_secs(5);
     Store::open(root.path(), StoreOptions { fetch, checkpoint_interval }).unwrap()

@@ -44,6 +44,7 @@ const KEYS: &[(&str, &str)] = &[
         "fetch.background",
         "What is fetched unasked: the rest of \"touched-files\", \"everything\", or nothing (\"off\").",
     ),
+    ("fetch.prefetch", "Fetch the headers, tokenizers and next shards that a loader will read."),
     (
         "credentials.docker_config",
         "Directory of docker's config.json. Unset: $DOCKER_CONFIG, else ~/.docker.",
@@ -118,6 +119,8 @@ pub struct FetchConfig {
     pub read_ahead_max: ByteSize,
     /// What is fetched without being asked for.
     pub background: Background,
+    /// Whether what a loader will read is fetched before it does.
+    pub prefetch: bool,
 }
 
 /// `[credentials]`
@@ -180,6 +183,7 @@ impl Default for FetchConfig {
             read_ahead_min: ByteSize::mib(8),
             read_ahead_max: ByteSize::mib(256),
             background: Background::TouchedFiles,
+            prefetch: true,
         }
     }
 }
@@ -303,6 +307,7 @@ impl Config {
                 read_ahead_min: fetch.read_ahead_min.as_u64(),
                 read_ahead_max: fetch.read_ahead_max.as_u64(),
                 background: fetch.background,
+                prefetch: fetch.prefetch,
             },
             checkpoint_interval: self.cache.checkpoint_interval,
         }

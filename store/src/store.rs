@@ -76,6 +76,8 @@ pub struct FetchOptions {
     pub read_ahead_max: u64,
     /// What is fetched although nobody waits for it.
     pub background: Background,
+    /// Whether what is expected of readers ([`Blob::expect`]) is fetched.
+    pub prefetch: bool,
 }
 
 /// What is fetched in the background, after all that readers wait or are expected for.

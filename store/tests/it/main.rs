@@ -53,6 +53,7 @@ fn options() -> StoreOptions {
             read_ahead_min: 0,
             read_ahead_max: 0,
             background: Background::Off,
+            prefetch: true,
         },
         checkpoint_interval: Duration::from_secs(5),
     }
