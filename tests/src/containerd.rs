@@ -1,14 +1,14 @@
 //! containerd with a private root, state and socket, and containers on it by `ctr`.
 //!
-//! Invariant: when the guard is dropped, its containers, shims and mounts are gone.
+//! Invariant: when the guard is dropped, its containers and their mounts are gone. A shim that does
+//! not end by itself ends with the area.
 
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::atomic::{AtomicU32, Ordering};
 
-use nix::sys::signal::{Signal, kill};
-use nix::unistd::Pid;
+use nix::sys::signal::Signal;
 
 use crate::area::Area;
 use crate::process::{Outcome, Service, run, run_within};
@@ -147,21 +147,6 @@ impl Containerd {
             run(&mut self.ctr_command(namespace, &["container", "rm", &id]));
         }
     }
-
-    /// Kills the shims that name this containerd's socket.
-    fn kill_shims(&self) {
-        let socket = self.socket();
-        for entry in fs::read_dir("/proc").unwrap().flatten() {
-            let Ok(pid) = entry.file_name().to_string_lossy().parse() else { continue };
-            let line = fs::read(entry.path().join("cmdline")).unwrap_or_default();
-            let mut words = line.split(|byte| *byte == 0);
-            let is_shim =
-                words.next().is_some_and(|word| word.ends_with(b"containerd-shim-runc-v2"));
-            if is_shim && words.any(|word| word == socket.as_os_str().as_encoded_bytes()) {
-                let _ = kill(Pid::from_raw(pid), Signal::SIGKILL);
-            }
-        }
-    }
 }
 
 impl Drop for Containerd {
@@ -169,7 +154,6 @@ impl Drop for Containerd {
         if self.service.is_running() {
             NAMESPACES.iter().for_each(|namespace| self.remove_containers(namespace));
         }
-        self.kill_shims();
     }
 }
 
