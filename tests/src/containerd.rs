@@ -99,17 +99,19 @@ impl Containerd {
 
     /// Runs a command in a new container to its end and removes the container.
     pub fn run(&self, snapshotter: &str, reference: &str, id: &str, words: &[&str]) -> Outcome {
-        let mut arguments = vec!["run", "--rm", "--snapshotter", snapshotter, reference, id];
+        let id = self.unique(id);
+        let mut arguments = vec!["run", "--rm", "--snapshotter", snapshotter, reference, &id];
         arguments.extend(words);
         self.ctr(&arguments)
     }
 
     /// Starts a container that sleeps until it is removed.
     pub fn start_container(&self, snapshotter: &str, reference: &str, id: &str) -> Container<'_> {
+        let id = self.unique(id);
         let arguments =
-            ["run", "-d", "--snapshotter", snapshotter, reference, id, "/bin/sleep", "100000"];
+            ["run", "-d", "--snapshotter", snapshotter, reference, &id, "/bin/sleep", "100000"];
         self.ctr(&arguments).ok();
-        Container { containerd: self, id: id.to_owned() }
+        Container { containerd: self, id }
     }
 
     /// Keys of the snapshots that a snapshotter has, in `ctr`'s namespace.
@@ -125,6 +127,11 @@ impl Containerd {
     /// Removes an image and waits for the garbage collector.
     pub fn remove_image(&self, reference: &str) {
         self.ctr(&["image", "rm", "--sync", reference]).ok();
+    }
+
+    /// runc keeps the containers of every containerd on the machine in one directory, by id.
+    fn unique(&self, id: &str) -> String {
+        format!("{id}-{}", self.dir.file_name().unwrap().to_str().unwrap())
     }
 
     fn ctr_command(&self, namespace: &str, arguments: &[&str]) -> Command {

@@ -156,7 +156,7 @@ fn devices_and_fifos_of_a_model_are_skipped() {
     artifact.blobs.push(layer.blob);
     let mounted = bed.mount(&bed.push(&artifact, "models/devices"));
     assert_eq!(files_of(mounted.dir()), ["kept"]);
-    assert!(mounted.log().contains("null"), "no warning: {}", mounted.log());
+    assert!(mounted.log().contains("skipped=2"), "no warning: {}", mounted.log());
     mounted.stop();
 }
 
@@ -236,7 +236,7 @@ fn ls_prints_the_tree_without_mounting() {
     let text = bed.weightfs.run(["ls", &reference]).ok();
     let layer = artifact.layer_digest(0).to_string();
     let line = text.lines().find(|line| line.ends_with("config.json")).expect("a line a file");
-    assert!(line.contains("517") && line.contains(&layer[..15]), "{line}");
+    assert!(line.contains("517") && line.contains(&artifact.layer_digest(0).hex()[..12]), "{line}");
     let json = bed.weightfs.run(["ls", "--json", &reference]).ok();
     for part in SMALL_MODEL {
         assert!(json.contains(part.path) && text.contains(part.path), "no {} in {json}", part.path);
