@@ -28,7 +28,11 @@ const GENERATED: &[Part] = &[
 const PIECE_BYTES: u64 = 1 << 20;
 
 fn main() -> ExitCode {
-    std::panic::set_hook(Box::new(|panic| eprintln!("\ndemo: {panic}")));
+    std::panic::set_hook(Box::new(|panic| {
+        let text = panic.payload().downcast_ref::<String>().map(String::as_str);
+        let text = text.or(panic.payload().downcast_ref().copied()).unwrap_or("failed");
+        eprintln!("\ndemo: {text}");
+    }));
     weightfs_tests::interrupt::watch();
     match std::panic::catch_unwind(demo) {
         Ok(()) => ExitCode::SUCCESS,
@@ -84,14 +88,14 @@ impl Model {
     }
 }
 
-/// The tensor in the middle of the file; a piece of it if it has no tensors.
+/// The first tensor behind the middle of the file; a piece of it if it has no tensors.
 fn middle_tensor(path: &Path) -> Tensor {
     let file = File::open(path).unwrap();
     let size = file.metadata().unwrap().len();
     if path.extension().is_some_and(|extension| extension == "safetensors") {
         let tensors = read_safetensors_header(&file).unwrap();
-        let after = |tensor: &&Tensor| tensor.offset + tensor.size > size / 2;
-        if let Some(tensor) = tensors.iter().find(after) {
+        let behind = |tensor: &&Tensor| tensor.offset >= size / 2;
+        if let Some(tensor) = tensors.iter().find(behind).or(tensors.last()) {
             return tensor.clone();
         }
     }
