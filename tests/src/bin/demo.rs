@@ -28,7 +28,11 @@ const GENERATED: &[Part] = &[
 const PIECE_BYTES: u64 = 1 << 20;
 
 fn main() -> ExitCode {
-    std::panic::set_hook(Box::new(|panic| eprintln!("\ndemo: {panic}")));
+    std::panic::set_hook(Box::new(|panic| {
+        let text = panic.payload().downcast_ref::<String>().map(String::as_str);
+        let text = text.or(panic.payload().downcast_ref().copied()).unwrap_or("failed");
+        eprintln!("\ndemo: {text}");
+    }));
     weightfs_tests::interrupt::watch();
     match std::panic::catch_unwind(demo) {
         Ok(()) => ExitCode::SUCCESS,
@@ -84,14 +88,14 @@ impl Model {
     }
 }
 
-/// The tensor in the middle of the file; a piece of it if it has no tensors.
+/// The first tensor behind the middle of the file; a piece of it if it has no tensors.
 fn middle_tensor(path: &Path) -> Tensor {
     let file = File::open(path).unwrap();
     let size = file.metadata().unwrap().len();
     if path.extension().is_some_and(|extension| extension == "safetensors") {
         let tensors = read_safetensors_header(&file).unwrap();
-        let after = |tensor: &&Tensor| tensor.offset + tensor.size > size / 2;
-        if let Some(tensor) = tensors.iter().find(after) {
+        let behind = |tensor: &&Tensor| tensor.offset >= size / 2;
+        if let Some(tensor) = tensors.iter().find(behind).or(tensors.last()) {
             return tensor.clone();
         }
     }
@@ -227,27 +231,20 @@ fn step<T>(what: &str, work: impl FnOnce() -> T) -> T {
 
 fn print_table(model: &Model, mount: &Way, lazy: &Way, plain: &Way) {
     let tensor = &model.tensor;
-    println!(
-        "\nThe model: {} in {} files, in a docker-registry on 127.0.0.1.",
-        mib(model.bytes),
-        model.files.len()
-    );
-    println!(
-        "First tensor: {}, {}, in the middle of\n  {}\n",
-        tensor.name,
-        mib(tensor.size),
-        model.path
-    );
+    let (count, total) = (model.files.len(), size_text(model.bytes));
+    println!("\nThe model: {total} in {count} files, in a docker-registry on 127.0.0.1.");
+    println!("The first tensor, from the middle of {}:", model.path);
+    println!("  {}, {}\n", tensor.name, size_text(tensor.size));
     println!("  {:<22}{:>16}{:>17}{:>18}", "", "weightfs", "weightfs", "containerd");
     println!("  {:<22}{:>16}{:>17}{:>18}", "", "mount", "in a container", "pull and run");
     let row = |name: &str, value: &dyn Fn(&Way) -> String| {
         println!("  {name:<22}{:>16}{:>17}{:>18}", value(mount), value(lazy), value(plain));
     };
     row("time to first tensor", &|way| format!("{:.2} s", seconds(way.first)));
-    row("fetched by then", &|way| mib(way.first_bytes));
+    row("fetched by then", &|way| size_text(way.first_bytes));
     row("time to full load", &|way| format!("{:.2} s", seconds(way.full)));
-    row("fetched by then", &|way| mib(way.full_bytes));
-    row("size in the registry", &|way| mib(way.total_bytes));
+    row("fetched by then", &|way| size_text(way.full_bytes));
+    row("size in the registry", &|way| size_text(way.total_bytes));
     println!("\nTimes begin before the mount or pull; bytes are counted at the registry.");
     println!("The tensor's bytes were compared with the source each time.");
 }
@@ -256,8 +253,9 @@ fn seconds(time: Duration) -> f64 {
     time.as_secs_f64()
 }
 
-fn mib(bytes: u64) -> String {
-    // Tenths of a MiB, without floating point.
-    let tenths = bytes * 10 / (1 << 20);
-    format!("{}.{} MiB", tenths / 10, tenths % 10)
+fn size_text(bytes: u64) -> String {
+    let (unit, name) = if bytes < 1 << 20 { (1 << 10, "KiB") } else { (1 << 20, "MiB") };
+    // Tenths, without floating point.
+    let tenths = bytes * 10 / unit;
+    format!("{}.{} {name}", tenths / 10, tenths % 10)
 }
