@@ -24,6 +24,8 @@ pub struct ContainerdOptions {
     pub weightfs: Option<PathBuf>,
     /// Turns CRI on.
     pub cri: Option<CriOptions>,
+    /// Keeps the garbage collector away from snapshots that no image or container needs.
+    pub no_garbage_collection: bool,
 }
 
 /// How CRI is set up.
@@ -228,6 +230,10 @@ disabled_plugins = [{cri_off}"io.containerd.internal.v1.opt",
   address = "{dir}/t.sock"
 "#
     );
+    if options.no_garbage_collection {
+        text += "[plugins.\"io.containerd.gc.v1.scheduler\"]\n  startup_delay = \"24h\"\n  \
+                 deletion_threshold = 0\n  mutation_threshold = 1000000000\n";
+    }
     if let Some(socket) = &options.weightfs {
         let socket = socket.display();
         text +=

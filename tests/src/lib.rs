@@ -6,9 +6,11 @@
 //! Invariant: the harness waits for conditions with a deadline, never for a span of time.
 
 pub mod area;
+pub mod bed;
 pub mod containerd;
 pub mod cri;
 pub mod digest;
+pub mod host;
 pub mod image;
 pub mod layer;
 pub mod model;
@@ -18,12 +20,15 @@ pub mod proxy;
 pub mod python;
 pub mod registry;
 pub mod remote;
+pub mod snapshots;
 pub mod tree;
 pub mod wait;
 pub mod weightfs;
 
 pub use area::Area;
+pub use bed::Bed;
 pub use containerd::{Containerd, ContainerdOptions};
+pub use host::Host;
 pub use proxy::{Fault, Proxy, Target};
 pub use registry::{Registry, RegistryOptions};
 pub use remote::{Artifact, Blob, Remote};

@@ -25,7 +25,7 @@ use tokio::sync::watch;
 use tokio::task::{JoinHandle, JoinSet};
 use weightfs_store::Digest;
 
-use crate::remote::{Credentials, block_on};
+use crate::remote::{Credentials, block_on, spawn};
 use body::{Body, Mishap};
 use tokens::Gate;
 
@@ -224,14 +224,12 @@ impl Drop for Proxy {
 /// Accepts until aborted; its connections end with it.
 fn accept_on(listener: TcpListener, state: &Arc<State>) -> JoinHandle<()> {
     let state = Arc::clone(state);
-    block_on(async {
-        tokio::spawn(async move {
-            let mut connections = JoinSet::new();
-            while let Ok((stream, _)) = listener.accept().await {
-                connections.spawn(serve(stream, Arc::clone(&state)));
-                while connections.try_join_next().is_some() {}
-            }
-        })
+    spawn(async move {
+        let mut connections = JoinSet::new();
+        while let Ok((stream, _)) = listener.accept().await {
+            connections.spawn(serve(stream, Arc::clone(&state)));
+            while connections.try_join_next().is_some() {}
+        }
     })
 }
 

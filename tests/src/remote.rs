@@ -11,6 +11,7 @@ use reqwest::{Certificate, Client, Method, RequestBuilder, Response, StatusCode}
 use serde_json::Value;
 use tokio::io::AsyncReadExt as _;
 use tokio::runtime::Runtime;
+use tokio::task::JoinHandle;
 use weightfs_store::Digest;
 
 use crate::digest;
@@ -32,9 +33,9 @@ pub fn block_on<F: Future>(future: F) -> F::Output {
     RUNTIME.block_on(future)
 }
 
-/// Lets a future run on the harness's runtime.
-pub(crate) fn spawn(future: impl Future<Output = ()> + Send + 'static) {
-    RUNTIME.spawn(future);
+/// Lets a future run beside the caller.
+pub(crate) fn spawn(future: impl Future<Output = ()> + Send + 'static) -> JoinHandle<()> {
+    RUNTIME.spawn(future)
 }
 
 /// A user's name and password.

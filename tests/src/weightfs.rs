@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use nix::sys::signal::Signal;
+use nix::unistd::Pid;
 
 use crate::area::{Area, is_mount_point};
 use crate::process::{Outcome, Service, exit_code, run, run_within};
@@ -109,11 +110,16 @@ impl Weightfs {
     /// # Panics
     /// When the program ends instead.
     pub fn serve(&self, area: &Area) -> Daemon {
-        let mut command = self.command(["serve", "--config"]);
-        command.arg(self.config());
-        let mut service = Service::start(area, "weightfs-serve", command);
+        let mut service = Service::start(area, "weightfs-serve", self.serve_command());
         service.wait_ready(|service| service.log().contains("serving").then_some(()));
         Daemon { service }
+    }
+
+    /// The daemon's command, not started.
+    pub fn serve_command(&self) -> Command {
+        let mut command = self.command(["serve", "--config"]);
+        command.arg(self.config());
+        command
     }
 
     /// Pulls an image lazily into containerd.
@@ -174,6 +180,11 @@ pub struct Daemon {
 }
 
 impl Daemon {
+    /// Its process id.
+    pub fn pid(&self) -> Pid {
+        self.service.pid()
+    }
+
     /// What it has written.
     pub fn log(&self) -> String {
         self.service.log()

@@ -288,7 +288,7 @@ fn cri_pulls_and_runs() {
     image.push(registry.remote(), "t/busybox", "v1");
     let reference = registry.remote().reference("t/busybox", "v1");
     let cri = CriOptions { snapshotter: "overlayfs", sandbox_image: reference.clone() };
-    let options = ContainerdOptions { weightfs: None, cri: Some(cri) };
+    let options = ContainerdOptions { cri: Some(cri), ..ContainerdOptions::default() };
     let containerd = Containerd::start(&area, &options);
     let cri = Cri::connect(&containerd, &area.dir("pods"));
     cri.pull(&reference).unwrap();

@@ -1,0 +1,135 @@
+//! The daemon: one owner of a state directory, mounts through it, its status and configuration.
+
+use std::fs;
+
+use weightfs_tests::area::is_mount_point;
+use weightfs_tests::model::SMALL_MODEL;
+use weightfs_tests::modelpack::Dialect;
+use weightfs_tests::process::run;
+use weightfs_tests::snapshots::Snapshots;
+use weightfs_tests::tree::{self, Scope};
+use weightfs_tests::weightfs::umount;
+use weightfs_tests::{Bed, Target};
+
+#[test]
+fn a_second_daemon_on_the_same_directory_is_refused() {
+    let bed = Bed::new();
+    let first = bed.weightfs.serve(&bed.area);
+    let second = run(&mut bed.weightfs.serve_command());
+    let pid = first.pid().to_string();
+    second.assert_fails(1, &["weightfs: ", bed.weightfs.root().to_str().unwrap(), &pid]);
+    // The first one is none the worse for it.
+    let snapshots = Snapshots::connect(&bed.weightfs.snapshotter_socket(), "weightfs");
+    snapshots.prepare("key", "").unwrap();
+    first.stop();
+    bed.area.assert_no_mounts();
+}
+
+#[test]
+fn a_daemon_whose_predecessor_was_killed_starts() {
+    let bed = Bed::new();
+    bed.weightfs.serve(&bed.area).kill();
+    let daemon = bed.weightfs.serve(&bed.area);
+    let snapshots = Snapshots::connect(&bed.weightfs.snapshotter_socket(), "weightfs");
+    assert!(snapshots.list(&[]).unwrap().is_empty());
+    daemon.stop();
+    bed.area.assert_no_mounts();
+}
+
+#[test]
+fn a_mount_beside_a_daemon_is_served_by_it() {
+    let bed = Bed::new();
+    let source = bed.model(SMALL_MODEL);
+    let artifact = bed.pack_raw(&source, Dialect::Cncf);
+    let reference = bed.push(&artifact, "models/shared");
+    let daemon = bed.weightfs.serve(&bed.area);
+    let first = bed.mount(&reference);
+    tree::assert_same(&source, first.dir(), Scope::ModelFiles);
+    bed.proxy.forget();
+    let second = bed.mount(&reference);
+    tree::assert_same(&source, second.dir(), Scope::ModelFiles);
+    let fetched: u64 = (0..artifact.layers().len())
+        .map(|n| bed.proxy.bytes(Target::Blob(artifact.layer_digest(n))))
+        .sum();
+    assert_eq!(fetched, 0, "the two don't share a cache");
+    first.stop();
+    assert_eq!(fs::read_dir(second.dir()).unwrap().count(), fs::read_dir(&source).unwrap().count());
+    second.stop();
+    daemon.stop();
+    bed.area.assert_no_mounts();
+}
+
+#[test]
+fn a_background_mount_of_a_daemon_ends_by_umount() {
+    let bed = Bed::new();
+    let source = bed.model(SMALL_MODEL);
+    let reference = bed.push(&bed.pack_raw(&source, Dialect::Cncf), "models/background");
+    let daemon = bed.weightfs.serve(&bed.area);
+    let dir = bed.mount_point();
+    let mut command = bed.weightfs.command(["mount", "--daemon", &reference]);
+    command
+        .arg(&dir)
+        .arg("--root")
+        .arg(bed.weightfs.root())
+        .arg("--config")
+        .arg(bed.weightfs.config());
+    run(&mut command).ok();
+    assert!(is_mount_point(&dir));
+    tree::assert_same(&source, &dir, Scope::ModelFiles);
+    umount(&bed.weightfs, &dir);
+    assert_eq!(fs::read_dir(&dir).unwrap().count(), 0);
+    daemon.stop();
+    bed.area.assert_no_mounts();
+}
+
+#[test]
+fn the_status_names_mounts_and_bytes() {
+    let bed = Bed::new();
+    let source = bed.model(SMALL_MODEL);
+    let artifact = bed.pack_raw(&source, Dialect::Cncf);
+    let reference = bed.push(&artifact, "models/status");
+    let daemon = bed.weightfs.serve(&bed.area);
+    let mounted = bed.mount(&reference);
+    fs::read(mounted.dir().join("tokenizer.json")).unwrap();
+    let root = bed.weightfs.root();
+    let root = root.to_str().unwrap();
+    let text = bed.weightfs.run(["status", "--root", root]).ok();
+    assert!(text.contains("models/status"), "{text}");
+    let json = bed.weightfs.run(["status", "--json", "--root", root]).ok();
+    let json: serde_json::Value = serde_json::from_str(&json).unwrap();
+    assert!(json.to_string().contains(&artifact.layer_digest(0).hex()), "{json}");
+    mounted.stop();
+    daemon.stop();
+}
+
+#[test]
+fn an_unknown_key_of_the_configuration_is_refused_with_the_nearest_known_one() {
+    let bed = Bed::new();
+    bed.weightfs.configure("[fetch]\ndeadlin = \"5s\"");
+    let outcome = run(&mut bed.weightfs.serve_command());
+    bed.assert_clean_failure(&outcome, &["deadlin", "`deadline`", "config.toml"]);
+}
+
+#[test]
+fn the_effective_configuration_is_printed_with_comments() {
+    let bed = Bed::new();
+    bed.weightfs.configure("[fetch]\ndeadline = \"77s\"");
+    let mut command = bed.weightfs.command(["config", "--config"]);
+    let text = run(command.arg(bed.weightfs.config())).ok();
+    for part in ["root = ", "[snapshotter]", "min_layer_size", "[control]", "[fetch]", "77s", "# "]
+    {
+        assert!(text.contains(part), "no {part} in {text}");
+    }
+    // What is printed is a configuration again.
+    let printed = bed.area.file("printed.toml", &text);
+    let again = run(bed.weightfs.command(["config", "--config"]).arg(printed)).ok();
+    assert_eq!(again, text);
+}
+
+#[test]
+fn a_configuration_that_was_named_must_be_there() {
+    let bed = Bed::new();
+    let missing = bed.area.path().join("missing.toml");
+    let outcome = run(bed.weightfs.command(["serve", "--config"]).arg(&missing));
+    bed.assert_clean_failure(&outcome, &["missing.toml"]);
+}

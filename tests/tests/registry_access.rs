@@ -1,0 +1,115 @@
+//! How registries let us in: credentials, tokens, TLS, redirects, and those that ignore ranges.
+
+use weightfs_tests::model::{Part, SMALL_MODEL};
+use weightfs_tests::modelpack::Dialect;
+use weightfs_tests::remote::Credentials;
+use weightfs_tests::tree::{self, Scope};
+use weightfs_tests::{Bed, Fault, Proxy, RegistryOptions, Target};
+
+fn someone() -> Credentials {
+    Credentials { user: "someone".into(), password: "pa:ss word".into() }
+}
+
+#[test]
+fn credentials_of_docker_login_open_a_registry() {
+    let bed = Bed::with_registry(RegistryOptions { credentials: Some(someone()), tls: false });
+    let source = bed.model(SMALL_MODEL);
+    let reference = bed.push(&bed.pack_raw(&source, Dialect::Cncf), "private/model");
+    bed.weightfs.log_in(&bed.proxy.address(), "someone", "pa:ss word");
+    let mounted = bed.mount(&reference);
+    tree::assert_same(&source, mounted.dir(), Scope::ModelFiles);
+    mounted.stop();
+}
+
+#[test]
+fn no_credentials_are_an_error_that_says_so() {
+    let bed = Bed::with_registry(RegistryOptions { credentials: Some(someone()), tls: false });
+    let source = bed.model(&SMALL_MODEL[..1]);
+    let reference = bed.push(&bed.pack_raw(&source, Dialect::Cncf), "private/model");
+    bed.assert_refused(&reference, &["private/model", "no credentials"]);
+}
+
+#[test]
+fn wrong_credentials_are_an_error_that_keeps_the_password() {
+    let bed = Bed::with_registry(RegistryOptions { credentials: Some(someone()), tls: false });
+    let source = bed.model(&SMALL_MODEL[..1]);
+    let reference = bed.push(&bed.pack_raw(&source, Dialect::Cncf), "private/model");
+    bed.weightfs.log_in(&bed.proxy.address(), "someone", "guessed-wrong");
+    let outcome = bed.assert_refused(&reference, &["private/model", "someone", "docker login"]);
+    assert!(!outcome.stderr.contains("guessed-wrong"), "{outcome}");
+}
+
+#[test]
+fn tokens_are_asked_for_and_renewed() {
+    let bed = Bed::new();
+    let source = bed.model(SMALL_MODEL);
+    let reference = bed.push(&bed.pack_raw(&source, Dialect::Cncf), "private/model");
+    bed.proxy.require_tokens(someone());
+    bed.weightfs.log_in(&bed.proxy.address(), "someone", "pa:ss word");
+    let mounted = bed.mount(&reference);
+    std::fs::read(mounted.dir().join("config.json")).unwrap();
+    // A token that ends in the middle of a load is nothing a reader should notice.
+    bed.proxy.expire_tokens();
+    tree::assert_same(&source, mounted.dir(), Scope::ModelFiles);
+    mounted.stop();
+}
+
+#[test]
+fn wrong_credentials_for_a_token_are_an_error() {
+    let bed = Bed::new();
+    let source = bed.model(&SMALL_MODEL[..1]);
+    let reference = bed.push(&bed.pack_raw(&source, Dialect::Cncf), "private/model");
+    bed.proxy.require_tokens(someone());
+    bed.weightfs.log_in(&bed.proxy.address(), "someone", "guessed-wrong");
+    let outcome = bed.assert_refused(&reference, &["private/model", "docker login"]);
+    assert!(!outcome.stderr.contains("guessed-wrong"), "{outcome}");
+}
+
+#[test]
+fn credentials_do_not_follow_a_redirect_to_another_host() {
+    let bed = Bed::new();
+    let source = bed.model(SMALL_MODEL);
+    let artifact = bed.pack_raw(&source, Dialect::Cncf);
+    let reference = bed.push(&artifact, "private/model");
+    bed.proxy.require_tokens(someone());
+    bed.weightfs.log_in(&bed.proxy.address(), "someone", "pa:ss word");
+    let store = Proxy::start(bed.registry.address());
+    bed.proxy.fail(Target::Blobs, Fault::Redirect { to: store.address() });
+    let mounted = bed.mount(&reference);
+    tree::assert_same(&source, mounted.dir(), Scope::ModelFiles);
+    assert!(store.bytes(Target::Blobs) >= artifact.layer_bytes());
+    assert!(store.seen().iter().all(|seen| !seen.authorized), "credentials went elsewhere");
+    mounted.stop();
+}
+
+#[test]
+fn a_registry_with_its_own_authority_is_trusted_by_configuration() {
+    let bed = Bed::with_registry(RegistryOptions { credentials: None, tls: true });
+    let source = bed.model(SMALL_MODEL);
+    bed.pack_raw(&source, Dialect::Cncf).push(bed.registry.remote(), "tls/model", "v1");
+    let reference = bed.registry.remote().reference("tls/model", "v1");
+    let table = |more: &str| {
+        format!("[registry.\"{}\"]\nplain_http = false\n{more}", bed.registry.address())
+    };
+    bed.weightfs.configure(&table(""));
+    bed.assert_refused(&reference, &[bed.registry.address(), "certificate"]);
+    let ca_file = bed.registry.ca_file().unwrap().display();
+    bed.weightfs.configure(&table(&format!("ca_file = \"{ca_file}\"\n")));
+    let mounted = bed.mount(&reference);
+    tree::assert_same(&source, mounted.dir(), Scope::ModelFiles);
+    mounted.stop();
+}
+
+#[test]
+fn a_registry_that_ignores_ranges_sends_a_blob_once() {
+    let bed = Bed::new();
+    let source = bed.model(&[Part { path: "model.safetensors", bytes: 24 << 20, mode: 0o644 }]);
+    let artifact = bed.pack_raw(&source, Dialect::Cncf);
+    let reference = bed.push(&artifact, "models/whole");
+    bed.proxy.fail(Target::Blobs, Fault::IgnoreRange);
+    let mounted = bed.mount(&reference);
+    tree::assert_same(&source, mounted.dir(), Scope::ModelFiles);
+    let sent = bed.proxy.bytes(Target::Blob(artifact.layer_digest(0)));
+    assert!(sent <= 2 * artifact.layer_bytes(), "{sent} bytes for a blob of 24 MiB");
+    mounted.stop();
+}
