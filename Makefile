@@ -20,12 +20,12 @@ help: ## Say what there is
 build: deps ## Build the release binary: target/release/weightfs
 	$(CARGO) build --release --locked -p weightfs
 
-demo: deps ## Show it: a lazy mount and a lazy container beside an ordinary pull (MODEL_DIR=...)
+demo: deps ## Lazy mount and container beside an ordinary pull (MODEL_DIR=...)
 	packaging/deps demo
 	$(CARGO) build --release --locked -p weightfs -p weightfs-tests --bins
 	$(AS_ROOT) $(TARGET)/release/demo
 
-test: test-deps ## Unit tests and end-to-end tests, as root (real registry, containerd, runc)
+test: test-deps ## All tests, as root: real registry, containerd, runc
 	$(CARGO) build --workspace --locked --bins
 	$(CARGO) test --workspace --locked --no-run
 	$(AS_ROOT) timeout --kill-after=30 $(TEST_TIMEOUT) $(CARGO) test --workspace --locked --no-fail-fast
@@ -36,10 +36,10 @@ check: deps $(DENY) ## Format, lints, documentation, licences and sources
 	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --workspace --no-deps --locked --document-private-items
 	$(DENY) --log-level warn check --hide-inclusion-graph licenses bans sources
 
-deps: ## Install what building needs (apt; nothing happens when all is there)
+deps: ## Install what building needs (apt; nothing if all is there)
 	packaging/deps build
 
-test-deps: deps ## Install what the tests need (apt, and a Python environment in target/)
+test-deps: deps ## Install what the tests need (apt; Python packages in target/)
 	packaging/deps test
 	packaging/python-env $(TARGET)/python
 

@@ -1,14 +1,14 @@
 //! containerd with a private root, state and socket, and containers on it by `ctr`.
 //!
-//! Invariant: when the guard is dropped, its containers, shims and mounts are gone.
+//! Invariant: when the guard is dropped, its containers and their mounts are gone. A shim that does
+//! not end by itself ends with the area.
 
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::atomic::{AtomicU32, Ordering};
 
-use nix::sys::signal::{Signal, kill};
-use nix::unistd::Pid;
+use nix::sys::signal::Signal;
 
 use crate::area::Area;
 use crate::process::{Outcome, Service, run, run_within};
@@ -104,17 +104,19 @@ impl Containerd {
 
     /// Runs a command in a new container to its end and removes the container.
     pub fn run(&self, snapshotter: &str, reference: &str, id: &str, words: &[&str]) -> Outcome {
-        let mut arguments = vec!["run", "--rm", "--snapshotter", snapshotter, reference, id];
+        let id = self.unique(id);
+        let mut arguments = vec!["run", "--rm", "--snapshotter", snapshotter, reference, &id];
         arguments.extend(words);
         self.ctr(&arguments)
     }
 
     /// Starts a container that sleeps until it is removed.
     pub fn start_container(&self, snapshotter: &str, reference: &str, id: &str) -> Container<'_> {
+        let id = self.unique(id);
         let arguments =
-            ["run", "-d", "--snapshotter", snapshotter, reference, id, "/bin/sleep", "100000"];
+            ["run", "-d", "--snapshotter", snapshotter, reference, &id, "/bin/sleep", "100000"];
         self.ctr(&arguments).ok();
-        Container { containerd: self, id: id.to_owned() }
+        Container { containerd: self, id }
     }
 
     /// Keys of the snapshots that a snapshotter has, in `ctr`'s namespace.
@@ -130,6 +132,11 @@ impl Containerd {
     /// Removes an image and waits for the garbage collector.
     pub fn remove_image(&self, reference: &str) {
         self.ctr(&["image", "rm", "--sync", reference]).ok();
+    }
+
+    /// runc keeps the containers of every containerd on the machine in one directory, by id.
+    fn unique(&self, id: &str) -> String {
+        format!("{id}-{}", self.dir.file_name().unwrap().to_str().unwrap())
     }
 
     fn ctr_command(&self, namespace: &str, arguments: &[&str]) -> Command {
@@ -152,21 +159,6 @@ impl Containerd {
             run(&mut self.ctr_command(namespace, &["container", "rm", &id]));
         }
     }
-
-    /// Kills the shims that name this containerd's socket.
-    fn kill_shims(&self) {
-        let socket = self.socket();
-        for entry in fs::read_dir("/proc").unwrap().flatten() {
-            let Ok(pid) = entry.file_name().to_string_lossy().parse() else { continue };
-            let line = fs::read(entry.path().join("cmdline")).unwrap_or_default();
-            let mut words = line.split(|byte| *byte == 0);
-            let is_shim =
-                words.next().is_some_and(|word| word.ends_with(b"containerd-shim-runc-v2"));
-            if is_shim && words.any(|word| word == socket.as_os_str().as_encoded_bytes()) {
-                let _ = kill(Pid::from_raw(pid), Signal::SIGKILL);
-            }
-        }
-    }
 }
 
 impl Drop for Containerd {
@@ -174,7 +166,6 @@ impl Drop for Containerd {
         if self.service.is_running() {
             NAMESPACES.iter().for_each(|namespace| self.remove_containers(namespace));
         }
-        self.kill_shims();
     }
 }
 

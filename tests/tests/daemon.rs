@@ -9,7 +9,7 @@ use weightfs_tests::process::run;
 use weightfs_tests::snapshots::Snapshots;
 use weightfs_tests::tree::{self, Scope};
 use weightfs_tests::weightfs::umount;
-use weightfs_tests::{Bed, Target};
+use weightfs_tests::{Bed, Blob, Target};
 
 #[test]
 fn a_second_daemon_on_the_same_directory_is_refused() {
@@ -60,6 +60,22 @@ fn a_mount_beside_a_daemon_is_served_by_it() {
 }
 
 #[test]
+fn a_second_mount_without_a_daemon_names_the_owner() {
+    let bed = Bed::new();
+    let source = bed.model(SMALL_MODEL);
+    let reference = bed.push(&bed.pack_raw(&source, Dialect::Cncf), "models/owned");
+    let first = bed.mount(&reference);
+    let dir = bed.mount_point();
+    let second = bed.weightfs.mount_fails(&reference, &dir);
+    let pid = first.pid().to_string();
+    second.assert_fails(1, &["weightfs: ", bed.weightfs.root().to_str().unwrap(), &pid]);
+    assert!(!is_mount_point(&dir));
+    tree::assert_same(&source, first.dir(), Scope::ModelFiles);
+    first.stop();
+    bed.area.assert_no_mounts();
+}
+
+#[test]
 fn a_background_mount_of_a_daemon_ends_by_umount() {
     let bed = Bed::new();
     let source = bed.model(SMALL_MODEL);
@@ -87,7 +103,8 @@ fn the_status_names_mounts_and_bytes() {
     let bed = Bed::new();
     let source = bed.model(SMALL_MODEL);
     let artifact = bed.pack_raw(&source, Dialect::Cncf);
-    let reference = bed.push(&artifact, "models/status");
+    let digest = artifact.push(bed.registry.remote(), "models/status", "v1");
+    let reference = bed.proxy.reference("models/status", "v1");
     let daemon = bed.weightfs.serve(&bed.area);
     let mounted = bed.mount(&reference);
     fs::read(mounted.dir().join("tokenizer.json")).unwrap();
@@ -97,7 +114,13 @@ fn the_status_names_mounts_and_bytes() {
     assert!(text.contains("models/status"), "{text}");
     let json = bed.weightfs.run(["status", "--json", "--root", root]).ok();
     let json: serde_json::Value = serde_json::from_str(&json).unwrap();
-    assert!(json.to_string().contains(&artifact.layer_digest(0).hex()), "{json}");
+    let model = &json["models"][0];
+    assert_eq!(model["reference"], reference, "{json}");
+    assert_eq!(model["manifest_digest"], digest.to_string(), "{json}");
+    assert_eq!(model["size"], artifact.layer_bytes(), "{json}");
+    let read = Blob::from_file(&source.join("tokenizer.json"));
+    assert_eq!(bed.proxy.bytes(Target::Blob(read.digest)), read.size);
+    assert_eq!(model["fetched"], read.size, "{json}");
     mounted.stop();
     daemon.stop();
 }
@@ -107,16 +130,16 @@ fn an_unknown_key_of_the_configuration_is_refused_with_the_nearest_known_one() {
     let bed = Bed::new();
     bed.weightfs.configure("[fetch]\ndeadlin = \"5s\"");
     let outcome = run(&mut bed.weightfs.serve_command());
-    bed.assert_clean_failure(&outcome, &["deadlin", "`deadline`", "config.toml"]);
+    bed.assert_clean_failure(&outcome, &["deadlin`", "fetch.deadline", "config.toml"]);
 }
 
 #[test]
 fn the_effective_configuration_is_printed_with_comments() {
     let bed = Bed::new();
-    bed.weightfs.configure("[fetch]\ndeadline = \"77s\"");
+    bed.weightfs.configure("[fetch]\ndeadline = \"44s\"");
     let mut command = bed.weightfs.command(["config", "--config"]);
     let text = run(command.arg(bed.weightfs.config())).ok();
-    for part in ["root = ", "[snapshotter]", "min_layer_size", "[control]", "[fetch]", "77s", "# "]
+    for part in ["root = ", "[snapshotter]", "min_layer_size", "[control]", "[fetch]", "44s", "# "]
     {
         assert!(text.contains(part), "no {part} in {text}");
     }
