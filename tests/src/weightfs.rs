@@ -153,11 +153,6 @@ impl Mounted {
         &self.dir
     }
 
-    /// The id of the process that serves it.
-    pub fn pid(&self) -> Pid {
-        self.service.pid()
-    }
-
     /// What the process has written.
     pub fn log(&self) -> String {
         self.service.log()

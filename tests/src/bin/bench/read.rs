@@ -16,7 +16,7 @@ use memmap2::Mmap;
 const PIECE_BYTES: usize = 1 << 20;
 
 /// Bytes of one random read.
-pub(crate) const PAGE_BYTES: usize = 4096;
+const PAGE_BYTES: usize = 4096;
 
 /// A sum of bytes in which their order counts.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -137,6 +137,17 @@ pub(crate) fn drain_mapped(path: &Path) -> io::Result<u64> {
     Ok(map.len() as u64)
 }
 
+/// Reads pages at these places one after the other and forgets them.
+pub(crate) fn drain_pages(paths: &[PathBuf], places: &[(usize, u64)]) -> io::Result<u64> {
+    let files = paths.iter().map(File::open).collect::<io::Result<Vec<_>>>()?;
+    let mut page = [0; PAGE_BYTES];
+    for (file, offset) in places {
+        files[*file].read_exact_at(&mut page, *offset)?;
+        black_box(&page);
+    }
+    Ok((places.len() * PAGE_BYTES) as u64)
+}
+
 fn map(path: &Path) -> io::Result<Mmap> {
     let file = File::open(path)?;
     #[expect(unsafe_code, reason = "mapping a file")]
@@ -193,6 +204,7 @@ mod tests {
         assert_eq!(at_once(&[path.clone()]).unwrap(), [sum(&bytes)]);
         assert_eq!(drain(&path).unwrap(), bytes.len() as u64);
         assert_eq!(drain_mapped(&path).unwrap(), bytes.len() as u64);
+        assert_eq!(drain_pages(&[path.clone()], &[(0, 4096); 3]).unwrap(), 3 * 4096);
         let page = pages(&[path], &[(0, 8192)]).unwrap();
         assert_eq!(page, [sum(&bytes[8192..8192 + PAGE_BYTES])]);
     }
