@@ -1,10 +1,13 @@
 //! From nothing to a model that was read, as containerd has it: our lazy pull, and containerd's
 //! own pull into overlayfs, of 1.6 and 2.1.
 
-use std::path::Path;
+use std::path::PathBuf;
+use std::process::Command;
 use std::time::{Duration, Instant};
 
 use nix::mount::{MntFlags, umount2};
+use tempfile::TempDir;
+use weightfs_tests::process::run;
 use weightfs_tests::{Containerd, ContainerdOptions, Daemon};
 
 use crate::Bench;
@@ -52,7 +55,9 @@ impl Node {
         let fresh = lab.fresh();
         let daemon = fresh.weightfs.serve(&lab.area);
         let weightfs = Some(fresh.weightfs.snapshotter_socket());
-        let options = ContainerdOptions { weightfs, ..ContainerdOptions::default() };
+        // Nothing is removed here, and views are to stay.
+        let no_garbage_collection = true;
+        let options = ContainerdOptions { weightfs, no_garbage_collection, ..Default::default() };
         let containerd = Containerd::start(&lab.area, &options);
         Self { containerd, daemon, fresh }
     }
@@ -94,7 +99,7 @@ fn ours_all_read(lab: &Lab, figures: &mut Figures, line: Line) {
     drop_caches();
     let start = Instant::now();
     node.rpull(&reference);
-    mount_and_read(lab, &node.containerd, SNAPSHOTTER, &reference);
+    mount_and_read(lab, &node.containerd, SNAPSHOTTER);
     figures.add(&format!("all_read_{}_s", line.name()), start.elapsed().as_secs_f64());
 }
 
@@ -116,7 +121,7 @@ fn pull_and_read(
         figures.add(&figure, first_byte.as_secs_f64());
     }
     let start = Instant::now();
-    mount_and_read(lab, containerd, OVERLAYFS, &reference);
+    mount_and_read(lab, containerd, OVERLAYFS);
     let all_read = pulled + start.elapsed();
     figures.add(&format!("{name}_all_read_{}_s", line.name()), all_read.as_secs_f64());
     containerd.remove_image(&reference);
@@ -132,16 +137,46 @@ fn start_and_touch(lab: &Lab, containerd: &Containerd, reference: &str) -> Durat
 }
 
 /// Mounts an image's root file system and reads all weights in it.
-fn mount_and_read(lab: &Lab, containerd: &Containerd, snapshotter: &str, reference: &str) {
-    let point = lab.mount_point();
-    containerd.mount_image(snapshotter, reference, point.path());
-    lab.model.timed(&point.path().join(IN_IMAGE), read::sequential);
-    unmount(containerd, snapshotter, point.path());
+fn mount_and_read(lab: &Lab, containerd: &Containerd, snapshotter: &'static str) {
+    let view = View::new(lab, containerd, snapshotter);
+    lab.model.timed(&view.weights(), read::sequential);
+    view.remove(containerd);
 }
 
-/// Undoes `Containerd::mount_image`, with the snapshot that it made.
-pub(crate) fn unmount(containerd: &Containerd, snapshotter: &str, point: &Path) {
-    umount2(point, MntFlags::empty()).expect("the image's mount is not busy");
-    let key = point.to_str().expect("a path in UTF-8");
-    containerd.ctr(&["snapshot", "--snapshotter", snapshotter, "rm", key]).ok();
+/// The image's root file system, mounted read-only. (`ctr image mount` of 1.6 unpacks into
+/// overlayfs whatever it is told, so this is made of the snapshot itself.)
+#[derive(Debug)]
+pub(crate) struct View {
+    snapshotter: &'static str,
+    point: TempDir,
+}
+
+impl View {
+    /// Makes the view and mounts it.
+    pub(crate) fn new(lab: &Lab, containerd: &Containerd, snapshotter: &'static str) -> Self {
+        let view = Self { snapshotter, point: lab.mount_point() };
+        let (key, parent) = (view.key(), lab.image_chain.to_string());
+        let mounts =
+            ["snapshot", "--snapshotter", snapshotter, "view", "--target", key, key, &parent];
+        let command = containerd.ctr(&mounts).ok();
+        run(Command::new("sh").args(["-ec", &command])).ok();
+        view
+    }
+
+    /// Where the weights are.
+    pub(crate) fn weights(&self) -> PathBuf {
+        self.point.path().join(IN_IMAGE)
+    }
+
+    /// Unmounts and removes it.
+    pub(crate) fn remove(self, containerd: &Containerd) {
+        umount2(self.point.path(), MntFlags::empty()).expect("the view is not busy");
+        // No image needs it, so containerd's collector may have been quicker.
+        containerd.ctr(&["snapshot", "--snapshotter", self.snapshotter, "rm", self.key()]);
+    }
+
+    /// The snapshot's key is the mount point.
+    fn key(&self) -> &str {
+        self.point.path().to_str().expect("a path in UTF-8")
+    }
 }

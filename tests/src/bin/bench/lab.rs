@@ -8,11 +8,12 @@ use std::time::{Duration, Instant};
 use nix::mount::{MsFlags, mount};
 use nix::unistd::sync;
 use serde_json::{Map, json};
+use weightfs_store::Digest;
 use weightfs_tests::image::{busybox_layer, image};
 use weightfs_tests::layer::{Attributes, Compression, LayerBuilder};
 use weightfs_tests::model::write_safetensors;
 use weightfs_tests::modelpack::{Dialect, Plan, pack};
-use weightfs_tests::{Area, Mounted, Proxy, Registry, RegistryOptions, Weightfs};
+use weightfs_tests::{Area, Blob, Mounted, Proxy, Registry, RegistryOptions, Weightfs};
 
 use crate::Options;
 use crate::download::Blobs;
@@ -114,7 +115,9 @@ pub(crate) struct Lab {
     /// Counts what the registry sends; adds no delay on purpose, but costs CPU.
     pub(crate) counter: Proxy,
     pub(crate) registry: Registry,
-    raw_blobs: Vec<weightfs_tests::Blob>,
+    /// The image's chain ID: the name of its snapshot.
+    pub(crate) image_chain: Digest,
+    raw_blobs: Vec<Blob>,
     /// The last field, so that it goes last.
     pub(crate) area: Area,
 }
@@ -130,44 +133,16 @@ impl Lab {
         let registry = Registry::start_in(&area, &store, RegistryOptions::default());
         let throttle = Throttle::start(registry.address());
         let counter = Proxy::start(registry.address());
-        let mut lab = Self { model, throttle, counter, registry, raw_blobs: Vec::new(), area };
-        let files: Vec<_> =
-            ["config.json", "model.safetensors.index.json"].map(str::to_owned).into();
-        let files = files.into_iter().chain(lab.model.shards.clone()).collect::<Vec<_>>();
-        lab.raw_blobs = lab.push_model("model", &lab.model.dir, &files).split_off(2);
-        lab.push_images();
-        lab
+        let others = ["config.json", "model.safetensors.index.json"].map(str::to_owned);
+        let files: Vec<_> = others.into_iter().chain(model.shards.clone()).collect();
+        let raw_blobs = push_model(&area, &registry, "model", &model.dir, &files).split_off(2);
+        let image_chain = push_images(&area, &registry, &model);
+        Self { model, throttle, counter, registry, image_chain, raw_blobs, area }
     }
 
     /// Pushes files as a ModelPack, a raw layer each, and gives their blobs.
-    pub(crate) fn push_model(
-        &self,
-        repository: &str,
-        dir: &Path,
-        files: &[String],
-    ) -> Vec<weightfs_tests::Blob> {
-        let plans: Vec<_> = files.iter().cloned().map(Plan::Raw).collect();
-        let artifact = pack(dir, &self.area.dir("work"), Dialect::Cncf, &plans);
-        artifact.push(self.registry.remote(), repository, "v1");
-        artifact.blobs[1..].to_vec()
-    }
-
-    /// Pushes the weights as one plain-tar layer below a small root file system, and the latter
-    /// alone.
-    fn push_images(&self) {
-        let work = self.area.dir("work");
-        let mut weights = LayerBuilder::new(&work).dir(IN_IMAGE, &Attributes::mode(0o755));
-        for name in &self.model.shards {
-            let path = format!("{IN_IMAGE}/{name}");
-            let source = self.model.dir.join(name);
-            weights = weights.file_from(&path, &source, &Attributes::mode(0o644));
-        }
-        let weights = weights.finish(Compression::Plain);
-        let small = busybox_layer(&work, Compression::Gzip);
-        let remote = self.registry.remote();
-        image(&[weights, small.clone()]).push(remote, "image", "v1");
-        image(&[small]).push(remote, "small", "v1");
-        fs::remove_dir_all(&work).unwrap();
+    pub(crate) fn push_model(&self, repository: &str, dir: &Path, files: &[String]) -> Vec<Blob> {
+        push_model(&self.area, &self.registry, repository, dir, files)
     }
 
     /// `host:port` of the registry on a line.
@@ -213,6 +188,37 @@ impl Lab {
     pub(crate) fn mount_point(&self) -> tempfile::TempDir {
         tempfile::Builder::new().prefix("mnt").tempdir_in(self.area.path()).unwrap()
     }
+}
+
+fn push_model(
+    area: &Area,
+    registry: &Registry,
+    repository: &str,
+    dir: &Path,
+    files: &[String],
+) -> Vec<Blob> {
+    let plans: Vec<_> = files.iter().cloned().map(Plan::Raw).collect();
+    let artifact = pack(dir, &area.dir("work"), Dialect::Cncf, &plans);
+    artifact.push(registry.remote(), repository, "v1");
+    artifact.blobs[1..].to_vec()
+}
+
+/// Pushes the weights as one plain-tar layer below a small root file system, and the latter alone;
+/// gives the chain ID of the former (image-spec, "Layer ChainID").
+fn push_images(area: &Area, registry: &Registry, model: &Model) -> Digest {
+    let work = area.dir("work");
+    let mut weights = LayerBuilder::new(&work).dir(IN_IMAGE, &Attributes::mode(0o755));
+    for (name, source) in model.shards.iter().zip(model.native()) {
+        let path = format!("{IN_IMAGE}/{name}");
+        weights = weights.file_from(&path, &source, &Attributes::mode(0o644));
+    }
+    let weights = weights.finish(Compression::Plain);
+    let small = busybox_layer(&work, Compression::Gzip);
+    let chain = Digest::of(format!("{} {}", weights.diff_id, small.diff_id).as_bytes());
+    image(&[weights, small.clone()]).push(registry.remote(), "image", "v1");
+    image(&[small]).push(registry.remote(), "small", "v1");
+    fs::remove_dir_all(&work).unwrap();
+    chain
 }
 
 /// A state directory that goes with this guard: disks are not endless.
