@@ -24,7 +24,7 @@ help: ## Say what there is
 build: deps ## Build the release binary: target/release/weightfs
 	$(CARGO) build --release --locked -p weightfs
 
-demo: deps ## Lazy mount and container beside an ordinary pull (MODEL_DIR=...)
+demo: deps ## A lazy mount and container beside a pull (MODEL_DIR=...)
 	packaging/deps demo
 	$(CARGO) build --release --locked -p weightfs -p weightfs-tests --bins
 	$(AS_ROOT) $(TARGET)/release/demo

@@ -126,11 +126,12 @@ impl Session {
     pub fn unmount(&self) -> io::Result<()> {
         let background = self.background.lock().unwrap_or_else(PoisonError::into_inner).take();
         let Some(background) = background else { return Ok(()) };
-        match background.umount_and_join() {
-            Err(error) if error.raw_os_error() == Some(nix::libc::EBUSY) => {
-                detach(&self.mountpoint)
-            }
-            other => other,
+        match background.umount_and_join().map_err(|error| (error.raw_os_error(), error)) {
+            Err((Some(nix::libc::EBUSY), _)) => detach(&self.mountpoint),
+            // Somebody else has unmounted it.
+            Err((Some(nix::libc::EINVAL), _)) => Ok(()),
+            Err((_, error)) => Err(error),
+            Ok(()) => Ok(()),
         }
     }
 }

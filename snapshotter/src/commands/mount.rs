@@ -4,6 +4,7 @@ use std::io::{BufRead as _, BufReader, Write as _};
 use std::os::fd::AsFd;
 use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
+use std::pin::Pin;
 use std::process::{Command, Stdio};
 use std::sync::Arc;
 
@@ -56,14 +57,17 @@ pub fn in_background(arguments: &MountArgs) -> anyhow::Result<()> {
 
 /// Mounts, and stays until a signal or an unmount.
 pub async fn run(config: &Config, arguments: &MountArgs) -> anyhow::Result<()> {
+    // One for the whole life of the mount: a signal that comes between two would be lost.
+    let stop = asked_to_stop();
+    tokio::pin!(stop);
     let target = check_mountpoint(&arguments.dir)?;
     match Store::open(&config.root, config.store_options()) {
-        Ok(store) => serve_here(config, arguments, &target, store).await,
+        Ok(store) => serve_here(config, arguments, &target, store, stop).await,
         Err(OpenError::Owned { root, pid }) => {
             let address = owner::control_address(&root).with_context(|| {
                 format!("{} is in use by process {pid}; use another --root", root.display())
             })?;
-            ask_daemon(&address, arguments, &target).await
+            ask_daemon(&address, arguments, &target, stop).await
         }
         Err(error) => Err(error.into()),
     }
@@ -89,6 +93,7 @@ async fn serve_here(
     arguments: &MountArgs,
     target: &Path,
     store: Arc<Store>,
+    mut stop: Stop<'_>,
 ) -> anyhow::Result<()> {
     let opener = super::opener(config, Arc::clone(&store))?;
     let downloads = Downloads::new();
@@ -98,7 +103,7 @@ async fn serve_here(
     };
     let tree = tokio::select! {
         tree = tree => tree?,
-        () = asked_to_stop() => return Ok(()),
+        () = &mut stop => return Ok(()),
     };
     downloads.finish();
     let merged = tree.merge()?;
@@ -111,8 +116,6 @@ async fn serve_here(
         detach_output(&config.root)?;
     }
     let mut line = MountLine::new();
-    let stop = asked_to_stop();
-    tokio::pin!(stop);
     loop {
         tokio::select! {
             () = &mut stop => break,
@@ -133,7 +136,12 @@ async fn serve_here(
     Ok(())
 }
 
-async fn ask_daemon(address: &Path, arguments: &MountArgs, target: &Path) -> anyhow::Result<()> {
+async fn ask_daemon(
+    address: &Path,
+    arguments: &MountArgs,
+    target: &Path,
+    mut stop: Stop<'_>,
+) -> anyhow::Result<()> {
     let mut daemon = control::connect(address)
         .await
         .with_context(|| format!("the daemon's control socket {}", address.display()))?;
@@ -151,7 +159,7 @@ async fn ask_daemon(address: &Path, arguments: &MountArgs, target: &Path) -> any
     };
     let mounted = tokio::select! {
         mounted = mounted => mounted.map_err(|status| anyhow::anyhow!("{}", status.message()))?,
-        () = asked_to_stop() => return Ok(()),
+        () = &mut stop => return Ok(()),
     };
     downloads.finish();
     let release = ReleaseRequest { tree: mounted.tree };
@@ -164,7 +172,7 @@ async fn ask_daemon(address: &Path, arguments: &MountArgs, target: &Path) -> any
         println!("{READY}");
         return Ok(());
     }
-    let watched = watch(&mut daemon, &mounted, target).await;
+    let watched = watch(&mut daemon, &mounted, target, stop).await;
     if owner::is_mountpoint(target).unwrap_or(true) {
         detach(target).with_context(|| format!("can't unmount {}", target.display()))?;
     }
@@ -178,10 +186,9 @@ async fn watch(
     daemon: &mut weightfs_proto::control::control_client::ControlClient<tonic::transport::Channel>,
     mounted: &Mounted,
     target: &Path,
+    mut stop: Stop<'_>,
 ) -> anyhow::Result<()> {
     let mut line = MountLine::new();
-    let stop = asked_to_stop();
-    tokio::pin!(stop);
     loop {
         tokio::select! {
             () = &mut stop => break,
@@ -236,10 +243,15 @@ fn detach_output(root: &Path) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Waits for SIGINT, SIGTERM or SIGHUP.
-pub async fn asked_to_stop() {
+/// Waits for a signal to stop.
+type Stop<'a> = Pin<&'a mut dyn Future<Output = ()>>;
+
+/// Waits for SIGINT, SIGTERM or SIGHUP; counts them from the call on.
+pub fn asked_to_stop() -> impl Future<Output = ()> {
     let kinds = [SignalKind::interrupt(), SignalKind::terminate(), SignalKind::hangup()];
     let mut signals: Vec<_> = kinds.into_iter().filter_map(|kind| signal(kind).ok()).collect();
-    let waits = signals.iter_mut().map(|signal| Box::pin(signal.recv()));
-    futures::future::select_all(waits).await;
+    async move {
+        let waits = signals.iter_mut().map(|signal| Box::pin(signal.recv()));
+        futures::future::select_all(waits).await;
+    }
 }

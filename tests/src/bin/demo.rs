@@ -231,27 +231,20 @@ fn step<T>(what: &str, work: impl FnOnce() -> T) -> T {
 
 fn print_table(model: &Model, mount: &Way, lazy: &Way, plain: &Way) {
     let tensor = &model.tensor;
-    println!(
-        "\nThe model: {} in {} files, in a docker-registry on 127.0.0.1.",
-        mib(model.bytes),
-        model.files.len()
-    );
-    println!(
-        "First tensor: {}, {}, in the middle of\n  {}\n",
-        tensor.name,
-        mib(tensor.size),
-        model.path
-    );
+    let (count, total) = (model.files.len(), size_text(model.bytes));
+    println!("\nThe model: {total} in {count} files, in a docker-registry on 127.0.0.1.");
+    println!("The first tensor, from the middle of {}:", model.path);
+    println!("  {}, {}\n", tensor.name, size_text(tensor.size));
     println!("  {:<22}{:>16}{:>17}{:>18}", "", "weightfs", "weightfs", "containerd");
     println!("  {:<22}{:>16}{:>17}{:>18}", "", "mount", "in a container", "pull and run");
     let row = |name: &str, value: &dyn Fn(&Way) -> String| {
         println!("  {name:<22}{:>16}{:>17}{:>18}", value(mount), value(lazy), value(plain));
     };
     row("time to first tensor", &|way| format!("{:.2} s", seconds(way.first)));
-    row("fetched by then", &|way| mib(way.first_bytes));
+    row("fetched by then", &|way| size_text(way.first_bytes));
     row("time to full load", &|way| format!("{:.2} s", seconds(way.full)));
-    row("fetched by then", &|way| mib(way.full_bytes));
-    row("size in the registry", &|way| mib(way.total_bytes));
+    row("fetched by then", &|way| size_text(way.full_bytes));
+    row("size in the registry", &|way| size_text(way.total_bytes));
     println!("\nTimes begin before the mount or pull; bytes are counted at the registry.");
     println!("The tensor's bytes were compared with the source each time.");
 }
@@ -260,8 +253,9 @@ fn seconds(time: Duration) -> f64 {
     time.as_secs_f64()
 }
 
-fn mib(bytes: u64) -> String {
-    // Tenths of a MiB, without floating point.
-    let tenths = bytes * 10 / (1 << 20);
-    format!("{}.{} MiB", tenths / 10, tenths % 10)
+fn size_text(bytes: u64) -> String {
+    let (unit, name) = if bytes < 1 << 20 { (1 << 10, "KiB") } else { (1 << 20, "MiB") };
+    // Tenths, without floating point.
+    let tenths = bytes * 10 / unit;
+    format!("{}.{} {name}", tenths / 10, tenths % 10)
 }
