@@ -148,6 +148,18 @@ pub(crate) fn drain_pages(paths: &[PathBuf], places: &[(usize, u64)]) -> io::Res
     Ok((places.len() * PAGE_BYTES) as u64)
 }
 
+/// Copies mapped pages at these places one after the other and forgets them.
+pub(crate) fn drain_mapped_pages(paths: &[PathBuf], places: &[(usize, u64)]) -> io::Result<u64> {
+    let maps = paths.iter().map(|path| map(path)).collect::<io::Result<Vec<_>>>()?;
+    let mut page = [0; PAGE_BYTES];
+    for (file, offset) in places {
+        let start = usize::try_from(*offset).map_err(io::Error::other)?;
+        page.copy_from_slice(&maps[*file][start..start + PAGE_BYTES]);
+        black_box(&page);
+    }
+    Ok((places.len() * PAGE_BYTES) as u64)
+}
+
 fn map(path: &Path) -> io::Result<Mmap> {
     let file = File::open(path)?;
     #[expect(unsafe_code, reason = "mapping a file")]
@@ -205,6 +217,7 @@ mod tests {
         assert_eq!(drain(&path).unwrap(), bytes.len() as u64);
         assert_eq!(drain_mapped(&path).unwrap(), bytes.len() as u64);
         assert_eq!(drain_pages(&[path.clone()], &[(0, 4096); 3]).unwrap(), 3 * 4096);
+        assert_eq!(drain_mapped_pages(&[path.clone()], &[(0, 4096); 3]).unwrap(), 3 * 4096);
         let page = pages(&[path], &[(0, 8192)]).unwrap();
         assert_eq!(page, [sum(&bytes[8192..8192 + PAGE_BYTES])]);
     }

@@ -84,7 +84,11 @@ const REACHES: &[Reach] = &[
     },
     Reach { title: "warm sequential, of native", judge: |f| warm(f, "warm_seq_of_native") },
     Reach { title: "warm mmap, of native", judge: |f| warm(f, "warm_mmap_of_native") },
-    Reach { title: "warm random, of native", judge: |f| warm(f, "warm_random_of_native") },
+    Reach { title: "warm random by mmap, of native", judge: |f| warm(f, "warm_random_of_native") },
+    Reach {
+        title: "warm random by pread, of native",
+        judge: |f| warm(f, "warm_pread_random_of_native"),
+    },
     Reach {
         title: "warm sequential, overlay, of native",
         judge: |f| warm(f, "warm_seq_overlay_of_native"),
@@ -94,8 +98,12 @@ const REACHES: &[Reach] = &[
         judge: |f| warm(f, "warm_mmap_overlay_of_native"),
     },
     Reach {
-        title: "warm random, overlay, of native",
+        title: "warm random by mmap, overlay, of native",
         judge: |f| warm(f, "warm_random_overlay_of_native"),
+    },
+    Reach {
+        title: "warm random by pread, overlay, of native",
+        judge: |f| warm(f, "warm_pread_random_overlay_of_native"),
     },
     Reach {
         title: "first byte of last shard - container start, s",

@@ -24,7 +24,8 @@ const TRIES: usize = 5;
 const RANDOM_READS: usize = 50_000;
 
 /// The ways to read, with their names in figures.
-const WAYS: [(&str, Way); 3] = [("seq", sequential), ("mmap", mapped), ("random", random)];
+const WAYS: [(&str, Way); 4] =
+    [("seq", sequential), ("mmap", mapped), ("random", random), ("pread_random", pread_random)];
 
 type Way = fn(&[PathBuf]) -> (u64, Duration);
 
@@ -131,6 +132,13 @@ fn mapped(paths: &[PathBuf]) -> (u64, Duration) {
 }
 
 fn random(paths: &[PathBuf]) -> (u64, Duration) {
+    let places = read::places(paths, RANDOM_READS, 2).unwrap();
+    let start = Instant::now();
+    let bytes = read::drain_mapped_pages(paths, &places).unwrap();
+    (bytes, start.elapsed())
+}
+
+fn pread_random(paths: &[PathBuf]) -> (u64, Duration) {
     let places = read::places(paths, RANDOM_READS, 2).unwrap();
     let start = Instant::now();
     let bytes = read::drain_pages(paths, &places).unwrap();
