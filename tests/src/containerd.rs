@@ -24,6 +24,8 @@ pub struct ContainerdOptions {
     pub weightfs: Option<PathBuf>,
     /// Turns CRI on.
     pub cri: Option<CriOptions>,
+    /// Directory with the programs of a containerd 2; the installed containerd 1 if none is named.
+    pub programs: Option<PathBuf>,
     /// Keeps the garbage collector away from snapshots that no image or container needs.
     pub no_garbage_collection: bool,
 }
@@ -41,6 +43,7 @@ pub struct CriOptions {
 #[derive(Debug)]
 pub struct Containerd {
     dir: PathBuf,
+    programs: Option<PathBuf>,
     service: Service,
     exec_count: AtomicU32,
 }
@@ -51,8 +54,9 @@ impl Containerd {
         let dir = tempfile::Builder::new().prefix("c").tempdir_in(area.path()).unwrap().keep();
         let config = dir.join("config.toml");
         fs::write(&config, config_text(&dir, options)).unwrap();
-        let service = Service::start(area, "containerd", command(&config));
-        let containerd = Self { dir, service, exec_count: AtomicU32::new(0) };
+        let programs = options.programs.clone();
+        let service = Service::start(area, "containerd", command(programs.as_deref(), &config));
+        let containerd = Self { dir, programs, service, exec_count: AtomicU32::new(0) };
         containerd.wait_ready();
         containerd
     }
@@ -61,7 +65,8 @@ impl Containerd {
     pub fn restart(&mut self, area: &Area) {
         self.service.signal(Signal::SIGTERM);
         self.service.wait();
-        self.service = Service::start(area, "containerd", command(&self.dir.join("config.toml")));
+        let command = command(self.programs.as_deref(), &self.dir.join("config.toml"));
+        self.service = Service::start(area, "containerd", command);
         self.wait_ready();
     }
 
@@ -135,7 +140,7 @@ impl Containerd {
     }
 
     fn ctr_command(&self, namespace: &str, arguments: &[&str]) -> Command {
-        let mut command = Command::new("ctr");
+        let mut command = program(self.programs.as_deref(), "ctr");
         command.arg("--address").arg(self.socket()).args(["--namespace", namespace]);
         command.args(arguments);
         command
@@ -194,8 +199,17 @@ impl Container<'_> {
     }
 }
 
-fn command(config: &Path) -> Command {
-    let mut command = Command::new("containerd");
+/// A program of containerd's, which finds its siblings first.
+fn program(programs: Option<&Path>, name: &str) -> Command {
+    let Some(programs) = programs else { return Command::new(name) };
+    let mut command = Command::new(programs.join(name));
+    let path = std::env::var("PATH").unwrap_or_default();
+    command.env("PATH", format!("{}:{path}", programs.display()));
+    command
+}
+
+fn command(programs: Option<&Path>, config: &Path) -> Command {
+    let mut command = program(programs, "containerd");
     command.arg("--config").arg(config);
     command
 }
@@ -207,9 +221,17 @@ fn first_words(table: &str, skip: usize) -> Vec<String> {
 
 fn config_text(dir: &Path, options: &ContainerdOptions) -> String {
     let dir = dir.display();
-    let cri_off = if options.cri.is_none() { "\"io.containerd.grpc.v1.cri\", " } else { "" };
+    let cri_off = match (&options.cri, &options.programs) {
+        (Some(_), _) => "",
+        (None, None) => "\"io.containerd.grpc.v1.cri\", ",
+        (None, Some(_)) => {
+            "\"io.containerd.grpc.v1.cri\", \"io.containerd.cri.v1.images\",
+  \"io.containerd.cri.v1.runtime\", \"io.containerd.nri.v1.nri\", "
+        }
+    };
+    let version = if options.programs.is_some() { 3 } else { 2 };
     let mut text = format!(
-        r#"version = 2
+        r#"version = {version}
 root = "{dir}/root"
 state = "{dir}/state"
 disabled_plugins = [{cri_off}"io.containerd.internal.v1.opt",
