@@ -7,12 +7,16 @@ DENY_VERSION := 0.20.2
 DENY := $(TARGET)/tools/bin/cargo-deny
 # A hung test must not hang a build machine: the whole run ends after this many seconds.
 TEST_TIMEOUT ?= 1500
+BENCH_TIMEOUT ?= $(if $(QUICK),300,3600)
+# A quick benchmark asserts no time: it takes what the tests have built.
+BENCH_PROFILE := $(if $(QUICK),dev,release)
+BENCH_DIR := $(TARGET)/$(if $(QUICK),debug,release)
 SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
 # sudo resets PATH and HOME, and with them the toolchain.
 AS_ROOT := $(if $(SUDO),$(SUDO) --preserve-env env PATH="$$PATH" HOME="$$HOME",)
 export CARGO_TARGET_DIR := $(TARGET)
 
-.PHONY: help build demo test check deps test-deps clean
+.PHONY: help build demo test bench check deps test-deps clean
 
 help: ## Say what there is
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -20,15 +24,26 @@ help: ## Say what there is
 build: deps ## Build the release binary: target/release/weightfs
 	$(CARGO) build --release --locked -p weightfs
 
-demo: deps ## Show it: a lazy mount and a lazy container beside an ordinary pull (MODEL_DIR=...)
+demo: deps ## A lazy mount and container beside a pull (MODEL_DIR=...)
 	packaging/deps demo
 	$(CARGO) build --release --locked -p weightfs -p weightfs-tests --bins
 	$(AS_ROOT) $(TARGET)/release/demo
 
-test: test-deps ## Unit tests and end-to-end tests, as root (real registry, containerd, runc)
+test: test-deps ## All tests, as root: real registry, containerd, runc
 	$(CARGO) build --workspace --locked --bins
 	$(CARGO) test --workspace --locked --no-run
-	$(AS_ROOT) timeout --kill-after=30 $(TEST_TIMEOUT) $(CARGO) test --workspace --locked --no-fail-fast
+	$(CARGO) test --workspace --locked --doc
+	set -o pipefail; $(AS_ROOT) timeout --kill-after=30 $(TEST_TIMEOUT) $(CARGO) test \
+	    --workspace --locked --no-fail-fast --lib --bins --tests 2>&1 | tee $(TARGET)/test.log
+	@awk '/^test result:/ { passed += $$4; failed += $$6 } \
+	    END { print passed " passed, " failed " failed" }' $(TARGET)/test.log
+
+bench: test-deps ## Measure it beside a pull (QUICK=1, ROUNDS=n, LOADERS=all)
+	packaging/containerd21 $(TARGET)/containerd21 || true
+	if [ "$(LOADERS)" = all ]; then packaging/loaders-env $(TARGET)/loaders-env; fi
+	$(CARGO) build --profile $(BENCH_PROFILE) --locked -p weightfs -p weightfs-tests \
+	    --bin weightfs --bin bench
+	$(AS_ROOT) timeout --kill-after=30 $(BENCH_TIMEOUT) $(BENCH_DIR)/bench
 
 check: deps $(DENY) ## Format, lints, documentation, licences and sources
 	$(CARGO) fmt --all --check
@@ -36,10 +51,10 @@ check: deps $(DENY) ## Format, lints, documentation, licences and sources
 	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --workspace --no-deps --locked --document-private-items
 	$(DENY) --log-level warn check --hide-inclusion-graph licenses bans sources
 
-deps: ## Install what building needs (apt; nothing happens when all is there)
+deps: ## Install what building needs (apt; nothing if all is there)
 	packaging/deps build
 
-test-deps: deps ## Install what the tests need (apt, and a Python environment in target/)
+test-deps: deps ## Install what the tests need (apt; Python packages in target/)
 	packaging/deps test
 	packaging/python-env $(TARGET)/python
 

@@ -173,6 +173,7 @@ pub fn reopen_layer(
     layer: &LayerDescriptor,
 ) -> Result<Option<Arc<OpenLayer>>, LayerError> {
     let id = blob_id(layer);
+    store.discard_poisoned(id)?;
     let listing = match layer.content {
         LayerContent::Raw(_) => Some(Listing::raw(layer.size)),
         _ => store.attachment(id, LISTING).and_then(|bytes| Listing::from_bytes(&bytes)),

@@ -19,7 +19,7 @@ fn main() -> ExitCode {
     match run(cli) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("weightfs: {error:#}");
+            eprintln!("weightfs: {}", describe(&error));
             ExitCode::FAILURE
         }
     }
@@ -50,6 +50,17 @@ fn run(cli: Cli) -> anyhow::Result<()> {
         Command::Rpull(arguments) => runtime.block_on(commands::rpull::run(&config, arguments)),
         Command::Status { json } => runtime.block_on(commands::status::run(&config, json)),
     }
+}
+
+/// The error and its causes, those left out that an error has in its own text already.
+fn describe(error: &anyhow::Error) -> String {
+    error.chain().map(ToString::to_string).fold(String::new(), |text, cause| {
+        match (text.is_empty(), text.contains(&cause)) {
+            (true, _) => cause,
+            (false, true) => text,
+            (false, false) => format!("{text}: {cause}"),
+        }
+    })
 }
 
 /// Logs to stderr: a daemon's life in full, of a command only what went wrong.

@@ -12,7 +12,6 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 use containerd_client::types::Descriptor;
-use futures::StreamExt as _;
 use oci_spec::image::{ImageConfiguration, ImageManifest};
 use serde::Serialize;
 use sha2::{Digest as _, Sha256};
@@ -84,6 +83,12 @@ pub enum RpullError {
         /// Its size, in bytes.
         size: u64,
     },
+    /// Another pull is unpacking the layer at this moment.
+    #[error("containerd: snapshot {key:?} is in use by another pull; try again when it is done")]
+    Busy {
+        /// The snapshot's key.
+        key: String,
+    },
     /// A layer could not be downloaded.
     #[error(transparent)]
     Source(SourceError),
@@ -142,7 +147,25 @@ struct ImageParts {
     manifest: ImageManifest,
     config_digest: Digest,
     config: Bytes,
-    diff_ids: Vec<String>,
+    /// From the lowest to the highest.
+    layers: Vec<ImageLayer>,
+}
+
+/// A layer as manifest and config have it.
+struct ImageLayer {
+    descriptor: oci_spec::image::Descriptor,
+    /// The digest of the plain tar.
+    diff_id: String,
+}
+
+/// Where a layer goes.
+struct Place {
+    /// Its position in the image.
+    index: usize,
+    /// The chain ID of the layers below it; empty for the lowest.
+    parent: String,
+    /// The chain ID of it and those below.
+    chain_id: String,
 }
 
 /// Pulls an image; `report` hears of each layer as it is done.
@@ -154,18 +177,18 @@ pub async fn pull(
     pull: &Pull,
     mut report: impl FnMut(&PulledLayer),
 ) -> Result<Vec<PulledLayer>, RpullError> {
-    let image = ImageParts::resolve(registries, &pull.image).await?;
     let containerd = Containerd::connect(&pull.address, &pull.namespace, &pull.snapshotter).await?;
     let result = async {
+        let image = ImageParts::resolve(registries, &pull.image).await?;
         image.write_documents(&containerd).await?;
         let mut layers = Vec::new();
         let mut parent = String::new();
-        for index in 0..image.diff_ids.len() {
-            let chain_id = chain_id(&parent, &image.diff_ids[index]);
-            let layer = image.layer(registries, &containerd, index, &parent, &chain_id).await?;
-            report(&layer);
-            layers.push(layer);
-            parent = chain_id;
+        for (index, layer) in image.layers.iter().enumerate() {
+            let place = Place { index, chain_id: chain_id(&parent, &layer.diff_id), parent };
+            let pulled = image.pull_layer(registries, &containerd, layer, &place).await?;
+            report(&pulled);
+            layers.push(pulled);
+            parent = place.chain_id;
         }
         image.finish(&containerd, &pull.snapshotter, &parent).await?;
         Ok(layers)
@@ -194,7 +217,12 @@ impl ImageParts {
             let (ids, layers) = (diff_ids.len(), manifest.layers().len());
             return Err(bad("config", format!("{ids} diff IDs for {layers} layers")));
         }
-        Ok(Self { name, artifact, manifest, config_digest, config, diff_ids })
+        let descriptors = manifest.layers().iter().cloned();
+        let layers = descriptors
+            .zip(diff_ids)
+            .map(|(descriptor, diff_id)| ImageLayer { descriptor, diff_id })
+            .collect();
+        Ok(Self { name, artifact, manifest, config_digest, config, layers })
     }
 
     /// Manifest and config, with the labels that keep containerd from collecting what they need.
@@ -212,27 +240,29 @@ impl ImageParts {
     }
 
     /// One layer: offered to the snapshotter, and unpacked if it declines.
-    async fn layer(
+    async fn pull_layer(
         &self,
         registries: &Arc<Registries>,
         containerd: &Containerd,
-        index: usize,
-        parent: &str,
-        chain_id: &str,
+        layer: &ImageLayer,
+        place: &Place,
     ) -> Result<PulledLayer, RpullError> {
-        let layer = &self.manifest.layers()[index];
-        let (digest, size) = (layer.digest().to_string(), layer.size());
+        let Place { index, parent, chain_id } = place;
+        let (digest, size) = (layer.descriptor.digest().to_string(), layer.descriptor.size());
         let done = |result| PulledLayer { digest: digest.clone(), size, result };
         if containerd.has_snapshot(chain_id).await? {
             return Ok(done(LayerResult::Present));
         }
         let key = format!("extract-{}-{index} {chain_id}", std::process::id());
-        let labels = self.prepare_labels(index, chain_id);
+        let labels = self.labels(layer, place);
         let mounts = match containerd.prepare(&key, parent, labels.clone()).await? {
             Prepared::Unpack(mounts) => mounts,
-            Prepared::Exists => return Ok(done(LayerResult::Lazy)),
+            Prepared::Exists if containerd.has_snapshot(chain_id).await? => {
+                return Ok(done(LayerResult::Lazy));
+            }
+            Prepared::Exists => return Err(RpullError::Busy { key }),
         };
-        let unpacked = self.unpack(registries, containerd, index, mounts).await;
+        let unpacked = self.unpack(registries, containerd, layer, mounts).await;
         let committed = match unpacked {
             Ok(()) => containerd.commit(&key, chain_id, labels).await,
             Err(error) => Err(error),
@@ -246,27 +276,26 @@ impl ImageParts {
     }
 
     /// What CRI would say of the layer.
-    fn prepare_labels(&self, index: usize, chain_id: &str) -> HashMap<String, String> {
-        let layer = &self.manifest.layers()[index];
+    fn labels(&self, layer: &ImageLayer, place: &Place) -> HashMap<String, String> {
         let cri = |name: &str| format!("{SNAPSHOT_PREFIX}cri.{name}");
         let mut layers = String::new();
-        for digest in self.manifest.layers()[index..].iter().map(|layer| layer.digest()) {
-            let digest = digest.to_string();
+        for layer in self.layers.iter().skip(place.index) {
+            let digest = layer.descriptor.digest().to_string();
             if layers.len() + digest.len() + 1 > MAX_IMAGE_LAYERS_LABEL {
                 break;
             }
             let comma = if layers.is_empty() { "" } else { "," };
             layers.push_str(&format!("{comma}{digest}"));
         }
-        let annotations = layer.annotations().iter().flatten();
+        let annotations = layer.descriptor.annotations().iter().flatten();
         annotations
             .filter(|(key, _)| key.starts_with(SNAPSHOT_PREFIX))
             .map(|(key, value)| (key.clone(), value.clone()))
             .chain([
-                (SNAPSHOT_REF.to_owned(), chain_id.to_owned()),
+                (SNAPSHOT_REF.to_owned(), place.chain_id.clone()),
                 (cri("image-ref"), self.name.clone()),
                 (cri("manifest-digest"), self.artifact.manifest_digest.to_string()),
-                (cri("layer-digest"), layer.digest().to_string()),
+                (cri("layer-digest"), layer.descriptor.digest().to_string()),
                 (cri("image-layers"), layers),
             ])
             .collect()
@@ -276,26 +305,26 @@ impl ImageParts {
         &self,
         registries: &Arc<Registries>,
         containerd: &Containerd,
-        index: usize,
+        layer: &ImageLayer,
         mounts: Vec<containerd_client::types::Mount>,
     ) -> Result<(), RpullError> {
-        let layer = &self.manifest.layers()[index];
-        let name = layer.digest().to_string();
+        let ImageLayer { descriptor, diff_id } = layer;
+        let (name, size) = (descriptor.digest().to_string(), descriptor.size());
         let digest = parse_digest(&self.name, "manifest", &name)?;
         if !containerd.has_content(digest).await? {
-            let source = registries.source(&self.artifact.repository, digest, layer.size());
-            let bytes = source.fetch(0..layer.size()).await.map_err(RpullError::Source)?;
-            containerd.write(digest, layer.size(), bytes.boxed(), HashMap::new()).await?;
+            let source = registries.source(&self.artifact.repository, digest, size);
+            let bytes = source.fetch(0..size).await.map_err(RpullError::Source)?;
+            containerd.write(digest, size, bytes, HashMap::new()).await?;
         }
         let descriptor = Descriptor {
-            media_type: layer.media_type().to_string(),
+            media_type: descriptor.media_type().to_string(),
             digest: name.clone(),
-            size: i64::try_from(layer.size()).unwrap_or(i64::MAX),
+            size: i64::try_from(size).unwrap_or(i64::MAX),
             annotations: HashMap::new(),
         };
         let actual = containerd.apply(descriptor, mounts).await?;
-        let expected = self.diff_ids[index].clone();
-        if actual != expected {
+        if actual != *diff_id {
+            let expected = diff_id.clone();
             return Err(RpullError::WrongDiffId { layer: name, expected, actual });
         }
         Ok(())

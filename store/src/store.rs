@@ -34,7 +34,7 @@ use self::owner::Owner;
 use crate::chunk::{ChunkTable, MAX_BLOB_BYTES};
 use crate::document::{self, Durability, Found, Kind};
 use crate::shared::{Shared, lock};
-use crate::state::Record;
+use crate::state::{Record, Verdict};
 use crate::{Blob, Digest, Layout, OpenError};
 
 /// The file that holds a blob's cuts.
@@ -255,6 +255,23 @@ impl Store {
         let dir = self.dir(id);
         let _entered = self.shared.enter().map_err(at(&dir))?;
         self.ingests.remove(&dir)?;
+        Ok(true)
+    }
+
+    /// Removes what an earlier user of a blob found poisoned, so that the next one asks its
+    /// sources again: they may have been mended. A blob that is open stays poisoned for all.
+    ///
+    /// # Errors
+    /// When the directory can't be changed.
+    pub fn discard_poisoned(&self, id: BlobId) -> Result<bool, OpenError> {
+        let dir = self.dir(id);
+        let table = read_layout(&dir).and_then(ChunkTable::new);
+        let record = table.and_then(|table| Record::read(&dir, &table));
+        let verdict = record.and_then(|record| record.verdict);
+        if !matches!(verdict, Some(Verdict::Poisoned { .. })) || !self.discard(id)? {
+            return Ok(false);
+        }
+        tracing::warn!(blob = %id.digest, "poisoned bytes are discarded: they are fetched again");
         Ok(true)
     }
 

@@ -1,9 +1,11 @@
 //! A private directory for one test, on a disk, with nothing left behind.
 //!
-//! Layout: `<base>/weightfs-test-<pid>-<random>/{log,pid}` and what the test makes in it. `pid/`
-//! names every process that was started, so that a later run can end what a killed one left.
+//! Layout: `<base>/weightfs-test-<pid>-<random>/log` and what the test makes beside it. Whatever a
+//! test starts has a path below that directory among its arguments, which nothing else has: so what
+//! a killed run left behind can be told and ended by the next one.
 //!
-//! Invariant: when the guard is dropped, nothing is mounted below the directory and it is gone.
+//! Invariant: when the guard is dropped, no process that the test started runs, nothing is mounted
+//! below the directory, and it is gone.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -43,9 +45,7 @@ impl Area {
             .tempdir_in(&base)
             .expect("a directory for the test")
             .keep();
-        for part in ["log", "pid"] {
-            fs::create_dir(path.join(part)).unwrap();
-        }
+        fs::create_dir(path.join("log")).unwrap();
         Self { path }
     }
 
@@ -120,8 +120,9 @@ fn unescape(field: &str) -> String {
     field.replace("\\040", " ").replace("\\011", "\t").replace("\\134", "\\")
 }
 
-/// Unmounts what is mounted below `path` and removes it.
+/// Ends what still uses `path`, unmounts what is mounted below it, and removes it.
 fn clear(path: &Path) {
+    end_users(path);
     for point in mounts_below(path).iter().rev() {
         let _ = umount2(point, MntFlags::MNT_DETACH);
     }
@@ -131,32 +132,35 @@ fn clear(path: &Path) {
     }
 }
 
-/// Ends processes and removes directories of runs that are no more.
+/// Kills processes with an argument below `path`, and their children: a container's processes do
+/// not name it, but its shim does.
+fn end_users(path: &Path) {
+    let path = format!("{}/", path.display());
+    let own = std::process::id();
+    for entry in fs::read_dir("/proc").unwrap().flatten() {
+        let Some(pid) = entry.file_name().to_str().and_then(|name| name.parse::<u32>().ok()) else {
+            continue;
+        };
+        let line = fs::read(entry.path().join("cmdline")).unwrap_or_default();
+        if pid != own && String::from_utf8_lossy(&line).contains(&path) {
+            let children = format!("/proc/{pid}/task/{pid}/children");
+            let children = fs::read_to_string(children).unwrap_or_default();
+            let children = children.split_whitespace().filter_map(|child| child.parse().ok());
+            for pid in children.chain([pid]) {
+                let _ = kill(Pid::from_raw(pid.cast_signed()), Signal::SIGKILL);
+            }
+        }
+    }
+}
+
+/// Clears away what runs that are no more left behind.
 fn sweep(base: &Path) {
     for entry in fs::read_dir(base).unwrap().flatten() {
         let name = entry.file_name();
         let Some(rest) = name.to_str().and_then(|name| name.strip_prefix(PREFIX)) else { continue };
         let owner = rest.split('-').next().and_then(|pid| pid.parse::<i32>().ok());
         if owner.is_some_and(|pid| kill(Pid::from_raw(pid), None).is_err()) {
-            kill_recorded(&entry.path().join("pid"));
             clear(&entry.path());
         }
     }
-}
-
-fn kill_recorded(records: &Path) {
-    for record in fs::read_dir(records).into_iter().flatten().flatten() {
-        let pid = record.file_name().to_str().and_then(|name| name.parse::<i32>().ok());
-        let started = fs::read_to_string(record.path()).ok();
-        if let Some(pid) = pid.filter(|pid| started.is_some() && start_time(*pid) == started) {
-            let _ = kill(Pid::from_raw(pid), Signal::SIGKILL);
-        }
-    }
-}
-
-/// When a process started, in clock ticks since boot: with its id it names one process for good.
-pub(crate) fn start_time(pid: i32) -> Option<String> {
-    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-    // proc_pid_stat(5): field 22, counted after the command's closing parenthesis.
-    stat.rsplit_once(") ")?.1.split(' ').nth(19).map(str::to_owned)
 }

@@ -1,14 +1,14 @@
 //! containerd with a private root, state and socket, and containers on it by `ctr`.
 //!
-//! Invariant: when the guard is dropped, its containers, shims and mounts are gone.
+//! Invariant: when the guard is dropped, its containers and their mounts are gone. A shim that does
+//! not end by itself ends with the area.
 
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::atomic::{AtomicU32, Ordering};
 
-use nix::sys::signal::{Signal, kill};
-use nix::unistd::Pid;
+use nix::sys::signal::Signal;
 
 use crate::area::Area;
 use crate::process::{Outcome, Service, run, run_within};
@@ -24,6 +24,8 @@ pub struct ContainerdOptions {
     pub weightfs: Option<PathBuf>,
     /// Turns CRI on.
     pub cri: Option<CriOptions>,
+    /// Directory with the programs of a containerd 2; the installed containerd 1 if none is named.
+    pub programs: Option<PathBuf>,
     /// Keeps the garbage collector away from snapshots that no image or container needs.
     pub no_garbage_collection: bool,
 }
@@ -41,6 +43,7 @@ pub struct CriOptions {
 #[derive(Debug)]
 pub struct Containerd {
     dir: PathBuf,
+    programs: Option<PathBuf>,
     service: Service,
     exec_count: AtomicU32,
 }
@@ -51,8 +54,9 @@ impl Containerd {
         let dir = tempfile::Builder::new().prefix("c").tempdir_in(area.path()).unwrap().keep();
         let config = dir.join("config.toml");
         fs::write(&config, config_text(&dir, options)).unwrap();
-        let service = Service::start(area, "containerd", command(&config));
-        let containerd = Self { dir, service, exec_count: AtomicU32::new(0) };
+        let programs = options.programs.clone();
+        let service = Service::start(area, "containerd", command(programs.as_deref(), &config));
+        let containerd = Self { dir, programs, service, exec_count: AtomicU32::new(0) };
         containerd.wait_ready();
         containerd
     }
@@ -61,7 +65,8 @@ impl Containerd {
     pub fn restart(&mut self, area: &Area) {
         self.service.signal(Signal::SIGTERM);
         self.service.wait();
-        self.service = Service::start(area, "containerd", command(&self.dir.join("config.toml")));
+        let command = command(self.programs.as_deref(), &self.dir.join("config.toml"));
+        self.service = Service::start(area, "containerd", command);
         self.wait_ready();
     }
 
@@ -99,17 +104,19 @@ impl Containerd {
 
     /// Runs a command in a new container to its end and removes the container.
     pub fn run(&self, snapshotter: &str, reference: &str, id: &str, words: &[&str]) -> Outcome {
-        let mut arguments = vec!["run", "--rm", "--snapshotter", snapshotter, reference, id];
+        let id = self.unique(id);
+        let mut arguments = vec!["run", "--rm", "--snapshotter", snapshotter, reference, &id];
         arguments.extend(words);
         self.ctr(&arguments)
     }
 
     /// Starts a container that sleeps until it is removed.
     pub fn start_container(&self, snapshotter: &str, reference: &str, id: &str) -> Container<'_> {
+        let id = self.unique(id);
         let arguments =
-            ["run", "-d", "--snapshotter", snapshotter, reference, id, "/bin/sleep", "100000"];
+            ["run", "-d", "--snapshotter", snapshotter, reference, &id, "/bin/sleep", "100000"];
         self.ctr(&arguments).ok();
-        Container { containerd: self, id: id.to_owned() }
+        Container { containerd: self, id }
     }
 
     /// Keys of the snapshots that a snapshotter has, in `ctr`'s namespace.
@@ -127,8 +134,13 @@ impl Containerd {
         self.ctr(&["image", "rm", "--sync", reference]).ok();
     }
 
+    /// runc keeps the containers of every containerd on the machine in one directory, by id.
+    fn unique(&self, id: &str) -> String {
+        format!("{id}-{}", self.dir.file_name().unwrap().to_str().unwrap())
+    }
+
     fn ctr_command(&self, namespace: &str, arguments: &[&str]) -> Command {
-        let mut command = Command::new("ctr");
+        let mut command = program(self.programs.as_deref(), "ctr");
         command.arg("--address").arg(self.socket()).args(["--namespace", namespace]);
         command.args(arguments);
         command
@@ -147,21 +159,6 @@ impl Containerd {
             run(&mut self.ctr_command(namespace, &["container", "rm", &id]));
         }
     }
-
-    /// Kills the shims that name this containerd's socket.
-    fn kill_shims(&self) {
-        let socket = self.socket();
-        for entry in fs::read_dir("/proc").unwrap().flatten() {
-            let Ok(pid) = entry.file_name().to_string_lossy().parse() else { continue };
-            let line = fs::read(entry.path().join("cmdline")).unwrap_or_default();
-            let mut words = line.split(|byte| *byte == 0);
-            let is_shim =
-                words.next().is_some_and(|word| word.ends_with(b"containerd-shim-runc-v2"));
-            if is_shim && words.any(|word| word == socket.as_os_str().as_encoded_bytes()) {
-                let _ = kill(Pid::from_raw(pid), Signal::SIGKILL);
-            }
-        }
-    }
 }
 
 impl Drop for Containerd {
@@ -169,7 +166,6 @@ impl Drop for Containerd {
         if self.service.is_running() {
             NAMESPACES.iter().for_each(|namespace| self.remove_containers(namespace));
         }
-        self.kill_shims();
     }
 }
 
@@ -203,8 +199,17 @@ impl Container<'_> {
     }
 }
 
-fn command(config: &Path) -> Command {
-    let mut command = Command::new("containerd");
+/// A program of containerd's, which finds its siblings first.
+fn program(programs: Option<&Path>, name: &str) -> Command {
+    let Some(programs) = programs else { return Command::new(name) };
+    let mut command = Command::new(programs.join(name));
+    let path = std::env::var("PATH").unwrap_or_default();
+    command.env("PATH", format!("{}:{path}", programs.display()));
+    command
+}
+
+fn command(programs: Option<&Path>, config: &Path) -> Command {
+    let mut command = program(programs, "containerd");
     command.arg("--config").arg(config);
     command
 }
@@ -216,9 +221,17 @@ fn first_words(table: &str, skip: usize) -> Vec<String> {
 
 fn config_text(dir: &Path, options: &ContainerdOptions) -> String {
     let dir = dir.display();
-    let cri_off = if options.cri.is_none() { "\"io.containerd.grpc.v1.cri\", " } else { "" };
+    let cri_off = match (&options.cri, &options.programs) {
+        (Some(_), _) => "",
+        (None, None) => "\"io.containerd.grpc.v1.cri\", ",
+        (None, Some(_)) => {
+            "\"io.containerd.grpc.v1.cri\", \"io.containerd.cri.v1.images\",
+  \"io.containerd.cri.v1.runtime\", \"io.containerd.nri.v1.nri\", "
+        }
+    };
+    let version = if options.programs.is_some() { 3 } else { 2 };
     let mut text = format!(
-        r#"version = 2
+        r#"version = {version}
 root = "{dir}/root"
 state = "{dir}/state"
 disabled_plugins = [{cri_off}"io.containerd.internal.v1.opt",

@@ -108,7 +108,7 @@ pub fn busybox_layer(work: &Path, compression: Compression) -> Layer {
     for applet in APPLETS {
         layer = layer.symlink(&format!("bin/{applet}"), "busybox", &Attributes::mode(0o777));
     }
-    for path in ["dev", "etc", "proc", "root", "sys"] {
+    for path in ["dev", "etc", "proc", "root", "run", "sys"] {
         layer = layer.dir(path, &dir);
     }
     layer.dir("tmp", &Attributes::mode(0o1777)).finish(compression)

@@ -12,6 +12,7 @@ pub mod cri;
 pub mod digest;
 pub mod host;
 pub mod image;
+pub mod interrupt;
 pub mod layer;
 pub mod model;
 pub mod modelpack;

@@ -13,10 +13,10 @@ use serde_json::{Map, Value, json};
 const ELEMENT_BYTES: u64 = 2;
 
 /// Tensors in a generated file.
-const TENSORS: u64 = 32;
+const TENSORS: u64 = 128;
 
 /// Length of a generated file's header: room for all tensors' entries, and a multiple of 8.
-const HEADER_BYTES: u64 = 8 << 10;
+const HEADER_BYTES: u64 = 16 << 10;
 
 /// A tensor in a safetensors file.
 #[derive(Debug, Clone, PartialEq, Eq)]

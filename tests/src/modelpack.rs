@@ -1,5 +1,5 @@
 //! Model artifacts of every kind but images: ModelPack under both names, Docker Model Runner's,
-//! and ORAS artifacts (model-spec, "Manifest" and "Annotations"; `facts` in ARCHITECTURE.md).
+//! and ORAS artifacts (model-spec, "Manifest" and "Annotations").
 
 use std::fs;
 use std::os::unix::fs::MetadataExt as _;

@@ -3,6 +3,7 @@
 use std::fmt;
 use std::fs::{self, File};
 use std::io::Read;
+use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::thread;
@@ -11,7 +12,7 @@ use std::time::Duration;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
-use crate::area::{Area, start_time};
+use crate::area::Area;
 use crate::wait::{PATIENCE, holds_within};
 
 /// How long a service may take to end after a signal before it is killed.
@@ -23,7 +24,6 @@ pub struct Service {
     name: String,
     child: Child,
     log: PathBuf,
-    record: PathBuf,
     quiet: bool,
 }
 
@@ -36,10 +36,10 @@ impl Service {
         let log = free_name(&area.path().join("log"), name);
         let output = File::create(&log).unwrap();
         command.stdin(Stdio::null()).stdout(output.try_clone().unwrap()).stderr(output);
+        // A Ctrl-C at the terminal is for the test, which then ends its services in order.
+        command.process_group(0);
         let child = command.spawn().unwrap_or_else(|e| panic!("start {command:?}: {e}"));
-        let record = area.path().join("pid").join(child.id().to_string());
-        fs::write(&record, start_time(pid_of(&child).as_raw()).unwrap_or_default()).unwrap();
-        Self { name: name.to_owned(), child, log, record, quiet: false }
+        Self { name: name.to_owned(), child, log, quiet: false }
     }
 
     /// Keeps its log out of the report of a test that failed.
@@ -111,7 +111,6 @@ impl Drop for Service {
         if !holds_within(STOP_PATIENCE, || matches!(self.child.try_wait(), Ok(Some(_)))) {
             self.kill();
         }
-        let _ = fs::remove_file(&self.record);
         if thread::panicking() && !self.quiet {
             eprintln!("---- log of {}\n{}", self.name, tail(&self.log()));
         }

@@ -34,6 +34,12 @@ impl Registry {
     /// Starts one.
     pub fn start_with(area: &Area, options: RegistryOptions) -> Self {
         let dir = tempfile::tempdir_in(area.path()).unwrap().keep();
+        Self::start_in(area, &dir, options)
+    }
+
+    /// Starts one with its data in `dir`.
+    pub fn start_in(area: &Area, dir: &Path, options: RegistryOptions) -> Self {
+        let dir = dir.to_owned();
         let ca_file = options.tls.then(|| make_certificates(&dir));
         let config = dir.join("config.yml");
         fs::write(&config, config_text(&dir, &options)).unwrap();

@@ -143,6 +143,11 @@ pub struct Mounted {
 }
 
 impl Mounted {
+    /// The process's id.
+    pub fn pid(&self) -> Pid {
+        self.service.pid()
+    }
+
     /// Where it is mounted.
     pub fn dir(&self) -> &Path {
         &self.dir

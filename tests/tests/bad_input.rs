@@ -43,7 +43,9 @@ fn tar_model(bed: &Bed, layer: Layer) -> Artifact {
 #[test]
 fn a_reference_that_is_none() {
     let bed = Bed::new();
-    bed.assert_refused("Not A Reference", &["Not A Reference"]);
+    let dir = bed.mount_point();
+    bed.weightfs.mount_fails("Not A Reference", &dir).assert_fails(2, &["Not A Reference"]);
+    bed.area.assert_no_mounts();
 }
 
 #[test]

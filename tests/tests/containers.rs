@@ -6,7 +6,7 @@ use std::path::Path;
 
 use weightfs_tests::host::{Host, SNAPSHOTTER};
 use weightfs_tests::image::busybox_layer;
-use weightfs_tests::layer::{Attributes, Compression, LayerBuilder};
+use weightfs_tests::layer::{Attributes, Compression, Layer, LayerBuilder};
 use weightfs_tests::model::{self, Part, SMALL_MODEL, write_safetensors};
 use weightfs_tests::{Fault, Target, digest, image};
 
@@ -62,24 +62,21 @@ fn a_small_read_in_a_container_fetches_little() {
     container.remove();
 }
 
-#[test]
-fn a_container_sees_what_an_ordinary_unpack_gives() {
-    let host = Host::new();
+/// Two lazy layers and a small one, each changing what is below it, in the order in which `choose`
+/// puts them.
+fn hard_layers(host: &Host) -> [Layer; 3] {
     let dir = Attributes::mode(0o755).at(1_500_000_000, 9);
     let file = Attributes::mode(0o640).owned(1000, 1000).at(1_500_000_001, 1);
+    // cap_net_raw=ep, as struct vfs_ns_cap_data of revision 2 (linux/capability.h).
     let capability =
         b"\x01\x00\x00\x02\x00\x20\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00";
+    let capable = Attributes::mode(0o4755).xattr("security.capability", *capability);
     let builder = || LayerBuilder::new(host.bed.area.path());
-    let big = model::noise(9 * MIB, 1);
     let lower = builder()
         .dir("models", &dir)
-        .file("models/big", &big, &file)
+        .file("models/big", &model::noise(9 * MIB, 1), &file)
         .file("models/old", b"old", &file)
-        .file(
-            "models/ping",
-            b"ping",
-            &Attributes::mode(0o4755).xattr("security.capability", *capability),
-        )
+        .file("models/ping", b"ping", &capable)
         .hard_link("models/same", "models/old", &file)
         .node(tar::EntryType::Char, "models/null", (1, 3), &Attributes::mode(0o666))
         .dir("opaque", &dir)
@@ -98,25 +95,62 @@ fn a_container_sees_what_an_ordinary_unpack_gives() {
         .whiteout("models/ping")
         .file("models/small", b"small", &file)
         .finish(Compression::Gzip);
-    for (name, layers) in [
-        ("images/above", vec![lower.clone(), middle.clone()]),
-        ("images/mixed", vec![lower.clone(), small.clone(), middle.clone()]),
-        ("images/top", vec![lower, middle, small]),
-    ] {
-        for below in [false, true] {
-            let repository = format!("{name}-{below}");
-            let (reference, _) = match below {
-                true => host.push_image_below(&repository, &layers),
-                false => host.push_image(&repository, &layers),
-            };
-            host.rpull(&reference);
-            let container = host.containerd.start_container(SNAPSHOTTER, &reference, "lazy");
-            host.assert_like_an_ordinary_unpack(&repository, &container.root());
-            container.remove();
-            host.containerd.remove_image(&reference);
-        }
-    }
+    [lower, middle, small]
+}
+
+/// Where the layer with busybox is, which is always an ordinary one.
+enum Base {
+    Below,
+    Above,
+}
+
+fn assert_like_an_ordinary_unpack(base: Base, choose: fn([Layer; 3]) -> Vec<Layer>) {
+    let host = Host::new();
+    let layers = choose(hard_layers(&host));
+    let (reference, _) = match base {
+        Base::Below => host.push_image("images/hard", &layers),
+        Base::Above => host.push_image_below("images/hard", &layers),
+    };
+    host.rpull(&reference);
+    let container = host.containerd.start_container(SNAPSHOTTER, &reference, "lazy");
+    host.assert_like_an_ordinary_unpack("images/hard", &container.root());
+    container.remove();
+    host.containerd.remove_image(&reference);
     host.assert_nothing_left();
+}
+
+#[test]
+fn lazy_layers_above_ordinary_ones_are_like_an_ordinary_unpack() {
+    assert_like_an_ordinary_unpack(Base::Below, |[lower, middle, _]| vec![lower, middle]);
+}
+
+#[test]
+fn lazy_layers_below_ordinary_ones_are_like_an_ordinary_unpack() {
+    assert_like_an_ordinary_unpack(Base::Above, |[lower, middle, _]| vec![lower, middle]);
+}
+
+#[test]
+fn lazy_layers_around_an_ordinary_one_are_like_an_ordinary_unpack() {
+    assert_like_an_ordinary_unpack(Base::Below, |[lower, middle, small]| {
+        vec![lower, small, middle]
+    });
+}
+
+#[test]
+fn lazy_layers_around_ordinary_ones_without_a_base_are_like_an_ordinary_unpack() {
+    assert_like_an_ordinary_unpack(Base::Above, |[lower, middle, small]| {
+        vec![lower, small, middle]
+    });
+}
+
+#[test]
+fn an_ordinary_layer_on_lazy_ones_is_like_an_ordinary_unpack() {
+    assert_like_an_ordinary_unpack(Base::Below, Vec::from);
+}
+
+#[test]
+fn ordinary_layers_on_lazy_ones_are_like_an_ordinary_unpack() {
+    assert_like_an_ordinary_unpack(Base::Above, Vec::from);
 }
 
 #[test]
@@ -244,7 +278,8 @@ fn an_rpull_that_fails_leaves_nothing() {
     let no_image = host.bed.push(&artifact, "models/raw");
     rpull(&no_image).assert_fails(1, &["weightfs: ", "models/raw"]);
     let nowhere = host.bed.area.path().join("no.sock");
-    let outcome = host.bed.weightfs.rpull(&nowhere, &unknown);
+    let (reference, _) = host.push_image("images/some", &[]);
+    let outcome = host.bed.weightfs.rpull(&nowhere, &reference);
     outcome.assert_fails(1, &["weightfs: ", "no.sock"]);
     host.assert_nothing_left();
 }
@@ -283,6 +318,10 @@ fn images_and_containers_outlive_a_restart_of_containerd_and_daemon() {
     let daemon = bed.weightfs.serve(&bed.area);
     bed.proxy.forget();
     let host = Host { containerd, daemon, bed };
+    weightfs_tests::wait_until("containerd has connected to the new daemon", || {
+        let list = ["snapshot", "--snapshotter", SNAPSHOTTER, "ls"];
+        host.containerd.ctr(&list).code == 0
+    });
     assert_eq!(host.containerd.run(SNAPSHOTTER, &reference, "after", &read).ok(), sum);
     assert_eq!(host.fetched(&layer), 0, "the cache was lost with the daemon");
     host.containerd.remove_image(&reference);

@@ -1,12 +1,15 @@
 //! Artifacts that other programs wrote, and a loader that reads through the mount.
 
+use std::fs::{self, Permissions};
+use std::os::unix::fs::PermissionsExt as _;
 use std::process::Command;
+use std::time::{Duration, SystemTime};
 
 use weightfs_tests::Bed;
 use weightfs_tests::image::{busybox_layer, image};
 use weightfs_tests::layer::Compression;
-use weightfs_tests::model::SMALL_MODEL;
-use weightfs_tests::modelpack::{Dialect, Plan, raw_plan};
+use weightfs_tests::model::{self, SMALL_MODEL};
+use weightfs_tests::modelpack::{Dialect, Plan, files_of, raw_plan};
 use weightfs_tests::process::run;
 use weightfs_tests::python::{python, real_model};
 use weightfs_tests::tree::{self, Scope};
@@ -41,12 +44,24 @@ print(len(ours.keys()))
 fn an_artifact_of_modelpack_client_mounts_like_its_source() {
     let bed = Bed::new();
     let source = bed.model(SMALL_MODEL);
+    let expected = bed.area.dir("expected");
+    let raw = ["config.json", "weights/model-00001-of-00003.safetensors"];
+    for path in raw {
+        // That client writes times in whole microseconds.
+        let time = SystemTime::UNIX_EPOCH + Duration::from_micros(1_700_000_000_123_456);
+        model::set_mtime(&source.join(path), time);
+    }
     let pushed = bed.registry.remote().reference("foreign/model", "v1");
     python(PUSH, &[&pushed, source.to_str().unwrap()]).ok();
-    let expected = bed.area.dir("expected");
     let copy = "cd \"$1\" && cp -a --parents config.json docs \
                 weights/model-00001-of-00003.safetensors \"$2\"";
     run(Command::new("sh").args(["-c", copy, "copy"]).args([&source, &expected])).ok();
+    // And in its tars everything is of the epoch and has one mode.
+    for path in files_of(&expected.join("docs")) {
+        let path = expected.join("docs").join(path);
+        fs::set_permissions(&path, Permissions::from_mode(0o644)).unwrap();
+        model::set_mtime(&path, SystemTime::UNIX_EPOCH);
+    }
     let mounted = bed.mount(&bed.proxy.reference("foreign/model", "v1"));
     tree::assert_same(&expected, mounted.dir(), Scope::ModelFiles);
     mounted.stop();

@@ -3,14 +3,17 @@
 use std::fs::{self, File};
 use std::io::ErrorKind;
 use std::os::unix::fs::{FileExt as _, MetadataExt as _, symlink};
+use std::process::Command;
 
 use weightfs_tests::Bed;
 use weightfs_tests::area::is_mount_point;
 use weightfs_tests::layer::{Attributes, Compression, LayerBuilder};
 use weightfs_tests::model::{Part, SMALL_MODEL};
 use weightfs_tests::modelpack::{CREATED_AT, Dialect, Plan, files_of};
+use weightfs_tests::process::Service;
 use weightfs_tests::tree::{self, Scope};
-use weightfs_tests::weightfs::umount;
+use weightfs_tests::wait_until;
+use weightfs_tests::weightfs::{binary, umount};
 
 /// Mounts the small model, packed like that, and compares it with its source.
 fn assert_mounts_like_its_source(dialect: Dialect, plans: &[Plan]) {
@@ -156,7 +159,7 @@ fn devices_and_fifos_of_a_model_are_skipped() {
     artifact.blobs.push(layer.blob);
     let mounted = bed.mount(&bed.push(&artifact, "models/devices"));
     assert_eq!(files_of(mounted.dir()), ["kept"]);
-    assert!(mounted.log().contains("null"), "no warning: {}", mounted.log());
+    assert!(mounted.log().contains("skipped=2"), "no warning: {}", mounted.log());
     mounted.stop();
 }
 
@@ -233,15 +236,42 @@ fn ls_prints_the_tree_without_mounting() {
     let source = bed.model(SMALL_MODEL);
     let artifact = bed.pack_raw(&source, Dialect::Cncf);
     let reference = bed.push(&artifact, "models/ls");
-    let text = bed.weightfs.run(["ls", &reference]).ok();
+    let root = bed.weightfs.root();
+    let root = ["--root", root.to_str().unwrap()];
+    let text = bed.weightfs.run(["ls", &reference].iter().chain(&root)).ok();
     let layer = artifact.layer_digest(0).to_string();
     let line = text.lines().find(|line| line.ends_with("config.json")).expect("a line a file");
-    assert!(line.contains("517") && line.contains(&layer[..15]), "{line}");
-    let json = bed.weightfs.run(["ls", "--json", &reference]).ok();
+    assert!(line.contains("517") && line.contains(&artifact.layer_digest(0).hex()[..12]), "{line}");
+    let json = bed.weightfs.run(["ls", "--json", &reference].iter().chain(&root)).ok();
     for part in SMALL_MODEL {
         assert!(json.contains(part.path) && text.contains(part.path), "no {} in {json}", part.path);
     }
     assert!(json.contains(&layer), "{json}");
     serde_json::from_str::<serde_json::Value>(&json).unwrap();
     bed.area.assert_no_mounts();
+}
+
+#[test]
+fn a_terminal_sees_the_progress() {
+    let bed = Bed::new();
+    let source = bed.model(SMALL_MODEL);
+    let reference = bed.push(&bed.pack_raw(&source, Dialect::Cncf), "models/terminal");
+    let dir = bed.mount_point();
+    let line = format!(
+        "{} mount {reference} {} --root {}",
+        binary().display(),
+        dir.display(),
+        bed.weightfs.root().display()
+    );
+    let mut command = Command::new("script");
+    command.args(["-qefc", &line, "/dev/null"]);
+    let terminal = Service::start(&bed.area, "terminal", command);
+    wait_until("it is mounted", || is_mount_point(&dir));
+    fs::read(dir.join("tokenizer.json")).unwrap();
+    // Its size is 400,001 bytes, the model's 14.4 million.
+    wait_until("the line shows what was fetched", || {
+        terminal.log().contains("9 files, 390.6 KiB fetched, 390.6 KiB of 13.7 MiB here")
+    });
+    drop(terminal);
+    wait_until("the mount ends with its terminal", || !is_mount_point(&dir));
 }

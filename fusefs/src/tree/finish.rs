@@ -11,6 +11,10 @@ use crate::layer::OpenLayer;
 /// How overlayfs marks a directory that hides those below it.
 const OPAQUE: (&str, &[u8]) = ("trusted.overlay.opaque", b"y");
 
+/// How overlayfs knows that a directory may have whiteouts although no layer below has it; else
+/// it would list them (`ovl_get_inode`, `ovl_path_check_origin_xattr`).
+const MAY_HIDE: (&str, &[u8]) = ("trusted.overlay.origin", b"");
+
 /// The drafts that are reachable, in the order of their numbers.
 struct Numbering {
     /// Each with its parent's number.
@@ -19,6 +23,8 @@ struct Numbering {
     numbers: Vec<Option<NodeId>>,
     /// By position among the drafts.
     links: Vec<u32>,
+    /// By position among the drafts: whether a directory shows whiteouts.
+    hides: Vec<bool>,
 }
 
 /// Numbers what is reachable and leaves out what is not.
@@ -35,8 +41,7 @@ pub fn finish(merger: Merger<'_>, layers: &[Arc<OpenLayer>]) -> Tree {
     for (position, parent) in &numbering.order {
         let Some(draft) = drafts.get_mut(*position).and_then(Option::take) else { continue };
         tree.origins.push(draft.origin);
-        let links = numbering.links.get(*position).copied().unwrap_or_default();
-        let node = node(draft, *parent, links, base, layers, &numbering);
+        let node = node(draft, *position, *parent, base, layers, &numbering);
         if let NodeKind::File(content) = &node.kind {
             tree.content_bytes += content.range.end.saturating_sub(content.range.start);
         }
@@ -49,6 +54,7 @@ pub fn finish(merger: Merger<'_>, layers: &[Arc<OpenLayer>]) -> Tree {
 fn number(drafts: &[Draft]) -> Numbering {
     let mut numbers = vec![None; drafts.len()];
     let mut links = vec![0_u32; drafts.len()];
+    let mut hides = vec![false; drafts.len()];
     let mut order: Vec<(usize, NodeId)> = Vec::new();
     // Position, parent's number, and whether foreign layers are hidden there.
     let mut open = vec![(ROOT, NodeId::ROOT, false)];
@@ -77,10 +83,17 @@ fn number(drafts: &[Draft]) -> Numbering {
         order.push((position, parent));
         if let Some(Folder { names, opaque }) = folder {
             let hidden = hidden || *opaque;
+            if let Some(hides) = hides.get_mut(position) {
+                *hides = !hidden && names.values().any(|slot| is_whiteout(drafts, slot.node));
+            }
             open.extend(names.values().rev().map(|slot| (slot.node, id, hidden)));
         }
     }
-    Numbering { order, numbers, links }
+    Numbering { order, numbers, links, hides }
+}
+
+fn is_whiteout(drafts: &[Draft], position: usize) -> bool {
+    drafts.get(position).is_some_and(|draft| matches!(draft.kind, DraftKind::Whiteout))
 }
 
 fn subdirectories(folder: &Folder, drafts: &[Draft]) -> u32 {
@@ -93,19 +106,23 @@ fn subdirectories(folder: &Folder, drafts: &[Draft]) -> u32 {
 
 fn node(
     draft: Draft,
+    position: usize,
     parent: NodeId,
-    links: u32,
     base: Base,
     layers: &[Arc<OpenLayer>],
     numbering: &Numbering,
 ) -> Node {
     let Draft { kind, permissions, uid, gid, mtime, xattrs, origin: _ } = draft;
+    let links = numbering.links.get(position).copied().unwrap_or_default();
     let mut xattrs: Vec<_> =
         xattrs.into_iter().map(|(name, value)| (OsString::from_vec(name), value)).collect();
-    if let DraftKind::Directory(Folder { opaque: true, .. }) = &kind
+    if let DraftKind::Directory(Folder { opaque, .. }) = &kind
         && base == Base::Foreign
     {
-        xattrs.push((OsString::from(OPAQUE.0), OPAQUE.1.to_vec()));
+        let hides = numbering.hides.get(position).copied().unwrap_or_default();
+        let marks = [opaque.then_some(OPAQUE), hides.then_some(MAY_HIDE)];
+        let marks = marks.into_iter().flatten();
+        xattrs.extend(marks.map(|(name, value)| (OsString::from(name), value.to_vec())));
         xattrs.sort();
     }
     let kind = match kind {

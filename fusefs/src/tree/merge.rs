@@ -254,11 +254,7 @@ impl<'a> Merger<'a> {
         let origin = Some(self.layer);
         let draft = Draft { kind, permissions, uid, gid, mtime, xattrs, origin };
         match hard_link {
-            // As an unpack does, which changes owner, mode and time by the new name.
-            Some(node) => {
-                let origin = self.drafts.get(node).and_then(|target| target.origin);
-                self.update_metadata(node, Draft { origin, ..draft });
-            }
+            Some(node) => self.update_linked(node, draft),
             None => self.put(parent, name, draft)?,
         }
         Ok(())
@@ -319,15 +315,24 @@ impl<'a> Merger<'a> {
         Ok(())
     }
 
+    /// A directory's metadata is that of the last layer that lists it, attributes included:
+    /// containerd unpacks each layer into an empty upper directory.
     fn update_metadata(&mut self, node: usize, update: Draft) {
         let Some(draft) = self.drafts.get_mut(node) else { return };
         let Draft { permissions, uid, gid, mtime, xattrs, origin, kind: _ } = update;
         (draft.permissions, draft.uid, draft.gid) = (permissions, uid, gid);
         (draft.mtime, draft.origin) = (mtime, origin);
-        // Unpacking sets attributes and removes none.
+        draft.xattrs = xattrs;
+    }
+
+    /// As an unpack does that meets another name of a file: it sets what the name's header has,
+    /// and removes no attribute.
+    fn update_linked(&mut self, node: usize, update: Draft) {
+        let Some(draft) = self.drafts.get_mut(node) else { return };
         let old = std::mem::take(&mut draft.xattrs).into_iter();
-        let merged: BTreeMap<_, _> = old.chain(xattrs).collect();
-        draft.xattrs = merged.into_iter().collect();
+        let merged: BTreeMap<_, _> = old.chain(update.xattrs).collect();
+        let (xattrs, origin) = (merged.into_iter().collect(), draft.origin);
+        self.update_metadata(node, Draft { xattrs, origin, ..update });
     }
 
     /// Another name for a file; which file.

@@ -343,6 +343,27 @@ fn over_a_foreign_base_whiteouts_and_opaque_directories_remain() {
 }
 
 #[test]
+fn overlayfs_is_told_which_directories_may_have_whiteouts() {
+    let upper = vec![file("a/.wh.x"), file("b/y"), file("c/.wh..wh..opq"), file("c/.wh.z")];
+    let tree = over_foreign(vec![vec![dir("a"), dir("b"), dir("c")], upper]).unwrap();
+    let marked = |name: &str| {
+        let id = tree.child(NodeId::ROOT, OsStr::new(name)).unwrap();
+        let xattrs = &tree.node(id).unwrap().xattrs;
+        xattrs.iter().any(|(name, _)| name == "trusted.overlay.origin")
+    };
+    assert_eq!(["a", "b", "c"].map(marked), [true, false, false]);
+}
+
+#[test]
+fn a_directory_has_the_attributes_of_the_last_layer_that_lists_it() {
+    let with = |name: &[u8]| Entry { xattrs: vec![(name.to_vec(), vec![])], ..dir("d") };
+    let tree = image(vec![vec![with(b"user.a")], vec![with(b"user.b")], vec![file("d/x")]]);
+    let tree = tree.unwrap();
+    let id = tree.child(NodeId::ROOT, OsStr::new("d")).unwrap();
+    assert_eq!(tree.node(id).unwrap().xattrs, [("user.b".into(), vec![])]);
+}
+
+#[test]
 fn over_a_foreign_base_a_new_directory_does_not_show_what_was_hidden() {
     let hidden =
         |lower: Entry, upper: Vec<Entry>| shape(&over_foreign(vec![vec![lower], upper]).unwrap());

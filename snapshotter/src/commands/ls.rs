@@ -29,14 +29,15 @@ struct Line {
 pub async fn run(config: &Config, reference: &Reference, json: bool) -> anyhow::Result<()> {
     // Declared first: the scratch directory must outlive the store in it.
     let scratch;
-    let store = match Store::open(&config.root, config.store_options()) {
-        Ok(store) => store,
-        // A daemon owns it, or we may not write to it: nothing needs to last.
-        Err(OpenError::Owned { .. } | OpenError::Io { .. }) => {
+    let own = config.root.exists().then(|| Store::open(&config.root, config.store_options()));
+    let store = match own {
+        Some(Ok(store)) => store,
+        // There is none, a daemon owns it, or we may not write to it: nothing needs to last.
+        None | Some(Err(OpenError::Owned { .. } | OpenError::Io { .. })) => {
             scratch = tempfile::Builder::new().prefix("weightfs-ls").tempdir_in(SCRATCH)?;
             Store::open(scratch.path(), config.store_options())?
         }
-        Err(error) => return Err(error.into()),
+        Some(Err(error)) => return Err(error.into()),
     };
     let opener = super::opener(config, Arc::clone(&store))?;
     let artifact = opener.resolve(reference).await?;

@@ -4,14 +4,15 @@ use std::io::{BufRead as _, BufReader, Write as _};
 use std::os::fd::AsFd;
 use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
+use std::pin::Pin;
 use std::process::{Command, Stdio};
 use std::sync::Arc;
 
 use anyhow::{Context as _, bail};
-use nix::mount::{MsFlags, mount};
 use tokio::runtime::Handle;
 use tokio::signal::unix::{SignalKind, signal};
-use tracing::{info, warn};
+use tracing::info;
+use weightfs::bind::bind;
 use weightfs::cli::MountArgs;
 use weightfs::config::Config;
 use weightfs::control;
@@ -56,14 +57,17 @@ pub fn in_background(arguments: &MountArgs) -> anyhow::Result<()> {
 
 /// Mounts, and stays until a signal or an unmount.
 pub async fn run(config: &Config, arguments: &MountArgs) -> anyhow::Result<()> {
+    // One for the whole life of the mount: a signal that comes between two would be lost.
+    let stop = asked_to_stop();
+    tokio::pin!(stop);
     let target = check_mountpoint(&arguments.dir)?;
     match Store::open(&config.root, config.store_options()) {
-        Ok(store) => serve_here(config, arguments, &target, store).await,
+        Ok(store) => serve_here(config, arguments, &target, store, stop).await,
         Err(OpenError::Owned { root, pid }) => {
             let address = owner::control_address(&root).with_context(|| {
                 format!("{} is in use by process {pid}; use another --root", root.display())
             })?;
-            ask_daemon(&address, arguments, &target).await
+            ask_daemon(&address, arguments, &target, stop).await
         }
         Err(error) => Err(error.into()),
     }
@@ -89,6 +93,7 @@ async fn serve_here(
     arguments: &MountArgs,
     target: &Path,
     store: Arc<Store>,
+    mut stop: Stop<'_>,
 ) -> anyhow::Result<()> {
     let opener = super::opener(config, Arc::clone(&store))?;
     let downloads = Downloads::new();
@@ -98,7 +103,7 @@ async fn serve_here(
     };
     let tree = tokio::select! {
         tree = tree => tree?,
-        () = asked_to_stop() => return Ok(()),
+        () = &mut stop => return Ok(()),
     };
     downloads.finish();
     let merged = tree.merge()?;
@@ -111,8 +116,6 @@ async fn serve_here(
         detach_output(&config.root)?;
     }
     let mut line = MountLine::new();
-    let stop = asked_to_stop();
-    tokio::pin!(stop);
     loop {
         tokio::select! {
             () = &mut stop => break,
@@ -133,7 +136,12 @@ async fn serve_here(
     Ok(())
 }
 
-async fn ask_daemon(address: &Path, arguments: &MountArgs, target: &Path) -> anyhow::Result<()> {
+async fn ask_daemon(
+    address: &Path,
+    arguments: &MountArgs,
+    target: &Path,
+    mut stop: Stop<'_>,
+) -> anyhow::Result<()> {
     let mut daemon = control::connect(address)
         .await
         .with_context(|| format!("the daemon's control socket {}", address.display()))?;
@@ -151,20 +159,22 @@ async fn ask_daemon(address: &Path, arguments: &MountArgs, target: &Path) -> any
     };
     let mounted = tokio::select! {
         mounted = mounted => mounted.map_err(|status| anyhow::anyhow!("{}", status.message()))?,
-        () = asked_to_stop() => return Ok(()),
+        () = &mut stop => return Ok(()),
     };
     downloads.finish();
     let release = ReleaseRequest { tree: mounted.tree };
     if let Err(error) = bind(Path::new(&mounted.directory), target) {
+        // Should that fail as well, status shows the model.
         daemon.release(release).await.ok();
-        return Err(error);
+        let (directory, target) = (&mounted.directory, target.display());
+        return Err(error).with_context(|| format!("can't bind {directory} to {target}"));
     }
     info!(reference = %arguments.reference, dir = %target.display(), "mounted by the daemon");
     if arguments.detached {
         println!("{READY}");
         return Ok(());
     }
-    let watched = watch(&mut daemon, &mounted, target).await;
+    let watched = watch(&mut daemon, &mounted, target, stop).await;
     if owner::is_mountpoint(target).unwrap_or(true) {
         detach(target).with_context(|| format!("can't unmount {}", target.display()))?;
     }
@@ -178,10 +188,9 @@ async fn watch(
     daemon: &mut weightfs_proto::control::control_client::ControlClient<tonic::transport::Channel>,
     mounted: &Mounted,
     target: &Path,
+    mut stop: Stop<'_>,
 ) -> anyhow::Result<()> {
     let mut line = MountLine::new();
-    let stop = asked_to_stop();
-    tokio::pin!(stop);
     loop {
         tokio::select! {
             () = &mut stop => break,
@@ -205,25 +214,6 @@ async fn watch(
     Ok(())
 }
 
-/// Binds a model's directory to where the user wants it: read-only, without special files.
-fn bind(directory: &Path, target: &Path) -> anyhow::Result<()> {
-    let none = None::<&str>;
-    let what = || format!("can't bind {} to {}", directory.display(), target.display());
-    mount(Some(directory), target, none, MsFlags::MS_BIND, none).with_context(what)?;
-    let flags = MsFlags::MS_BIND
-        | MsFlags::MS_REMOUNT
-        | MsFlags::MS_RDONLY
-        | MsFlags::MS_NOSUID
-        | MsFlags::MS_NODEV;
-    if let Err(error) = mount(none, target, none, flags, none) {
-        if let Err(error) = detach(target) {
-            warn!(target = %target.display(), %error, "can't unmount");
-        }
-        return Err(error).with_context(what);
-    }
-    Ok(())
-}
-
 /// Tells the waiting parent that the mount is up, and logs to a file from now on.
 fn detach_output(root: &Path) -> anyhow::Result<()> {
     let path = root.join(LOG_FILE);
@@ -236,10 +226,15 @@ fn detach_output(root: &Path) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Waits for SIGINT, SIGTERM or SIGHUP.
-pub async fn asked_to_stop() {
+/// Waits for a signal to stop.
+type Stop<'a> = Pin<&'a mut dyn Future<Output = ()>>;
+
+/// Waits for SIGINT, SIGTERM or SIGHUP; counts them from the call on.
+pub fn asked_to_stop() -> impl Future<Output = ()> {
     let kinds = [SignalKind::interrupt(), SignalKind::terminate(), SignalKind::hangup()];
     let mut signals: Vec<_> = kinds.into_iter().filter_map(|kind| signal(kind).ok()).collect();
-    let waits = signals.iter_mut().map(|signal| Box::pin(signal.recv()));
-    futures::future::select_all(waits).await;
+    async move {
+        let waits = signals.iter_mut().map(|signal| Box::pin(signal.recv()));
+        futures::future::select_all(waits).await;
+    }
 }

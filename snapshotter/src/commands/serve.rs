@@ -7,7 +7,8 @@ use super::mount::asked_to_stop;
 
 /// Runs the daemon until a signal.
 pub async fn run(config: &Config) -> anyhow::Result<()> {
+    let stop = asked_to_stop();
     let daemon = Daemon::start(config).await?;
-    daemon.run(asked_to_stop()).await?;
+    daemon.run(stop).await?;
     Ok(())
 }

@@ -155,7 +155,7 @@ async fn a_panic_in_a_source_fails_its_readers_and_nobody_else() {
 }
 
 #[tokio::test]
-async fn a_source_that_lies_poisons_the_blob_for_good() {
+async fn a_source_that_lies_poisons_the_blob_until_it_is_discarded() {
     let dir = tempfile::tempdir().unwrap();
     let data = noise(12 * MIB, 9);
     let mut lie = data.clone();
@@ -179,10 +179,12 @@ async fn a_source_that_lies_poisons_the_blob_for_good() {
     let store = open(dir.path());
     let blob = store.blob(id(&data), &layout).unwrap();
     assert!(matches!(blob.read(0..1), Err(ReadError::Poisoned { .. })), "after a restart, too");
-    assert!(!store.discard(id(&data)).unwrap(), "it is open");
+    assert!(!store.discard_poisoned(id(&data)).unwrap(), "it is open");
     drop(blob);
-    assert!(store.discard(id(&data)).unwrap());
+    assert!(store.discard_poisoned(id(&data)).unwrap());
     let (blob, _) = blob_of(&store, &data);
     assert_eq!(*read(&blob, 0..12 * MIB).await.unwrap(), data[..]);
     assert_eq!(judged(&blob).await, Trust::Verified);
+    drop(blob);
+    assert!(!store.discard_poisoned(id(&data)).unwrap(), "what is good stays");
 }

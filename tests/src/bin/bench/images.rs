@@ -1,0 +1,182 @@
+//! From nothing to a model that was read, as containerd has it: our lazy pull, and containerd's
+//! own pull into overlayfs, of 1.6 and 2.1.
+
+use std::path::PathBuf;
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use nix::mount::{MntFlags, umount2};
+use tempfile::TempDir;
+use weightfs_tests::process::run;
+use weightfs_tests::{Containerd, ContainerdOptions, Daemon};
+
+use crate::Bench;
+use crate::cold::read_first_byte;
+use crate::figures::Figures;
+use crate::lab::{Fresh, IN_IMAGE, Lab, Line, drop_caches};
+use crate::read;
+
+/// Name of our snapshotter in containerd.
+pub(crate) const SNAPSHOTTER: &str = "weightfs";
+
+/// containerd's own.
+const OVERLAYFS: &str = "overlayfs";
+
+/// One round.
+pub(crate) fn measure(bench: &mut Bench, figures: &mut Figures) {
+    container_start(bench, figures);
+    ours_first_byte(&bench.lab, figures);
+    for line in Line::BOTH {
+        ours_all_read(&bench.lab, figures, line);
+        let peers = [
+            ("containerd16", Some(&bench.containerd16)),
+            ("containerd21", bench.containerd21.as_ref()),
+        ];
+        for (name, containerd) in peers {
+            if let Some(containerd) = containerd {
+                pull_and_read(&bench.lab, containerd, name, figures, line);
+            }
+        }
+    }
+}
+
+/// A daemon and a containerd that uses it, with nothing in either.
+#[derive(Debug)]
+pub(crate) struct Node {
+    /// containerd. The first field, so that it goes first.
+    pub(crate) containerd: Containerd,
+    pub(crate) daemon: Daemon,
+    pub(crate) fresh: Fresh,
+}
+
+impl Node {
+    /// Starts both.
+    pub(crate) fn start(lab: &Lab) -> Self {
+        let fresh = lab.fresh();
+        let daemon = fresh.weightfs.serve(&lab.area);
+        let weightfs = Some(fresh.weightfs.snapshotter_socket());
+        // Nothing is removed here, and views are to stay.
+        let no_garbage_collection = true;
+        let options = ContainerdOptions { weightfs, no_garbage_collection, ..Default::default() };
+        let containerd = Containerd::start(&lab.area, &options);
+        Self { containerd, daemon, fresh }
+    }
+
+    /// Pulls an image without its weights.
+    pub(crate) fn rpull(&self, reference: &str) {
+        self.fresh.weightfs.rpull(&self.containerd.socket(), reference).ok();
+    }
+}
+
+/// How long a container takes to start whose image is there.
+fn container_start(bench: &Bench, figures: &mut Figures) {
+    let containerd = &bench.containerd16;
+    let reference = bench.lab.reference(Line::Direct, "small");
+    containerd.pull(&reference);
+    drop_caches();
+    let start = Instant::now();
+    let container = containerd.start_container(OVERLAYFS, &reference, "small");
+    figures.add("container_start_s", start.elapsed().as_secs_f64());
+    container.remove();
+    containerd.remove_image(&reference);
+}
+
+fn ours_first_byte(lab: &Lab, figures: &mut Figures) {
+    let node = Node::start(lab);
+    let reference = lab.reference(Line::Direct, "image");
+    drop_caches();
+    let start = Instant::now();
+    node.rpull(&reference);
+    let container = node.containerd.start_container(SNAPSHOTTER, &reference, "ours");
+    read_first_byte(&lab.model.below(&container.root().join(IN_IMAGE)));
+    figures.add("first_byte_container_s", start.elapsed().as_secs_f64());
+    container.remove();
+}
+
+fn ours_all_read(lab: &Lab, figures: &mut Figures, line: Line) {
+    let node = Node::start(lab);
+    let reference = lab.reference(line, "image");
+    drop_caches();
+    let start = Instant::now();
+    node.rpull(&reference);
+    mount_and_read(lab, &node.containerd, SNAPSHOTTER);
+    figures.add(&format!("all_read_{}_s", line.name()), start.elapsed().as_secs_f64());
+}
+
+fn pull_and_read(
+    lab: &Lab,
+    containerd: &Containerd,
+    name: &str,
+    figures: &mut Figures,
+    line: Line,
+) {
+    let reference = lab.reference(line, "image");
+    drop_caches();
+    let start = Instant::now();
+    containerd.pull(&reference);
+    let pulled = start.elapsed();
+    if line == Line::Direct {
+        let first_byte = pulled + start_and_touch(lab, containerd, &reference);
+        let figure = format!("{name}_first_byte_container_s");
+        figures.add(&figure, first_byte.as_secs_f64());
+    }
+    let start = Instant::now();
+    mount_and_read(lab, containerd, OVERLAYFS);
+    let all_read = pulled + start.elapsed();
+    figures.add(&format!("{name}_all_read_{}_s", line.name()), all_read.as_secs_f64());
+    containerd.remove_image(&reference);
+}
+
+fn start_and_touch(lab: &Lab, containerd: &Containerd, reference: &str) -> Duration {
+    let start = Instant::now();
+    let container = containerd.start_container(OVERLAYFS, reference, "touched");
+    read_first_byte(&lab.model.below(&container.root().join(IN_IMAGE)));
+    let time = start.elapsed();
+    container.remove();
+    time
+}
+
+/// Mounts an image's root file system and reads all weights in it.
+fn mount_and_read(lab: &Lab, containerd: &Containerd, snapshotter: &'static str) {
+    let view = View::new(lab, containerd, snapshotter);
+    lab.model.timed(&view.weights(), read::sequential);
+    view.remove(containerd);
+}
+
+/// The image's root file system, mounted read-only. (`ctr image mount` of 1.6 unpacks into
+/// overlayfs whatever it is told, so this is made of the snapshot itself.)
+#[derive(Debug)]
+pub(crate) struct View {
+    snapshotter: &'static str,
+    point: TempDir,
+}
+
+impl View {
+    /// Makes the view and mounts it.
+    pub(crate) fn new(lab: &Lab, containerd: &Containerd, snapshotter: &'static str) -> Self {
+        let view = Self { snapshotter, point: lab.mount_point() };
+        let (key, parent) = (view.key(), lab.image_chain.to_string());
+        let mounts =
+            ["snapshot", "--snapshotter", snapshotter, "view", "--target", key, key, &parent];
+        let command = containerd.ctr(&mounts).ok();
+        run(Command::new("sh").args(["-ec", &command])).ok();
+        view
+    }
+
+    /// Where the weights are.
+    pub(crate) fn weights(&self) -> PathBuf {
+        self.point.path().join(IN_IMAGE)
+    }
+
+    /// Unmounts and removes it.
+    pub(crate) fn remove(self, containerd: &Containerd) {
+        umount2(self.point.path(), MntFlags::empty()).expect("the view is not busy");
+        // No image needs it, so containerd's collector may have been quicker.
+        containerd.ctr(&["snapshot", "--snapshotter", self.snapshotter, "rm", self.key()]);
+    }
+
+    /// The snapshot's key is the mount point.
+    fn key(&self) -> &str {
+        self.point.path().to_str().expect("a path in UTF-8")
+    }
+}
