@@ -229,8 +229,8 @@ mod tests {
         assert!(loader.on_read(NodeId(7), 0, 4096).is_empty(), "no weights");
         assert!(loader.on_read(NodeId(0), 0, 8).is_empty(), "one look");
         let first = ranges(loader.on_read(NodeId(0), 8, 5000));
-        let heads = [0, 512, 1024].map(|at| at * MIB..(at + 1) * MIB);
-        assert_eq!(first, [&[5..10][..], &heads].concat());
+        let head = |at| at * MIB..(at + 1) * MIB;
+        assert_eq!(first, [5..10, head(0), head(512), head(1024)]);
         assert!(loader.on_read(NodeId(1), 0, 8).is_empty(), "said once");
     }
 
@@ -250,10 +250,10 @@ mod tests {
         for at in 0..512 {
             let next = ranges(loader.on_read(NodeId(0), at * MIB, MIB));
             if at > 2 && !next.is_empty() {
-                asked.push((at, next));
+                asked.push((at, next[0].clone()));
             }
         }
-        assert_eq!(asked, [(384, vec![512 * MIB..640 * MIB])]);
+        assert_eq!(asked, [(384, 512 * MIB..640 * MIB)]);
         for at in 1..512 {
             assert!(ranges(loader.on_read(NodeId(2), at * MIB, MIB)).is_empty(), "the last one");
         }
