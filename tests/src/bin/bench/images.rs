@@ -23,7 +23,7 @@ pub(crate) const SNAPSHOTTER: &str = "weightfs";
 const OVERLAYFS: &str = "overlayfs";
 
 /// One round.
-pub(crate) fn measure(bench: &mut Bench, figures: &mut Figures) {
+pub(crate) fn measure(bench: &Bench, figures: &mut Figures) {
     container_start(bench, figures);
     ours_first_byte(&bench.lab, figures);
     for line in Line::BOTH {
