@@ -32,7 +32,11 @@ demo: deps ## A lazy mount and container beside a pull (MODEL_DIR=...)
 test: test-deps ## All tests, as root: real registry, containerd, runc
 	$(CARGO) build --workspace --locked --bins
 	$(CARGO) test --workspace --locked --no-run
-	$(AS_ROOT) timeout --kill-after=30 $(TEST_TIMEOUT) $(CARGO) test --workspace --locked --no-fail-fast
+	$(CARGO) test --workspace --locked --doc
+	set -o pipefail; $(AS_ROOT) timeout --kill-after=30 $(TEST_TIMEOUT) $(CARGO) test \
+	    --workspace --locked --no-fail-fast --lib --bins --tests 2>&1 | tee $(TARGET)/test.log
+	@awk '/^test result:/ { passed += $$4; failed += $$6 } \
+	    END { print passed " passed, " failed " failed" }' $(TARGET)/test.log
 
 bench: test-deps ## Measure it beside a pull (QUICK=1, ROUNDS=n, LOADERS=all)
 	packaging/containerd21 $(TARGET)/containerd21 || true

@@ -33,7 +33,7 @@ pub enum Command {
     },
     /// List a model's files without mounting it
     Ls {
-        /// The artifact: host[:port]/repository:tag or @digest
+        /// The artifact: host/repository:tag or host/repository@digest
         #[arg(value_name = "REF")]
         reference: Reference,
         /// Print JSON
@@ -57,7 +57,7 @@ pub enum Command {
 /// `weightfs mount`
 #[derive(Debug, Args)]
 pub struct MountArgs {
-    /// The artifact: host[:port]/repository:tag or @digest
+    /// The artifact: host/repository:tag or host/repository@digest
     #[arg(value_name = "REF")]
     pub reference: Reference,
     /// An empty directory
@@ -76,7 +76,7 @@ pub struct MountArgs {
 /// `weightfs rpull`
 #[derive(Debug, Args)]
 pub struct RpullArgs {
-    /// The image: host[:port]/repository:tag or @digest
+    /// The image: host/repository:tag or host/repository@digest
     #[arg(value_name = "IMAGE")]
     pub image: Reference,
     /// containerd's socket

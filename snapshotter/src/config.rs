@@ -1,7 +1,7 @@
 //! The configuration: one TOML file, and the one place where every default is.
 //!
 //! Invariants: an unknown key is refused (a misspelt one would silently do nothing), and each key
-//! that exists is described in [`KEYS`].
+//! that exists is described in `KEYS`.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};

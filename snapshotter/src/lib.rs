@@ -1,6 +1,7 @@
 //! WeightFS, the daemon and its command line: containerd's snapshots service and models, over
 //! one mount of lazily fetched layers.
 
+pub mod bind;
 pub mod cli;
 pub mod config;
 pub mod containerd;

@@ -1,5 +1,5 @@
 //! Models that the daemon shows for `weightfs mount`. They are remembered, so that a daemon that
-//! starts again shows them again, without asking the registry.
+//! starts again shows them again where they were, without asking the registry.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -10,6 +10,7 @@ use tracing::{error, info};
 use weightfs_fusefs::{Progress, TreeNumber};
 use weightfs_store::{Digest, Reference};
 
+use crate::bind::{Bound, bound, rebind};
 use crate::metadata::{Metadata, MetadataError};
 use crate::trees::{OpenTree, Opener, TreeRecord, TreeStats, Trees, TreesError};
 
@@ -22,6 +23,14 @@ pub enum ModelError {
     /// It can't be remembered.
     #[error(transparent)]
     Metadata(#[from] MetadataError),
+    /// It can't be bound to where it was.
+    #[error("{}: {source}", target.display())]
+    Bind {
+        /// Where it was.
+        target: PathBuf,
+        /// What the operating system said.
+        source: std::io::Error,
+    },
     /// It can't be written as JSON, or what was remembered is none.
     #[error("the record of a model: {0}")]
     Record(#[from] serde_json::Error),
@@ -138,7 +147,8 @@ impl Models {
         Ok(())
     }
 
-    /// Shows all remembered models again. One that can't be shown is logged and left out.
+    /// Shows all models again that are still bound somewhere, and binds them anew; forgets those
+    /// that were unmounted while no daemon ran. One that can't be shown is logged and left out.
     ///
     /// # Errors
     /// When the metadata can't be read.
@@ -153,8 +163,13 @@ impl Models {
 
     fn restore_one(&self, number: TreeNumber, json: &serde_json::Value) -> Result<(), ModelError> {
         let record = ModelRecord::deserialize(json)?;
+        if bound(&record.target) == Bound::Gone {
+            return Ok(self.metadata.remove_model(number)?);
+        }
         let tree = self.opener.reopen(record.tree.clone())?;
         self.trees.show(number, tree).map_err(TreesError::from)?;
+        rebind(&self.trees.directory(number), &record.target)
+            .map_err(|source| ModelError::Bind { target: record.target.clone(), source })?;
         self.lock().insert(number, record);
         Ok(())
     }

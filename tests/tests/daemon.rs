@@ -1,6 +1,7 @@
 //! The daemon: one owner of a state directory, mounts through it, its status and configuration.
 
 use std::fs;
+use std::path::PathBuf;
 
 use weightfs_tests::area::is_mount_point;
 use weightfs_tests::model::SMALL_MODEL;
@@ -9,7 +10,7 @@ use weightfs_tests::process::run;
 use weightfs_tests::snapshots::Snapshots;
 use weightfs_tests::tree::{self, Scope};
 use weightfs_tests::weightfs::umount;
-use weightfs_tests::{Bed, Blob, Target};
+use weightfs_tests::{Bed, Blob, Daemon, Target};
 
 #[test]
 fn a_second_daemon_on_the_same_directory_is_refused() {
@@ -75,25 +76,79 @@ fn a_second_mount_without_a_daemon_names_the_owner() {
     bed.area.assert_no_mounts();
 }
 
+/// Mounts through the daemon, in the background.
+fn mount_in_background(bed: &Bed, reference: &str) -> PathBuf {
+    let dir = bed.mount_point();
+    let mut command = bed.weightfs.command(["mount", "--daemon", reference]);
+    command.arg(&dir).arg("--root").arg(bed.weightfs.root());
+    run(command.arg("--config").arg(bed.weightfs.config())).ok();
+    assert!(is_mount_point(&dir));
+    dir
+}
+
+/// The models that the daemon says it has.
+fn models(bed: &Bed) -> usize {
+    let root = bed.weightfs.root();
+    let status = bed.weightfs.run(["status", "--json", "--root", root.to_str().unwrap()]).ok();
+    let status: serde_json::Value = serde_json::from_str(&status).unwrap();
+    status["models"].as_array().unwrap().len()
+}
+
 #[test]
 fn a_background_mount_of_a_daemon_ends_by_umount() {
     let bed = Bed::new();
     let source = bed.model(SMALL_MODEL);
     let reference = bed.push(&bed.pack_raw(&source, Dialect::Cncf), "models/background");
     let daemon = bed.weightfs.serve(&bed.area);
-    let dir = bed.mount_point();
-    let mut command = bed.weightfs.command(["mount", "--daemon", &reference]);
-    command
-        .arg(&dir)
-        .arg("--root")
-        .arg(bed.weightfs.root())
-        .arg("--config")
-        .arg(bed.weightfs.config());
-    run(&mut command).ok();
-    assert!(is_mount_point(&dir));
+    let dir = mount_in_background(&bed, &reference);
     tree::assert_same(&source, &dir, Scope::ModelFiles);
     umount(&bed.weightfs, &dir);
     assert_eq!(fs::read_dir(&dir).unwrap().count(), 0);
+    assert_eq!(models(&bed), 0);
+    daemon.stop();
+    bed.area.assert_no_mounts();
+}
+
+/// Mounts by a daemon that then ends, and sees its successor show the model where it was.
+fn a_background_mount_outlives(end: impl FnOnce(Daemon)) {
+    let bed = Bed::new();
+    let source = bed.model(SMALL_MODEL);
+    let reference = bed.push(&bed.pack_raw(&source, Dialect::Cncf), "models/lasting");
+    let daemon = bed.weightfs.serve(&bed.area);
+    let dir = mount_in_background(&bed, &reference);
+    end(daemon);
+    assert!(fs::read_dir(&dir).is_err(), "nobody serves it");
+    // The registry is not asked for what is known.
+    bed.proxy.refuse();
+    let daemon = bed.weightfs.serve(&bed.area);
+    assert_eq!(fs::read_dir(&dir).unwrap().count(), fs::read_dir(&source).unwrap().count());
+    bed.proxy.accept();
+    tree::assert_same(&source, &dir, Scope::ModelFiles);
+    umount(&bed.weightfs, &dir);
+    daemon.stop();
+    bed.area.assert_no_mounts();
+}
+
+#[test]
+fn a_background_mount_outlives_a_restart_of_its_daemon() {
+    a_background_mount_outlives(Daemon::stop);
+}
+
+#[test]
+fn a_background_mount_outlives_the_death_of_its_daemon() {
+    a_background_mount_outlives(Daemon::kill);
+}
+
+#[test]
+fn a_mount_that_went_while_no_daemon_ran_is_forgotten() {
+    let bed = Bed::new();
+    let reference = bed.push(&bed.pack_raw(&bed.model(SMALL_MODEL), Dialect::Cncf), "models/gone");
+    let daemon = bed.weightfs.serve(&bed.area);
+    let dir = mount_in_background(&bed, &reference);
+    daemon.kill();
+    umount(&bed.weightfs, &dir);
+    let daemon = bed.weightfs.serve(&bed.area);
+    assert_eq!(models(&bed), 0);
     daemon.stop();
     bed.area.assert_no_mounts();
 }

@@ -9,10 +9,10 @@ use std::process::{Command, Stdio};
 use std::sync::Arc;
 
 use anyhow::{Context as _, bail};
-use nix::mount::{MsFlags, mount};
 use tokio::runtime::Handle;
 use tokio::signal::unix::{SignalKind, signal};
-use tracing::{info, warn};
+use tracing::info;
+use weightfs::bind::bind;
 use weightfs::cli::MountArgs;
 use weightfs::config::Config;
 use weightfs::control;
@@ -164,8 +164,10 @@ async fn ask_daemon(
     downloads.finish();
     let release = ReleaseRequest { tree: mounted.tree };
     if let Err(error) = bind(Path::new(&mounted.directory), target) {
+        // Should that fail as well, status shows the model.
         daemon.release(release).await.ok();
-        return Err(error);
+        let (directory, target) = (&mounted.directory, target.display());
+        return Err(error).with_context(|| format!("can't bind {directory} to {target}"));
     }
     info!(reference = %arguments.reference, dir = %target.display(), "mounted by the daemon");
     if arguments.detached {
@@ -209,25 +211,6 @@ async fn watch(
         });
     }
     line.finish();
-    Ok(())
-}
-
-/// Binds a model's directory to where the user wants it: read-only, without special files.
-fn bind(directory: &Path, target: &Path) -> anyhow::Result<()> {
-    let none = None::<&str>;
-    let what = || format!("can't bind {} to {}", directory.display(), target.display());
-    mount(Some(directory), target, none, MsFlags::MS_BIND, none).with_context(what)?;
-    let flags = MsFlags::MS_BIND
-        | MsFlags::MS_REMOUNT
-        | MsFlags::MS_RDONLY
-        | MsFlags::MS_NOSUID
-        | MsFlags::MS_NODEV;
-    if let Err(error) = mount(none, target, none, flags, none) {
-        if let Err(error) = detach(target) {
-            warn!(target = %target.display(), %error, "can't unmount");
-        }
-        return Err(error).with_context(what);
-    }
     Ok(())
 }
 
