@@ -34,7 +34,7 @@ pub fn block_on<F: Future>(future: F) -> F::Output {
 }
 
 /// Lets a future run beside the caller.
-pub(crate) fn spawn(future: impl Future<Output = ()> + Send + 'static) -> JoinHandle<()> {
+pub fn spawn(future: impl Future<Output = ()> + Send + 'static) -> JoinHandle<()> {
     RUNTIME.spawn(future)
 }
 

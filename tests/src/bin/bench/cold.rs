@@ -21,7 +21,7 @@ const RANDOM_READS: usize = 2000;
 const SETTLED: Duration = Duration::from_millis(300);
 
 /// One round.
-pub(crate) fn measure(bench: &mut Bench, figures: &mut Figures) {
+pub(crate) fn measure(bench: &Bench, figures: &mut Figures) {
     for line in Line::BOTH {
         ceiling(bench, figures, line);
         sequential(bench, figures, line);

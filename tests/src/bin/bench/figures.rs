@@ -66,6 +66,8 @@ pub(crate) const CATALOGUE: &[Kind] = &[
     kind("touch_4k_bytes", Unit::Bytes, "  bytes that the registry sent for it"),
     kind("first_byte_mount_s", Unit::Seconds, "first byte of last shard, mount"),
     kind("container_start_s", Unit::Seconds, "start of a container, image there"),
+    kind("small_pull_s", Unit::Seconds, "containerd 1.6, pull of the image without weights"),
+    kind("rpull_s", Unit::Seconds, "rpull of the image with weights"),
     kind("first_byte_container_s", Unit::Seconds, "first byte of last shard, rpull + container"),
     kind(
         "containerd16_first_byte_container_s",

@@ -23,7 +23,7 @@ pub(crate) const SNAPSHOTTER: &str = "weightfs";
 const OVERLAYFS: &str = "overlayfs";
 
 /// One round.
-pub(crate) fn measure(bench: &mut Bench, figures: &mut Figures) {
+pub(crate) fn measure(bench: &Bench, figures: &mut Figures) {
     container_start(bench, figures);
     ours_first_byte(&bench.lab, figures);
     for line in Line::BOTH {
@@ -68,11 +68,15 @@ impl Node {
     }
 }
 
-/// How long a container takes to start whose image is there.
+/// How long a container takes to start whose image is there, and the pull of an image without
+/// weights: what no way to bring the weights can save.
 fn container_start(bench: &Bench, figures: &mut Figures) {
     let containerd = &bench.containerd16;
     let reference = bench.lab.reference(Line::Direct, "small");
+    drop_caches();
+    let start = Instant::now();
     containerd.pull(&reference);
+    figures.add("small_pull_s", start.elapsed().as_secs_f64());
     drop_caches();
     let start = Instant::now();
     let container = containerd.start_container(OVERLAYFS, &reference, "small");
@@ -87,6 +91,7 @@ fn ours_first_byte(lab: &Lab, figures: &mut Figures) {
     drop_caches();
     let start = Instant::now();
     node.rpull(&reference);
+    figures.add("rpull_s", start.elapsed().as_secs_f64());
     let container = node.containerd.start_container(SNAPSHOTTER, &reference, "ours");
     read_first_byte(&lab.model.below(&container.root().join(IN_IMAGE)));
     figures.add("first_byte_container_s", start.elapsed().as_secs_f64());

@@ -114,7 +114,7 @@ fn pushed(
 }
 
 /// One round.
-pub(crate) fn measure(bench: &mut Bench, figures: &mut Figures) {
+pub(crate) fn measure(bench: &Bench, figures: &mut Figures) {
     for case in &bench.loaders.cases {
         let (mounted, by_mount) = through_mount(&bench.lab, case);
         let (pulled, by_pull) = after_pull(&bench.lab, case);

@@ -28,7 +28,6 @@ use weightfs_tests::{Containerd, ContainerdOptions};
 use crate::figures::Figures;
 use crate::lab::Lab;
 use crate::loaders::Loaders;
-use crate::warm::Warm;
 
 /// What the environment asks for.
 #[derive(Debug, Clone)]
@@ -79,7 +78,6 @@ impl Options {
 /// Everything that the sections measure with.
 #[derive(Debug)]
 pub(crate) struct Bench {
-    warm: Option<Warm>,
     containerd21: Option<Containerd>,
     containerd16: Containerd,
     loaders: Loaders,
@@ -87,7 +85,7 @@ pub(crate) struct Bench {
     lab: Lab,
 }
 
-type Section = fn(&mut Bench, &mut Figures);
+type Section = fn(&Bench, &mut Figures);
 
 const SECTIONS: [(&str, Section); 4] = [
     ("cold", cold::measure),
@@ -109,7 +107,7 @@ impl Bench {
             figures.leave_out("containerd21_", "containerd 2.1 can't be had from Debian sid");
         }
         let loaders = Loaders::new(options, &lab, figures);
-        Self { warm: None, containerd21, containerd16, loaders, lab }
+        Self { containerd21, containerd16, loaders, lab }
     }
 }
 
@@ -141,12 +139,12 @@ fn main() -> ExitCode {
 /// its panic says why. Gives whether one did.
 fn measure_all(options: &Options, figures: &mut Figures) -> bool {
     let set_up = catch_unwind(AssertUnwindSafe(|| Bench::new(options, figures)));
-    let Ok(mut bench) = set_up else { return true };
+    let Ok(bench) = set_up else { return true };
     let mut failed = false;
     for round in 1..=options.rounds {
         for (name, section) in SECTIONS.iter().filter(|(name, _)| options.wants(name)) {
             eprintln!("bench: round {round} of {}: {name}", options.rounds);
-            let done = catch_unwind(AssertUnwindSafe(|| section(&mut bench, figures)));
+            let done = catch_unwind(AssertUnwindSafe(|| section(&bench, figures)));
             failed |= done.is_err();
         }
     }

@@ -208,17 +208,18 @@ mod tests {
     #[test]
     fn all_ways_to_read_agree() {
         let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("file");
+        let paths = [dir.path().join("file")];
+        let path = &paths[0];
         let bytes: Vec<u8> = (0..3 * PIECE_BYTES + 77).map(|n| (n % 255) as u8).collect();
-        std::fs::write(&path, &bytes).unwrap();
-        assert_eq!(sequential(&path).unwrap(), sum(&bytes));
-        assert_eq!(mapped(&path).unwrap(), sum(&bytes));
-        assert_eq!(at_once(&[path.clone()]).unwrap(), [sum(&bytes)]);
-        assert_eq!(drain(&path).unwrap(), bytes.len() as u64);
-        assert_eq!(drain_mapped(&path).unwrap(), bytes.len() as u64);
-        assert_eq!(drain_pages(&[path.clone()], &[(0, 4096); 3]).unwrap(), 3 * 4096);
-        assert_eq!(drain_mapped_pages(&[path.clone()], &[(0, 4096); 3]).unwrap(), 3 * 4096);
-        let page = pages(&[path], &[(0, 8192)]).unwrap();
+        std::fs::write(path, &bytes).unwrap();
+        assert_eq!(sequential(path).unwrap(), sum(&bytes));
+        assert_eq!(mapped(path).unwrap(), sum(&bytes));
+        assert_eq!(at_once(&paths).unwrap(), [sum(&bytes)]);
+        assert_eq!(drain(path).unwrap(), bytes.len() as u64);
+        assert_eq!(drain_mapped(path).unwrap(), bytes.len() as u64);
+        assert_eq!(drain_pages(&paths, &[(0, 4096); 3]).unwrap(), 3 * 4096);
+        assert_eq!(drain_mapped_pages(&paths, &[(0, 4096); 3]).unwrap(), 3 * 4096);
+        let page = pages(&paths, &[(0, 8192)]).unwrap();
         assert_eq!(page, [sum(&bytes[8192..8192 + PAGE_BYTES])]);
     }
 }

@@ -13,7 +13,7 @@ use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::task::{JoinHandle, JoinSet};
-use weightfs_tests::remote::block_on;
+use weightfs_tests::remote::{block_on, spawn};
 
 /// Bytes per second of all connections together.
 pub(crate) const BYTES_PER_SECOND: f64 = 200e6;
@@ -39,7 +39,7 @@ impl Throttle {
         let upstream = upstream.to_owned();
         let listener = block_on(TcpListener::bind("127.0.0.1:0")).expect("a free port");
         let address = listener.local_addr().expect("the address of a socket that listens");
-        let acceptor = block_on(async { tokio::spawn(accept(listener, upstream)) });
+        let acceptor = spawn(accept(listener, upstream));
         Self { address, acceptor }
     }
 

@@ -1,5 +1,5 @@
-//! Files that are complete in the cache: through the mount and through containerd's overlay,
-//! beside the same files on ext4.
+//! Files that were just fetched and are complete: through the mount and through containerd's
+//! overlay, beside the same files on ext4.
 //!
 //! A pass over memory is short against the machine's other work, so each way is tried several
 //! times in turn, and the best try of a round counts.
@@ -53,6 +53,20 @@ impl Warm {
         complete(&lab.model, node.daemon.pid(), &view.weights());
         Self { mounted: Some(mounted), point, fresh, view: Some(view), node }
     }
+
+    /// Mounts anew on the same state with nothing in memory (the kernel keeps pages that a process
+    /// has mapped), reads, and gives the rate.
+    fn mount_again(&mut self, lab: &Lab) -> f64 {
+        if let Some(mounted) = self.mounted.take() {
+            mounted.stop();
+        }
+        drop_caches();
+        let reference = lab.reference(Line::Direct, "model");
+        let mounted = self.fresh.weightfs.mount(&lab.area, &reference, self.point.path());
+        let (bytes, time) = sequential(&lab.model.below(mounted.dir()));
+        self.mounted = Some(mounted);
+        rate(bytes, time)
+    }
 }
 
 impl Drop for Warm {
@@ -75,22 +89,36 @@ fn complete(model: &Model, pid: nix::unistd::Pid, dir: &Path) {
 }
 
 /// One round.
-pub(crate) fn measure(bench: &mut Bench, figures: &mut Figures) {
-    let Bench { lab, warm, .. } = bench;
-    let warm = warm.get_or_insert_with(|| Warm::new(lab));
+pub(crate) fn measure(bench: &Bench, figures: &mut Figures) {
+    let lab = &bench.lab;
+    let mut warm = Warm::new(lab);
     let native = lab.model.native();
+    // From the disk anew: at its best, with the large folios that read-ahead makes.
+    let from_disk = best_of_two(|| {
+        drop_caches();
+        let (bytes, time) = sequential(&native);
+        rate(bytes, time)
+    });
+    compare(lab, &warm, figures, &native);
+    let again = best_of_two(|| warm.mount_again(lab));
+    figures.add("native_dropped_seq_mbps", from_disk);
+    figures.add("dropped_seq_of_native", again / from_disk);
+}
+
+/// A virtual machine's host may have none of a file in its memory: the second try finds it there,
+/// whoever's file it is.
+fn best_of_two(mut rate: impl FnMut() -> f64) -> f64 {
+    f64::max(rate(), rate())
+}
+
+fn compare(lab: &Lab, warm: &Warm, figures: &mut Figures, native: &[PathBuf]) {
     let mounted = lab.model.below(warm.point.path());
-    dropped(lab, warm, figures);
     let overlay = warm.view.as_ref().map(|view| lab.model.below(&view.weights()));
     let overlay = overlay.expect("there is a view until the end");
-    // Everything is in the page cache from here on.
-    for paths in [&native, &mounted, &overlay] {
-        sequential(paths);
-    }
     for (name, way) in WAYS {
         let mut best = [0.0_f64; 3];
         for _ in 0..TRIES {
-            for (best, paths) in best.iter_mut().zip([&native, &mounted, &overlay]) {
+            for (best, paths) in best.iter_mut().zip([native, &mounted, &overlay]) {
                 let (bytes, time) = way(paths);
                 *best = best.max(rate(bytes, time));
             }
@@ -99,24 +127,6 @@ pub(crate) fn measure(bench: &mut Bench, figures: &mut Figures) {
         figures.add(&format!("warm_{name}_of_native"), best[1] / best[0]);
         figures.add(&format!("warm_{name}_overlay_of_native"), best[2] / best[0]);
     }
-}
-
-/// Complete, but no longer in memory: the disk's speed, through the mount and without it. The
-/// mount is made anew on the same state, since the kernel keeps pages that a process has mapped.
-fn dropped(lab: &Lab, warm: &mut Warm, figures: &mut Figures) {
-    if let Some(mounted) = warm.mounted.take() {
-        mounted.stop();
-    }
-    drop_caches();
-    let (bytes, time) = sequential(&lab.model.native());
-    let native = rate(bytes, time);
-    drop_caches();
-    let reference = lab.reference(Line::Direct, "model");
-    let mounted = warm.fresh.weightfs.mount(&lab.area, &reference, warm.point.path());
-    let (bytes, time) = sequential(&lab.model.below(mounted.dir()));
-    warm.mounted = Some(mounted);
-    figures.add("native_dropped_seq_mbps", native);
-    figures.add("dropped_seq_of_native", rate(bytes, time) / native);
 }
 
 fn sequential(paths: &[PathBuf]) -> (u64, Duration) {
