@@ -4,7 +4,7 @@
 //! tar is downloaded, checked and inflated once. The listing of a tar is kept beside its blob, so
 //! that a restart needs no network.
 
-mod fetch;
+pub(crate) mod fetch;
 mod inflate;
 mod remote;
 

@@ -8,6 +8,7 @@ pub mod archive;
 pub mod artifact;
 pub mod filesystem;
 mod fuse;
+pub mod index;
 pub mod layer;
 pub mod listing;
 mod loader;

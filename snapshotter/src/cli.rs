@@ -46,6 +46,8 @@ pub enum Command {
     Rpull(RpullArgs),
     /// Push an image of the model beside it, for containers; uploads no weights
     Image(ImageArgs),
+    /// Push an index of the artifact beside it: its files, and a digest for each chunk
+    Index(IndexArgs),
     /// Show what the daemon serves
     Status {
         /// Print JSON
@@ -104,6 +106,20 @@ pub struct ImageArgs {
     /// Tag of the image [default: the artifact's tag with `-image`]
     #[arg(long, value_name = "TAG")]
     pub tag: Option<String>,
+    /// Print JSON
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// `weightfs index`
+#[derive(Debug, Args)]
+pub struct IndexArgs {
+    /// The artifact: host/repository:tag or host/repository@digest
+    #[arg(value_name = "REF")]
+    pub reference: Reference,
+    /// Write it to a file and push nothing
+    #[arg(long, short, value_name = "FILE")]
+    pub output: Option<PathBuf>,
     /// Print JSON
     #[arg(long)]
     pub json: bool,

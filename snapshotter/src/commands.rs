@@ -1,6 +1,7 @@
 //! What the program does for each subcommand.
 
 pub mod image;
+pub mod index;
 pub mod ls;
 pub mod mount;
 pub mod progress;

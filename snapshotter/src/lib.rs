@@ -9,6 +9,7 @@ pub mod control;
 pub mod daemon;
 pub mod filter;
 pub mod images;
+pub mod index;
 pub mod metadata;
 pub mod model_image;
 pub mod models;

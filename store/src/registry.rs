@@ -9,6 +9,7 @@ mod auth;
 mod blob;
 mod host;
 mod push;
+mod referrers;
 
 use std::collections::BTreeMap;
 use std::num::NonZeroUsize;
@@ -26,6 +27,7 @@ use serde::{Deserialize, Serialize};
 
 use self::blob::BlobSource;
 use self::host::Host;
+pub use self::referrers::Referrer;
 use crate::shared::lock;
 use crate::{Digest, Source, SourceError};
 

@@ -16,7 +16,7 @@ pub async fn run(config: &Config, arguments: ImageArgs) -> anyhow::Result<()> {
     // Declared first: it must outlive what is open in it.
     let scratch = Scratch::open(config)?;
     let opener = opener(config, Arc::clone(&scratch.store))?;
-    let downloads = Downloads::new();
+    let downloads = Downloads::new("unpacking compressed layers");
     let pushed = push(&opener, &reference, tag.as_deref(), &downloads).await;
     downloads.finish();
     let pushed = pushed?;

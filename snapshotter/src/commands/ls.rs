@@ -30,7 +30,7 @@ pub async fn run(config: &Config, reference: &Reference, json: bool) -> anyhow::
     let store = &scratch.store;
     let opener = super::opener(config, Arc::clone(store))?;
     let artifact = opener.resolve(reference).await?;
-    let downloads = Downloads::new();
+    let downloads = Downloads::new("unpacking compressed layers");
     let tree = opener.open(&artifact, &downloads).await?.merge()?;
     downloads.finish();
     let lines = lines(&tree);

@@ -96,7 +96,7 @@ async fn serve_here(
     mut stop: Stop<'_>,
 ) -> anyhow::Result<()> {
     let opener = super::opener(config, Arc::clone(&store))?;
-    let downloads = Downloads::new();
+    let downloads = Downloads::new("unpacking compressed layers");
     let tree = async {
         let artifact = opener.resolve(&arguments.reference).await?;
         opener.open(&artifact, &downloads).await
@@ -149,7 +149,7 @@ async fn ask_daemon(
         reference: arguments.reference.whole(),
         target: target.display().to_string(),
     };
-    let downloads = Downloads::new();
+    let downloads = Downloads::new("unpacking compressed layers");
     let mounted = async {
         let events = daemon.mount(request).await?.into_inner();
         let show = |download: weightfs_proto::control::Download| {

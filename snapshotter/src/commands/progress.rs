@@ -79,26 +79,28 @@ impl MountLine {
     }
 }
 
-/// Shows downloads that must end before a model can be mounted.
+/// Shows downloads that must end before a command can go on.
 #[derive(Debug)]
 pub struct Downloads {
+    what: &'static str,
     bar: Option<ProgressBar>,
     layers: Mutex<HashMap<String, (u64, u64)>>,
     logged: Mutex<Instant>,
 }
 
 impl Downloads {
-    /// A bar if stderr is a terminal; it appears with the first download.
-    pub fn new() -> Self {
+    /// A bar if stderr is a terminal; it appears with the first download. `what` says why there
+    /// are downloads.
+    pub fn new(what: &'static str) -> Self {
         let bar = std::io::stderr().is_terminal().then(|| {
-            let style = "unpacking compressed layers {bar:24} {bytes} of {total_bytes} ({eta})";
-            let bar = ProgressBar::hidden();
+            let style = "{msg} {bar:24} {bytes} of {total_bytes} ({eta})";
+            let bar = ProgressBar::hidden().with_message(what);
             bar.set_style(
                 ProgressStyle::with_template(style).unwrap_or(ProgressStyle::default_bar()),
             );
             bar
         });
-        Self { bar, layers: Mutex::default(), logged: Mutex::new(Instant::now()) }
+        Self { what, bar, layers: Mutex::default(), logged: Mutex::new(Instant::now()) }
     }
 
     /// `bytes` of the `total` bytes of a layer are here.
@@ -119,7 +121,7 @@ impl Downloads {
                 let mut logged = self.logged.lock().unwrap_or_else(PoisonError::into_inner);
                 if logged.elapsed() >= LOG_INTERVAL {
                     *logged = Instant::now();
-                    info!(bytes, total, "unpacking compressed layers");
+                    info!(bytes, total, "{}", self.what);
                 }
             }
         }

@@ -59,15 +59,7 @@ impl Registries {
     ) -> Result<Digest, SourceError> {
         let digest = Digest::of(bytes);
         let name = tag.map_or_else(|| digest.to_string(), str::to_owned);
-        let what = format!("manifest {name}");
-        let host = self.host(&to.registry)?;
-        let url = host.url(to, &format!("manifests/{name}"))?;
-        let put = || {
-            let request = host.client().put(url.clone());
-            request.header(CONTENT_TYPE, media_type).body(bytes.clone())
-        };
-        let answer = host.ask(to, &what, Right::Push, put).await?;
-        expect(to, &what, &answer, StatusCode::CREATED).map(|()| digest)
+        self.put_manifest(to, &name, media_type, bytes).await.map(|_| digest)
     }
 }
 

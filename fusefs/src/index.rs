@@ -1,0 +1,269 @@
+//! The index beside an artifact: for each layer its files and the sha256 of each chunk. With it a
+//! mount needs no walk through tars, and every chunk is checked before it is published.
+//!
+//! The format is written down in `docs/index-format.md`. An index is foreign bytes: it is bounded
+//! and checked once, here. Chunk digests are used where they lie: opening the index of a model of
+//! 100 GB reads its directory only.
+//!
+//! Invariants: an index speaks of one manifest; its sections follow each other without a gap and
+//! fill it; every layer has one digest for each of its chunks; files don't overlap.
+
+pub mod build;
+pub mod find;
+
+use bytes::{BufMut as _, Bytes, BytesMut};
+use serde::{Deserialize, Serialize};
+use weightfs_store::{CHUNK_BYTES, Digest, Layout};
+
+use crate::artifact::Compression;
+use crate::listing::{EntryKind, Listing};
+
+/// Media type of an index, and artifact type of the manifest that carries it.
+pub const MEDIA_TYPE: &str = "application/vnd.weightfs.index.v1";
+
+/// Bytes of an index at the most: 16 TiB of weights in chunks of 1 MiB take half of it.
+pub const MAX_INDEX_BYTES: u64 = 1 << 30;
+
+const MAGIC: &[u8; 8] = b"WFSINDEX";
+const VERSION: u32 = 1;
+const HEAD_BYTES: usize = 16;
+const DIGEST_BYTES: usize = 32;
+
+/// Layers of an index at the most; as many as a manifest can have.
+const MAX_LAYERS: usize = crate::artifact::MAX_LAYERS;
+
+/// Why an index can't be used.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum IndexError {
+    /// It is no index, or cut.
+    #[error("it is no index: {0}")]
+    Malformed(String),
+    /// Written by a newer program.
+    #[error("it has version {found}, but only version {VERSION} is understood; upgrade weightfs")]
+    Version {
+        /// Its version.
+        found: u32,
+    },
+    /// It is larger than it can be in earnest.
+    #[error("it is larger than {MAX_INDEX_BYTES} bytes")]
+    TooLarge,
+    /// It is about another artifact.
+    #[error("it is the index of {found}, not of {wanted}")]
+    OtherManifest {
+        /// The manifest that it speaks of.
+        found: Digest,
+        /// The manifest that was asked for.
+        wanted: Digest,
+    },
+    /// What it says of a layer makes no sense.
+    #[error("layer {digest}: {why}")]
+    Layer {
+        /// The layer.
+        digest: Digest,
+        /// What is wrong.
+        why: String,
+    },
+}
+
+/// An index.
+#[derive(Debug, Clone)]
+pub struct Index {
+    manifest: Digest,
+    layers: Vec<LayerIndex>,
+}
+
+/// What an index says of one layer.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct LayerIndex {
+    /// Digest of the blob in the registry.
+    pub digest: Digest,
+    /// Bytes of the blob in the registry.
+    pub size: u64,
+    /// How the blob is compressed.
+    pub compression: Compression,
+    /// Digest of the decompressed bytes; the blob's own if it is not compressed.
+    pub content_digest: Digest,
+    /// Its files and cuts; decompressed, if it is compressed. Empty for a raw layer.
+    pub listing: Listing,
+    /// The sha256 of each chunk, one after the other.
+    pub chunk_digests: Bytes,
+}
+
+/// The part of an index that is read when it is opened.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct Directory {
+    manifest: Digest,
+    layers: Vec<Row>,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct Row {
+    digest: Digest,
+    size: u64,
+    compression: Compression,
+    content_digest: Digest,
+    chunk_bytes: u64,
+    /// Bytes of the sections of this layer, in the order in which they lie in the index.
+    listing_bytes: u64,
+    chunks_bytes: u64,
+}
+
+impl Index {
+    /// The index of an artifact.
+    pub fn new(manifest: Digest, layers: Vec<LayerIndex>) -> Self {
+        Self { manifest, layers }
+    }
+
+    /// What it says of a layer.
+    pub fn layer(&self, digest: Digest) -> Option<&LayerIndex> {
+        self.layers.iter().find(|layer| layer.digest == digest)
+    }
+
+    /// All layers.
+    pub fn layers(&self) -> &[LayerIndex] {
+        &self.layers
+    }
+
+    /// The index as bytes; the same index gives the same bytes.
+    ///
+    /// # Errors
+    /// When it would be over its bound.
+    pub fn to_bytes(&self) -> Result<Bytes, IndexError> {
+        let listings: Vec<_> = self.layers.iter().map(|layer| layer.listing.to_bytes()).collect();
+        let rows = self.layers.iter().zip(&listings).map(|(layer, listing)| Row {
+            digest: layer.digest,
+            size: layer.size,
+            compression: layer.compression,
+            content_digest: layer.content_digest,
+            chunk_bytes: CHUNK_BYTES,
+            listing_bytes: listing.len() as u64,
+            chunks_bytes: layer.chunk_digests.len() as u64,
+        });
+        let directory = Directory { manifest: self.manifest, layers: rows.collect() };
+        let directory = serde_json::to_vec(&directory).unwrap_or_default();
+        let length = u32::try_from(directory.len()).map_err(|_| IndexError::TooLarge)?;
+        let mut bytes = BytesMut::new();
+        bytes.put_slice(MAGIC);
+        bytes.put_u32_le(VERSION);
+        bytes.put_u32_le(length);
+        bytes.put_slice(&directory);
+        for (layer, listing) in self.layers.iter().zip(&listings) {
+            bytes.put_slice(listing);
+            bytes.put_slice(&layer.chunk_digests);
+        }
+        if bytes.len() as u64 > MAX_INDEX_BYTES {
+            return Err(IndexError::TooLarge);
+        }
+        Ok(bytes.freeze())
+    }
+
+    /// Reads the index of `manifest`.
+    ///
+    /// # Errors
+    /// Bytes that are no index, one of another version or manifest, or one that contradicts
+    /// itself.
+    pub fn parse(bytes: &Bytes, manifest: Digest) -> Result<Self, IndexError> {
+        if bytes.len() as u64 > MAX_INDEX_BYTES {
+            return Err(IndexError::TooLarge);
+        }
+        let (directory, mut rest) = split_directory(bytes)?;
+        let directory: Directory = serde_json::from_slice(&directory)
+            .map_err(|error| IndexError::Malformed(error.to_string()))?;
+        if directory.manifest != manifest {
+            let found = directory.manifest;
+            return Err(IndexError::OtherManifest { found, wanted: manifest });
+        }
+        if directory.layers.len() > MAX_LAYERS {
+            return Err(IndexError::Malformed(format!("it has more than {MAX_LAYERS} layers")));
+        }
+        let mut layers = Vec::with_capacity(directory.layers.len());
+        for row in directory.layers {
+            let digest = row.digest;
+            let layer = row.read(&mut rest);
+            layers.push(layer.map_err(|why| IndexError::Layer { digest, why })?);
+        }
+        if !rest.is_empty() {
+            return Err(IndexError::Malformed(format!("{} bytes too many", rest.len())));
+        }
+        Ok(Self { manifest, layers })
+    }
+}
+
+/// The directory and what follows it.
+fn split_directory(bytes: &Bytes) -> Result<(Bytes, Bytes), IndexError> {
+    let malformed = |what: &str| IndexError::Malformed(what.to_owned());
+    let (magic, rest) = bytes.split_first_chunk::<8>().ok_or_else(|| malformed("it is cut"))?;
+    if magic != MAGIC {
+        return Err(malformed("it does not begin with WFSINDEX"));
+    }
+    let (version, rest) = rest.split_first_chunk::<4>().ok_or_else(|| malformed("it is cut"))?;
+    let found = u32::from_le_bytes(*version);
+    if found != VERSION {
+        return Err(IndexError::Version { found });
+    }
+    let (length, _) = rest.split_first_chunk::<4>().ok_or_else(|| malformed("it is cut"))?;
+    let mut rest = bytes.slice(HEAD_BYTES..);
+    let directory = take(&mut rest, u64::from(u32::from_le_bytes(*length)));
+    Ok((directory.ok_or_else(|| malformed("its directory is cut"))?, rest))
+}
+
+/// The first `count` bytes of what is left.
+fn take(rest: &mut Bytes, count: u64) -> Option<Bytes> {
+    let count = usize::try_from(count).ok()?;
+    (count <= rest.len()).then(|| rest.split_to(count))
+}
+
+impl Row {
+    /// Reads the layer's sections, which come next.
+    fn read(self, rest: &mut Bytes) -> Result<LayerIndex, String> {
+        if self.chunk_bytes != CHUNK_BYTES {
+            return Err(format!("chunks of {} bytes are not understood", self.chunk_bytes));
+        }
+        let listing = take(rest, self.listing_bytes).ok_or("its list of files is cut")?;
+        let chunk_digests = take(rest, self.chunks_bytes).ok_or("its chunk digests are cut")?;
+        let listing = Listing::from_bytes(&listing).ok_or("its list of files is malformed")?;
+        if overlap(&listing) {
+            return Err("its files overlap".into());
+        }
+        let layout = listing.layout();
+        if self.compression == Compression::None && layout.size() != self.size {
+            return Err(format!("its cuts are of {} bytes, not of {}", layout.size(), self.size));
+        }
+        let chunks = chunks_of(layout);
+        if chunk_digests.len() as u64 != chunks.saturating_mul(DIGEST_BYTES as u64) {
+            return Err(format!("it has not one digest for each of its {chunks} chunks"));
+        }
+        Ok(LayerIndex {
+            digest: self.digest,
+            size: self.size,
+            compression: self.compression,
+            content_digest: self.content_digest,
+            listing,
+            chunk_digests,
+        })
+    }
+}
+
+/// Chunks of a blob that is cut like that: each segment has its own, counted from its start.
+fn chunks_of(layout: &Layout) -> u64 {
+    let segments = (0..layout.segments()).filter_map(|index| layout.segment(index));
+    segments.map(|segment| (segment.end - segment.start).div_ceil(CHUNK_BYTES)).sum()
+}
+
+/// Whether two files share bytes, or one lies before its predecessor.
+fn overlap(listing: &Listing) -> bool {
+    let mut end = 0;
+    listing.entries().iter().any(|entry| match &entry.kind {
+        EntryKind::File(range) if !range.is_empty() => {
+            let overlaps = range.start < end;
+            end = range.end;
+            overlaps
+        }
+        _ => false,
+    })
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,248 @@
+//! Making the index of a layer: its bytes are read once, in order, and hashed on the way, as a
+//! whole and chunk by chunk, by a thread each.
+//!
+//! Invariant: chunk digests are made only of bytes that hash to what the layer's digest promises.
+
+use std::sync::Arc;
+
+use bytes::{Bytes, BytesMut};
+use futures::{StreamExt as _, stream};
+use sha2::{Digest as _, Sha256};
+use tokio::sync::mpsc;
+use weightfs_store::blob::Read;
+use weightfs_store::{Blob, CHUNK_BYTES, Digest, Layout, Source};
+
+use super::LayerIndex;
+use crate::artifact::{Compression, LayerDescriptor};
+use crate::layer::fetch::Remote;
+use crate::layer::{LayerError, OpenLayer, Progress};
+
+/// Bytes of one request.
+const REQUEST_BYTES: u64 = 4 << 20;
+/// Requests in flight. With what waits for the threads, some 60 MiB are in memory at the most.
+const REQUESTS_AHEAD: usize = 8;
+/// Ranges that wait for a thread.
+const WAITING_RANGES: usize = 3;
+
+/// Makes the index of an open layer. A layer that is not compressed is read from `source`; a
+/// compressed one is in the store already.
+///
+/// # Errors
+/// A source that fails, bytes that don't hash to the layer's digest, a cache that can't be read.
+pub async fn layer_index(
+    layer: &Arc<OpenLayer>,
+    source: Arc<dyn Source>,
+    deadline: std::time::Duration,
+    progress: &dyn Progress,
+) -> Result<LayerIndex, LayerError> {
+    let descriptor = &layer.descriptor;
+    let (content_digest, chunk_digests) = match descriptor.compression {
+        Compression::None => {
+            let remote = Remote { source, digest: descriptor.digest, deadline };
+            let layout = layer.listing.layout().clone();
+            stream_layer(&remote, descriptor, layout, progress).await?
+        }
+        Compression::Gzip | Compression::Zstd => {
+            let (digest, blob) = (descriptor.digest, Arc::clone(&layer.blob));
+            let hashed = tokio::task::spawn_blocking(move || hash_blob(&blob)).await;
+            hashed.ok().flatten().ok_or(LayerError::Stopped { digest })?
+        }
+    };
+    Ok(LayerIndex {
+        digest: descriptor.digest,
+        size: descriptor.size,
+        compression: descriptor.compression,
+        content_digest,
+        listing: layer.listing.clone(),
+        chunk_digests,
+    })
+}
+
+async fn stream_layer(
+    remote: &Remote,
+    layer: &LayerDescriptor,
+    layout: Layout,
+    progress: &dyn Progress,
+) -> Result<(Digest, Bytes), LayerError> {
+    let digest = layer.digest;
+    let (to_whole, mut for_whole) = mpsc::channel::<Vec<Bytes>>(WAITING_RANGES);
+    let (to_chunks, mut for_chunks) = mpsc::channel::<Vec<Bytes>>(WAITING_RANGES);
+    let whole = tokio::task::spawn_blocking(move || {
+        let mut hash = Sha256::new();
+        while let Some(pieces) = for_whole.blocking_recv() {
+            pieces.iter().for_each(|piece| hash.update(piece));
+        }
+        Digest::from_raw(hash.finalize().into())
+    });
+    let chunks = tokio::task::spawn_blocking(move || {
+        let mut chunks = ChunkHashes::new(layout);
+        while let Some(pieces) = for_chunks.blocking_recv() {
+            pieces.iter().for_each(|piece| chunks.update(piece));
+        }
+        chunks.finish()
+    });
+    // The threads end when their channels do, also where this fails.
+    feed(remote, layer, progress, [to_whole, to_chunks]).await?;
+    let stopped = |_| LayerError::Stopped { digest };
+    let (actual, chunks) = (whole.await.map_err(stopped)?, chunks.await.map_err(stopped)?);
+    if actual != digest {
+        return Err(LayerError::Digest { digest, actual });
+    }
+    Ok((actual, chunks))
+}
+
+/// Fetches all ranges in order and gives each to both threads.
+async fn feed(
+    remote: &Remote,
+    layer: &LayerDescriptor,
+    progress: &dyn Progress,
+    threads: [mpsc::Sender<Vec<Bytes>>; 2],
+) -> Result<(), LayerError> {
+    let count = layer.size.div_ceil(REQUEST_BYTES);
+    let reads = (0..count).map(|at| async move {
+        let end = layer.size.min((at + 1) * REQUEST_BYTES);
+        remote.read(at * REQUEST_BYTES..end).await.map(|pieces| (pieces, end))
+    });
+    let mut reads = std::pin::pin!(stream::iter(reads).buffered(REQUESTS_AHEAD));
+    let stopped = |_| LayerError::Stopped { digest: layer.digest };
+    while let Some(read) = reads.next().await {
+        let (pieces, end) = read?;
+        let [whole, chunks] = &threads;
+        whole.send(pieces.clone()).await.map_err(stopped)?;
+        chunks.send(pieces).await.map_err(stopped)?;
+        progress.downloaded(layer, end);
+    }
+    Ok(())
+}
+
+/// Hashes a blob that is all here; `None` if something of it can't be read.
+fn hash_blob(blob: &Arc<Blob>) -> Option<(Digest, Bytes)> {
+    let mut whole = Sha256::new();
+    let mut chunks = ChunkHashes::new(blob.layout().clone());
+    for segment in (0..blob.layout().segments()).filter_map(|index| blob.layout().segment(index)) {
+        let mut at = segment.start;
+        while at < segment.end {
+            let end = segment.end.min(at + CHUNK_BYTES);
+            let Ok(Read::Ready(bytes)) = blob.read(at..end) else { return None };
+            whole.update(&*bytes);
+            chunks.update(&bytes);
+            at = end;
+        }
+    }
+    Some((Digest::from_raw(whole.finalize().into()), chunks.finish()))
+}
+
+/// The sha256 of each chunk of bytes that come in order.
+struct ChunkHashes {
+    layout: Layout,
+    position: u64,
+    /// One past the last byte of the chunk that is being hashed.
+    end: u64,
+    hash: Sha256,
+    digests: BytesMut,
+}
+
+impl ChunkHashes {
+    fn new(layout: Layout) -> Self {
+        let end = chunk_end(&layout, 0);
+        Self { layout, position: 0, end, hash: Sha256::new(), digests: BytesMut::new() }
+    }
+
+    fn update(&mut self, mut bytes: &[u8]) {
+        while !bytes.is_empty() {
+            let room = usize::try_from(self.end - self.position).unwrap_or(usize::MAX);
+            let (now, later) = bytes.split_at(bytes.len().min(room.max(1)));
+            self.hash.update(now);
+            self.position += now.len() as u64;
+            bytes = later;
+            if self.position >= self.end {
+                self.digests.extend_from_slice(&self.hash.finalize_reset());
+                self.end = chunk_end(&self.layout, self.position);
+            }
+        }
+    }
+
+    fn finish(self) -> Bytes {
+        self.digests.freeze()
+    }
+}
+
+/// One past the last byte of the chunk that begins at `start`.
+fn chunk_end(layout: &Layout, start: u64) -> u64 {
+    let segment = layout.segment_at(start).and_then(|index| layout.segment(index));
+    segment.map_or(u64::MAX, |segment| segment.end.min(start.saturating_add(CHUNK_BYTES)))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+    use crate::artifact::LayerContent;
+    use crate::layer::Quiet;
+    use crate::testing::{Fault, MemorySource};
+    use crate::tree::Timestamp;
+
+    const MIB: u64 = 1 << 20;
+
+    /// The digests as they are defined: one chunk after the other.
+    fn expected(bytes: &[u8], layout: &Layout) -> Vec<u8> {
+        let segments = (0..layout.segments()).map(|index| layout.segment(index).unwrap());
+        let of_segment = |segment: std::ops::Range<u64>| {
+            let range = segment.start as usize..segment.end as usize;
+            bytes[range].chunks(CHUNK_BYTES as usize).flat_map(|c| *Digest::of(c).as_raw())
+        };
+        segments.flat_map(of_segment).collect()
+    }
+
+    fn noise(length: u64) -> Vec<u8> {
+        (0..length).map(|at| (at.wrapping_mul(0x9e37_79b9) >> 11) as u8).collect()
+    }
+
+    fn raw_layer(digest: Digest, size: u64) -> LayerDescriptor {
+        LayerDescriptor {
+            digest,
+            size,
+            media_type: "application/vnd.cncf.model.weight.v1.tar".to_owned(),
+            compression: Compression::None,
+            content: LayerContent::ModelTar { created: Timestamp::default() },
+        }
+    }
+
+    async fn index(
+        source: &Arc<MemorySource>,
+        digest: Digest,
+        layout: &Layout,
+    ) -> Result<(Digest, Bytes), LayerError> {
+        let layer = raw_layer(digest, source.size());
+        let remote =
+            Remote { source: Arc::clone(source) as _, digest, deadline: Duration::from_secs(5) };
+        stream_layer(&remote, &layer, layout.clone(), &Quiet).await
+    }
+
+    #[tokio::test]
+    async fn each_chunk_is_hashed_from_its_segments_start() {
+        let bytes = noise(11 * MIB + 5);
+        let layout = Layout::new(11 * MIB + 5, [700, 3 * MIB + 9, 3 * MIB + 10]).unwrap();
+        let source = MemorySource::new(bytes.clone());
+        source.fail_next([Fault::CutAfter(1000)]);
+        let (whole, chunks) = index(&source, Digest::of(&bytes), &layout).await.unwrap();
+        assert_eq!(whole, Digest::of(&bytes));
+        assert_eq!(chunks, expected(&bytes, &layout));
+    }
+
+    #[tokio::test]
+    async fn an_empty_layer_has_no_chunk() {
+        let source = MemorySource::new(vec![]);
+        let (_, chunks) = index(&source, Digest::of(b""), &Layout::whole(0)).await.unwrap();
+        assert!(chunks.is_empty());
+    }
+
+    #[tokio::test]
+    async fn bytes_that_are_not_the_layers_make_no_index() {
+        let source = MemorySource::new(noise(2 * MIB));
+        let error =
+            index(&source, Digest::of(b"other"), &Layout::whole(2 * MIB)).await.unwrap_err();
+        assert!(matches!(error, LayerError::Digest { .. }), "{error}");
+    }
+}

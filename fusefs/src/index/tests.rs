@@ -1,0 +1,144 @@
+//! Indexes as they are written and read, and what must be refused.
+
+use proptest::prelude::*;
+
+use super::*;
+use crate::listing::Entry;
+use crate::tree::Timestamp;
+
+const MIB: u64 = 1 << 20;
+
+fn manifest() -> Digest {
+    Digest::of(b"manifest")
+}
+
+fn file(path: &str, range: std::ops::Range<u64>) -> Entry {
+    Entry {
+        path: path.into(),
+        kind: EntryKind::File(range),
+        permissions: 0o644,
+        uid: 0,
+        gid: 0,
+        mtime: Timestamp::default(),
+        xattrs: vec![],
+    }
+}
+
+fn layer(name: &str, listing: Listing) -> LayerIndex {
+    let chunks = chunks_of(listing.layout());
+    let digests = (0..chunks).flat_map(|at| *Digest::of(&at.to_le_bytes()).as_raw());
+    let digest = Digest::of(name.as_bytes());
+    LayerIndex {
+        digest,
+        size: listing.layout().size(),
+        compression: Compression::None,
+        content_digest: digest,
+        chunk_digests: digests.collect(),
+        listing,
+    }
+}
+
+/// A raw layer and a tar with a large file between small ones.
+fn sample() -> Index {
+    let entries = vec![
+        file("a", 512..600),
+        file("b", 2048..2048 + 3 * MIB + 5),
+        file("c", 4 * MIB..4 * MIB + 9),
+    ];
+    let tar = Listing::new(entries, 5 * MIB).unwrap();
+    Index::new(manifest(), vec![layer("raw", Listing::raw(2 * MIB + 1)), layer("tar", tar)])
+}
+
+#[test]
+fn what_is_written_is_read() {
+    let index = sample();
+    let bytes = index.to_bytes().unwrap();
+    let read = Index::parse(&bytes, manifest()).unwrap();
+    assert_eq!(read.layers(), index.layers());
+    assert_eq!(read.to_bytes().unwrap(), bytes);
+    let raw = read.layer(Digest::of(b"raw")).unwrap();
+    assert_eq!(raw.chunk_digests.len(), 3 * 32);
+    // One for what lies before the large file, four for it, two for what lies behind it.
+    assert_eq!(read.layer(Digest::of(b"tar")).unwrap().chunk_digests.len(), 7 * 32);
+}
+
+#[test]
+fn a_chunk_takes_at_most_40_bytes() {
+    let large = Index::new(manifest(), vec![layer("raw", Listing::raw(4096 * MIB))]);
+    let bytes = large.to_bytes().unwrap().len();
+    assert!(bytes <= 4096 * 40, "{bytes} bytes");
+}
+
+#[test]
+fn an_index_of_another_artifact_is_refused() {
+    let bytes = sample().to_bytes().unwrap();
+    let error = Index::parse(&bytes, Digest::of(b"other")).unwrap_err();
+    assert!(matches!(error, IndexError::OtherManifest { .. }), "{error}");
+}
+
+#[test]
+fn another_version_is_refused_by_its_number() {
+    let mut bytes = sample().to_bytes().unwrap().to_vec();
+    bytes[8] = 2;
+    let error = Index::parse(&bytes.into(), manifest()).unwrap_err();
+    assert_eq!(error, IndexError::Version { found: 2 });
+}
+
+#[test]
+fn every_cut_and_every_surplus_is_noticed() {
+    let bytes = sample().to_bytes().unwrap();
+    for length in 0..bytes.len() {
+        assert!(Index::parse(&bytes.slice(..length), manifest()).is_err(), "cut at {length}");
+    }
+    let longer = [&bytes[..], b"x"].concat();
+    assert!(Index::parse(&longer.into(), manifest()).is_err());
+}
+
+/// The sample with a text of its directory or listings replaced by one of the same length.
+fn parse_with(from: &str, to: &str) -> Result<Index, IndexError> {
+    assert_eq!(from.len(), to.len());
+    let mut bytes = sample().to_bytes().unwrap().to_vec();
+    let at = bytes.windows(from.len()).position(|window| window == from.as_bytes());
+    let at = at.unwrap_or_else(|| panic!("{from} is not there"));
+    bytes[at..at + from.len()].copy_from_slice(to.as_bytes());
+    Index::parse(&bytes.into(), manifest())
+}
+
+#[test]
+fn contradictions_are_refused() {
+    let size = format!("\"size\":{}", 2 * MIB + 1);
+    let other = format!("\"size\":{}", 2 * MIB + 2);
+    for (from, to, why) in [
+        ("[512,600]", "[612,600]", "malformed"),
+        (&size, &other, "its cuts are of"),
+        ("\"chunkBytes\":1048576", "\"chunkBytes\":2097152", "not understood"),
+    ] {
+        let error = parse_with(from, to).map(drop).unwrap_err();
+        assert!(error.to_string().contains(why), "{from} -> {to}: {error}");
+    }
+}
+
+#[test]
+fn files_that_overlap_are_refused() {
+    let entries = vec![file("a", 512..1000), file("b", 900..1100)];
+    let listing = Listing::new(entries, 2048).unwrap();
+    let index = Index::new(manifest(), vec![layer("tar", listing)]);
+    let error = Index::parse(&index.to_bytes().unwrap(), manifest()).map(drop).unwrap_err();
+    assert!(error.to_string().contains("overlap"), "{error}");
+}
+
+proptest! {
+    #[test]
+    fn no_bytes_make_it_panic(mut changes in proptest::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 1..8)) {
+        let mut bytes = sample().to_bytes().unwrap().to_vec();
+        for (at, value) in changes.drain(..) {
+            let at = at.index(bytes.len());
+            bytes[at] = value;
+        }
+        if let Ok(index) = Index::parse(&bytes.into(), manifest()) {
+            for layer in index.layers() {
+                prop_assert_eq!(layer.chunk_digests.len() as u64, 32 * chunks_of(layer.listing.layout()));
+            }
+        }
+    }
+}
