@@ -281,6 +281,12 @@ impl Filesystem {
         }
     }
 
+    /// What a loader is expected to read next, having opened this file, which is complete. As
+    /// [`Filesystem::expected`].
+    pub fn expected_after(&self, node: &NodeRef) -> Vec<Content> {
+        node.mounted.loader.on_open_complete(node.id)
+    }
+
     /// The node of that number; the directory of all trees is none.
     pub fn node(&self, inode: u64) -> Result<NodeRef, FsError> {
         match self.inode(inode)? {

@@ -20,7 +20,7 @@ use weightfs_store::{Read, ReadError};
 
 use crate::filesystem::{Filesystem, FsError, Inode, NodeRef};
 use crate::open_files::{Mode, OpenFiles};
-use crate::tree::{DeviceNumber, NodeKind, Timestamp};
+use crate::tree::{Content, DeviceNumber, NodeKind, Timestamp};
 
 /// How long the kernel may keep what it was told of a tree: it never changes.
 const FOR_GOOD: Duration = Duration::from_secs(24 * 3600);
@@ -80,6 +80,16 @@ impl Adapter {
                 debug!(inode, %error, "a complete file is not passed through");
             })
             .ok()
+    }
+
+    /// Has fetched what a loader will read.
+    fn expect(&self, expected: Vec<Content>) {
+        if !expected.is_empty() {
+            // Not from here: queueing takes locks that fetches hold, too.
+            self.runtime.spawn(async move {
+                expected.iter().for_each(|content| content.blob.expect(&content.range));
+            });
+        }
     }
 
     fn open_directory(&self, ino: u64) -> Result<FopenFlags, FsError> {
@@ -156,7 +166,10 @@ impl fuser::Filesystem for Adapter {
         let flags = FopenFlags::FOPEN_NOFLUSH;
         match mode {
             Mode::Served => reply.opened(FileHandle(0), flags | FopenFlags::FOPEN_KEEP_CACHE),
-            Mode::Passthrough(backing) => reply.opened_passthrough(FileHandle(0), flags, &backing),
+            Mode::Passthrough(backing) => {
+                reply.opened_passthrough(FileHandle(0), flags, &backing);
+                self.expect(self.filesystem.expected_after(node));
+            }
         }
     }
 
@@ -198,13 +211,7 @@ impl fuser::Filesystem for Adapter {
             }
             Err(error) => refuse_read(ino, offset, size, &error, reply),
         }
-        let expected = self.filesystem.expected(ino.0, offset, size);
-        if !expected.is_empty() {
-            // Not from here: queueing takes locks that fetches hold, too.
-            self.runtime.spawn(async move {
-                expected.iter().for_each(|content| content.blob.expect(&content.range));
-            });
-        }
+        self.expect(self.filesystem.expected(ino.0, offset, size));
     }
 
     fn opendir(&self, _request: &Request, ino: INodeNo, _flags: OpenFlags, reply: ReplyOpen) {

@@ -7,7 +7,7 @@
 
 use std::collections::{HashMap, HashSet};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicU64, AtomicUsize, Ordering};
 
 use weightfs_store::CHUNK_BYTES;
 
@@ -28,12 +28,14 @@ const MAX_SHARDS: usize = 1024;
 const MAX_COMPANIONS: usize = 64;
 const MAX_COMPANION_BYTES: u64 = 64 << 20;
 
-/// Bytes read of a shard before the next one is thought of: more than a header.
-const REAL_BYTES: u64 = 8 << 20;
+/// Bytes read of a shard before the next one is thought of, and between two thoughts: more than
+/// a header.
+const STEP_BYTES: u64 = 8 << 20;
 
-/// How near its end a shard is when the next one is begun, and how much of that: as much as the
-/// largest read-ahead window takes to be refilled.
-const NEXT_SHARD_BYTES: u64 = 128 << 20;
+/// How little of a shard is still to be fetched when the next one is begun, and how much of that
+/// while it is not known that shard after shard is read: the largest read-ahead window, so that
+/// the line is never idle.
+const NEXT_SHARD_BYTES: u64 = 256 << 20;
 
 /// What a loader will do with the files of one tree.
 #[derive(Debug, Default)]
@@ -43,6 +45,8 @@ pub(crate) struct Loader {
     by_node: HashMap<NodeId, usize>,
     companions: Vec<Content>,
     first_reads: AtomicU32,
+    /// Shards of which something was read.
+    touched: AtomicUsize,
 }
 
 #[derive(Debug)]
@@ -52,7 +56,8 @@ struct Shard {
     /// Whether its last bytes are read first, too.
     has_tail: bool,
     read: AtomicU64,
-    next_begun: AtomicBool,
+    /// Bytes of the next shard that were said to be expected.
+    next_expected: AtomicU64,
 }
 
 impl Loader {
@@ -83,28 +88,54 @@ impl Loader {
             has_tail: is_read_from_its_end(&path),
             content,
             read: AtomicU64::new(0),
-            next_begun: AtomicBool::new(false),
+            next_expected: AtomicU64::new(0),
         });
-        Self { shards: shards.collect(), by_node, companions, first_reads: AtomicU32::new(0) }
+        let (first_reads, touched) = (AtomicU32::new(0), AtomicUsize::new(0));
+        Self { shards: shards.collect(), by_node, companions, first_reads, touched }
     }
 
     /// `size` bytes of a file were read at `offset`. What will be read next, said once.
     pub(crate) fn on_read(&self, node: NodeId, offset: u64, size: u64) -> Vec<Content> {
-        let Some(at) = self.by_node.get(&node) else { return vec![] };
-        let Some(shard) = self.shards.get(*at) else { return vec![] };
-        let read = shard.read.fetch_add(size, Ordering::Relaxed).saturating_add(size);
+        let Some((at, shard)) = self.shard(node) else { return vec![] };
+        let before = self.note_read(shard, size);
         if offset < HEADER_BYTES
             && self.first_reads.load(Ordering::Relaxed) < LOADER_READS
             && self.first_reads.fetch_add(1, Ordering::Relaxed) + 1 == LOADER_READS
         {
             return self.first();
         }
-        let left = shard.len().saturating_sub(offset);
-        let ends = left <= NEXT_SHARD_BYTES.min(shard.len() / 2);
-        if ends && read >= REAL_BYTES.min(shard.len() / 4) {
-            return self.next(*at, shard);
+        let step = STEP_BYTES.min(shard.len() / 4).max(1);
+        if before / step == before.saturating_add(size) / step {
+            return vec![];
         }
-        vec![]
+        self.next(at, shard, shard.missing())
+    }
+
+    /// A file was opened whose bytes are all here: its reads will not be seen, if the kernel
+    /// serves them. What will be read after it, if shard after shard is read.
+    pub(crate) fn on_open_complete(&self, node: NodeId) -> Vec<Content> {
+        let Some((at, shard)) = self.shard(node) else { return vec![] };
+        self.note_read(shard, shard.len());
+        if self.walks() { self.next(at, shard, 0) } else { vec![] }
+    }
+
+    fn shard(&self, node: NodeId) -> Option<(usize, &Shard)> {
+        let at = *self.by_node.get(&node)?;
+        Some((at, self.shards.get(at)?))
+    }
+
+    /// Bytes of it that were read before.
+    fn note_read(&self, shard: &Shard, size: u64) -> u64 {
+        let before = shard.read.fetch_add(size, Ordering::Relaxed);
+        if before == 0 {
+            self.touched.fetch_add(1, Ordering::Relaxed);
+        }
+        before
+    }
+
+    /// Whether more than one shard is read.
+    fn walks(&self) -> bool {
+        self.touched.load(Ordering::Relaxed) > 1
     }
 
     /// What lies beside the shards, and their headers.
@@ -114,20 +145,28 @@ impl Loader {
         self.companions.iter().cloned().chain(heads).chain(tails).collect()
     }
 
-    fn next(&self, at: usize, shard: &Shard) -> Vec<Content> {
+    /// The next shard, when only `missing` bytes of this one are still to be fetched.
+    fn next(&self, at: usize, shard: &Shard, missing: u64) -> Vec<Content> {
         let next = self.shards.get(at + 1).filter(|next| next.directory == shard.directory);
-        match next {
-            Some(next) if !shard.next_begun.swap(true, Ordering::Relaxed) => {
-                vec![next.part(0, NEXT_SHARD_BYTES)]
-            }
-            _ => vec![],
+        let Some(next) = next else { return vec![] };
+        if missing > NEXT_SHARD_BYTES.min(shard.len() / 2) {
+            return vec![];
         }
+        let wanted = if self.walks() { next.len() } else { NEXT_SHARD_BYTES.min(next.len()) };
+        if shard.next_expected.fetch_max(wanted, Ordering::Relaxed) >= wanted {
+            return vec![];
+        }
+        vec![next.part(0, wanted)]
     }
 }
 
 impl Shard {
     fn len(&self) -> u64 {
         self.content.range.end - self.content.range.start
+    }
+
+    fn missing(&self) -> u64 {
+        self.content.blob.missing(&self.content.range)
     }
 
     /// At most `len` bytes of the file from `from` on.
@@ -206,7 +245,7 @@ mod tests {
             content: Content { blob: blob.clone(), range },
             has_tail,
             read: AtomicU64::new(0),
-            next_begun: AtomicBool::new(false),
+            next_expected: AtomicU64::new(0),
         }
     }
 
@@ -215,7 +254,8 @@ mod tests {
         let shards = (0..3).map(|at| shard(&blob, at, has_tail)).collect();
         let by_node = (0..3).map(|at| (NodeId(at), at as usize)).collect();
         let companions = vec![Content { blob, range: 5..10 }];
-        Loader { shards, by_node, companions, first_reads: AtomicU32::new(0) }
+        let (first_reads, touched) = (AtomicU32::new(0), AtomicUsize::new(0));
+        Loader { shards, by_node, companions, first_reads, touched }
     }
 
     fn ranges(contents: Vec<Content>) -> Vec<std::ops::Range<u64>> {
@@ -242,21 +282,37 @@ mod tests {
         assert_eq!(first.last(), Some(&(1536 * MIB - 1..1536 * MIB)));
     }
 
+    /// What is expected of the second shard when so much of the first is missing.
+    fn second(loader: &Loader, missing: u64) -> Option<std::ops::Range<u64>> {
+        ranges(loader.next(0, &loader.shards[0], missing)).pop()
+    }
+
     #[test]
-    fn the_next_shard_begins_before_one_that_is_read_ends() {
+    fn the_next_shard_is_begun_when_little_of_one_is_missing() {
         let loader = loader(false);
-        assert!(loader.on_read(NodeId(0), 500 * MIB, 4096).is_empty(), "only a look");
-        let mut asked = vec![];
-        for at in 0..512 {
-            let next = ranges(loader.on_read(NodeId(0), at * MIB, MIB));
-            if at > 2 && !next.is_empty() {
-                asked.push((at, next[0].clone()));
-            }
-        }
-        assert_eq!(asked, [(384, 512 * MIB..640 * MIB)]);
-        for at in 1..512 {
-            assert!(ranges(loader.on_read(NodeId(2), at * MIB, MIB)).is_empty(), "the last one");
-        }
+        assert_eq!(second(&loader, 257 * MIB), None);
+        assert_eq!(second(&loader, 256 * MIB), Some(512 * MIB..768 * MIB));
+        assert_eq!(second(&loader, 0), None, "said once");
+        assert!(loader.next(2, &loader.shards[2], 0).is_empty(), "the last one");
+    }
+
+    #[test]
+    fn all_of_the_next_shard_is_expected_once_a_second_one_is_read() {
+        let loader = loader(false);
+        loader.on_read(NodeId(0), 300 * MIB, 4096);
+        assert_eq!(second(&loader, MIB), Some(512 * MIB..768 * MIB));
+        loader.on_read(NodeId(1), 0, 8);
+        assert_eq!(second(&loader, MIB), Some(512 * MIB..1024 * MIB));
+        assert_eq!(second(&loader, MIB), None, "said once");
+    }
+
+    #[test]
+    fn a_complete_shard_that_is_opened_counts_as_read() {
+        let loader = loader(false);
+        assert!(loader.on_open_complete(NodeId(0)).is_empty(), "one file is a look");
+        let expected = ranges(loader.on_open_complete(NodeId(1))).pop();
+        assert_eq!(expected, Some(1024 * MIB..1536 * MIB));
+        assert!(loader.on_open_complete(NodeId(1)).is_empty(), "said once");
     }
 
     #[test]

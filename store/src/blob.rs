@@ -15,7 +15,7 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError, RwLock};
 use tokio::runtime::Handle;
 use tokio::time::Instant;
 
-use crate::chunk::{ChunkNo, ChunkTable, Place, VerifiedChunk};
+use crate::chunk::{ChunkNo, ChunkTable, Place, VerifiedChunk, each};
 use crate::fetch::{Fetcher, Priority, Scheduler};
 use crate::hash::{Follow, Hashers, RunningHash};
 use crate::interest::Interest;
@@ -294,6 +294,15 @@ impl Blob {
     pub fn is_cached(&self, range: Range<u64>) -> bool {
         range.is_empty()
             || self.table.locate(&range).is_some_and(|place| self.presence.has_all(&place.chunks))
+    }
+
+    /// Bytes of the chunks that `range` touches and that are not published. 0 for a range that is
+    /// not inside one segment.
+    pub fn missing(&self, range: &Range<u64>) -> u64 {
+        let Some(place) = self.table.locate(range) else { return 0 };
+        let absent = each(&place.chunks).filter(|chunk| !self.presence.has(*chunk));
+        let bytes = absent.filter_map(|chunk| self.table.bytes_of(chunk));
+        bytes.map(|(_, bytes)| bytes.end - bytes.start).sum()
     }
 
     /// Its numbers, without touching the disk.

@@ -1,9 +1,9 @@
 //! The sha256 of a whole blob, off the read path: it follows the complete prefix while that is
 //! still in the page cache, and judges the blob when it becomes complete.
 //!
-//! Hashing has threads of its own, few for the whole store and at a low priority: on a machine
-//! with few cores it must not take time from readers, and it can catch up when they rest. Blobs
-//! take turns.
+//! Hashing has threads of its own, few for the whole store: on a machine with few cores it must
+//! not take time from readers. While anything is being fetched they run only where a core would be
+//! idle; when it is, they catch up, at a low priority. Blobs take turns.
 //!
 //! Invariant: at most one thread hashes a blob; it sees each chunk once, in order, and only
 //! published ones.
@@ -29,7 +29,8 @@ const TURN: u32 = 256;
 /// Cores for each thread that hashes. One hashes 1.6 GB/s, as much as four cores download.
 const CORES_PER_THREAD: usize = 4;
 
-/// The nice value of these threads: readers and downloads get nine times as much of a busy core.
+/// The nice value of these threads while nothing is fetched: others get nine times as much of a
+/// busy core.
 const NICE: i32 = 10;
 
 /// When the hash of a blob runs.
@@ -162,10 +163,10 @@ impl Worker {
     }
 
     fn run(mut self) {
-        lower_priority();
+        let mut pace = Pace::new();
         loop {
             let Some(blob) = self.next() else { return };
-            if take_turn(&blob) {
+            if take_turn(&blob, &mut pace) {
                 lock(&self.hashers.state).blobs.push_back(blob);
             }
         }
@@ -181,9 +182,9 @@ impl Drop for Worker {
 }
 
 /// Hashes what is published in sequence, a turn's worth. Whether there is more to do.
-fn take_turn(blob: &Arc<Blob>) -> bool {
+fn take_turn(blob: &Arc<Blob>, pace: &mut Pace) -> bool {
     let hash = blob.hash();
-    let turn = hash_ready(blob);
+    let turn = hash_ready(blob, pace);
     if turn == Turn::Over {
         return true;
     }
@@ -192,11 +193,12 @@ fn take_turn(blob: &Arc<Blob>) -> bool {
     more && !hash.running.swap(true, Ordering::AcqRel)
 }
 
-fn hash_ready(blob: &Arc<Blob>) -> Turn {
+fn hash_ready(blob: &Arc<Blob>, pace: &mut Pace) -> Turn {
     let hash = blob.hash();
     let mut hasher = lock(&hash.hasher);
     let total = blob.table().all().end.0;
     for _ in 0..TURN {
+        pace.follow(blob.scheduler().is_busy());
         let next = hash.next.load(Ordering::Acquire);
         if next >= total {
             judge(blob, Digest::from_raw(std::mem::take(&mut *hasher).finalize().into()));
@@ -222,12 +224,38 @@ fn hash_ready(blob: &Arc<Blob>) -> Turn {
     Turn::Over
 }
 
-/// Lets everybody else go first on a busy core.
-fn lower_priority() {
-    // SAFETY: setpriority takes numbers only. With 0 it is about the calling thread (Linux,
-    // setpriority(2), "C library/kernel differences").
-    #[expect(unsafe_code, reason = "no safe wrapper for setpriority(2)")]
-    let _ = unsafe { nix::libc::setpriority(nix::libc::PRIO_PROCESS, 0, NICE) };
+/// How the calling thread gives way to others.
+#[derive(Debug)]
+struct Pace {
+    /// Whether it takes only what nobody else wants.
+    idle_only: bool,
+}
+
+impl Pace {
+    fn new() -> Self {
+        // SAFETY: setpriority takes numbers only. With 0 it is about the calling thread (Linux,
+        // setpriority(2), "C library/kernel differences").
+        #[expect(unsafe_code, reason = "no safe wrapper for setpriority(2)")]
+        let _ = unsafe { nix::libc::setpriority(nix::libc::PRIO_PROCESS, 0, NICE) };
+        Self { idle_only: false }
+    }
+
+    /// While others are `busy`, only idle cores are used: a nice value alone would not do. It
+    /// shares a core out in slices of milliseconds, for which whoever wakes up has to wait, and
+    /// downloads wake up for every few KiB. SCHED_IDLE yields at once (sched(7)).
+    fn follow(&mut self, busy: bool) {
+        if busy == self.idle_only {
+            return;
+        }
+        self.idle_only = busy;
+        let policy = if busy { nix::libc::SCHED_IDLE } else { nix::libc::SCHED_OTHER };
+        let none = nix::libc::sched_param { sched_priority: 0 };
+        // SAFETY: the structure outlives the call; 0 is the calling thread.
+        #[expect(unsafe_code, reason = "no safe wrapper for sched_setscheduler(2)")]
+        // Only root may come back from SCHED_IDLE at this nice value: without it, hashing stays
+        // idle for the thread's life.
+        let _ = unsafe { nix::libc::sched_setscheduler(0, policy, &raw const none) };
+    }
 }
 
 fn judge(blob: &Arc<Blob>, actual: Digest) {

@@ -5,6 +5,7 @@
 //! order: the scheduler's state, then a blob's queue.
 
 use std::collections::{HashMap, VecDeque};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, Weak};
 
 use tokio::time::Instant;
@@ -32,6 +33,8 @@ const MAX_IDLE_HOSTS: usize = 256;
 pub(crate) struct Scheduler {
     connections_per_host: usize,
     state: Mutex<State>,
+    /// As in the state, for those who must not take its lock.
+    running: AtomicUsize,
 }
 
 #[derive(Debug, Default)]
@@ -58,7 +61,12 @@ pub(super) struct Next {
 
 impl Scheduler {
     pub(crate) fn new(connections_per_host: usize) -> Self {
-        Self { connections_per_host, state: Mutex::default() }
+        Self { connections_per_host, state: Mutex::default(), running: AtomicUsize::new(0) }
+    }
+
+    /// Whether anything is being fetched, from any host. Takes no lock.
+    pub(crate) fn is_busy(&self) -> bool {
+        self.running.load(Ordering::Relaxed) > 0
     }
 
     /// A blob has something to fetch from `host`.
@@ -92,6 +100,7 @@ impl Scheduler {
         for (name, host) in busy {
             if let Some((blob, request)) = host.start_next() {
                 *running += 1;
+                self.running.store(*running, Ordering::Relaxed);
                 return Some(Next { blob, request, host: Arc::clone(name) });
             }
         }
@@ -102,6 +111,7 @@ impl Scheduler {
     pub(super) fn ended(&self, host: &str, priority: Priority, bytes: u64) {
         let mut state = lock(&self.state);
         state.running = state.running.saturating_sub(1);
+        self.running.store(state.running, Ordering::Relaxed);
         if let Some(host) = state.hosts.get_mut(host) {
             host.line.ended(priority, bytes, Instant::now());
         }
