@@ -338,4 +338,6 @@ fn describe(
 }
 
 #[cfg(test)]
+mod fuzz;
+#[cfg(test)]
 mod tests;

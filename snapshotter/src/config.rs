@@ -473,4 +473,16 @@ mod tests {
         let error = Config::load(Some(Path::new("/nonexistent/x.toml"))).unwrap_err();
         assert!(matches!(error, ConfigError::Read { .. }));
     }
+
+    #[test]
+    fn fuzz_configurations_are_refused_or_printed_as_the_same() {
+        let sample = Config::default().to_commented_toml() + "[registry.'a:1']\nplain_http = true";
+        bolero::check!().for_each(|input: &[u8]| {
+            let bytes = weightfs_fuzz::foreign(&[sample.as_bytes()], input);
+            let Ok(text) = std::str::from_utf8(&bytes) else { return };
+            if let Ok(config) = parse(text) {
+                assert_eq!(parse(&config.to_commented_toml()).unwrap(), config);
+            }
+        });
+    }
 }

@@ -10,6 +10,8 @@ pub mod digest;
 mod document;
 pub mod error;
 mod fetch;
+#[cfg(test)]
+mod fuzz;
 mod hash;
 mod interest;
 pub mod layout;
