@@ -6,6 +6,7 @@ mod faults;
 mod ingest;
 mod line;
 mod model;
+mod outages;
 mod registry;
 mod restart;
 mod scheduling;
