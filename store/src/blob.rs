@@ -24,7 +24,7 @@ use crate::read_ahead::{Advice, ReadAhead};
 use crate::segment::{Segments, View};
 use crate::shared::{Entered, Shared, lock};
 use crate::state::{Record, Verdict};
-use crate::store::{Background, FetchOptions};
+use crate::store::{Background, FetchOptions, touch};
 use crate::{BlobId, Layout, ReadError, Source};
 
 /// Sources that a blob can have at the most: the registry under a few names, and peers.
@@ -553,6 +553,14 @@ fn restore(
         };
         if whole && let Some(verified) = VerifiedChunk::check(table, chunk, &bytes) {
             presence.publish(&verified);
+        }
+    }
+}
+
+impl Drop for Blob {
+    fn drop(&mut self) {
+        if let Ok(_entered) = self.shared.enter() {
+            touch(self.segments.dir());
         }
     }
 }

@@ -13,6 +13,7 @@
 //! request ends, however that comes (the task's guard sees to it); failures are not remembered.
 //! No lock is held across I/O or an await, and hits take none of these.
 
+mod filler;
 mod line;
 mod plan;
 mod queue;

@@ -31,4 +31,7 @@ pub use layout::{CHUNK_BYTES, Layout, LayoutError};
 pub use oci_client::Reference;
 pub use registry::{MAX_MANIFEST_BYTES, Manifest, Registries, RegistryOptions, Repository};
 pub use source::{ByteStream, Source};
-pub use store::{Background, BlobId, FetchOptions, Form, Ingest, Store, StoreOptions};
+pub use store::{
+    Background, BlobId, BlobUsage, Evicted, FetchOptions, Form, Ingest, Pruned, Store,
+    StoreOptions, Usage,
+};

@@ -1,22 +1,19 @@
-//! The run of one request: sources in turn, retries, and the way of bytes into the cache file.
+//! The run of one request: sources in turn, retries, deadlines.
 //!
 //! A body that ends early, a server that is busy or away: tried again from the first chunk that
 //! is still missing, with growing, jittered pauses, while the request's patience lasts.
 
-use std::fs::File;
-use std::ops::Range;
-use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 use std::time::Duration;
 
 use backon::{BackoffBuilder, ExponentialBackoff, ExponentialBuilder};
-use bytes::Bytes;
 use futures::StreamExt;
 use tokio::time::{Instant, timeout_at};
 
+use super::filler::Filler;
 use super::queue::Request;
 use super::{Failure, Outcome, Patience, Running};
-use crate::chunk::{ChunkNo, VerifiedChunk};
+use crate::chunk::ChunkNo;
 use crate::source::{ByteStream, Source};
 use crate::{Blob, SourceError};
 
@@ -164,7 +161,7 @@ async fn attempt(
         source_name: source.name().to_owned(),
         message: "gives no data".into(),
     };
-    let answer = source.fetch(filler.position..filler.end);
+    let answer = source.fetch(filler.wanted());
     let answer = timeout_at(next_byte_by(blob, patience), answer).await;
     let mut body: ByteStream = answer.map_err(|_| silent())??;
     loop {
@@ -175,7 +172,7 @@ async fn attempt(
             Some(piece) => {
                 let piece = piece?;
                 *bytes += piece.len() as u64;
-                filler.write(blob, &piece)?;
+                filler.take(blob, &piece)?;
                 if filler.was_cut_short() {
                     return Ok(());
                 }
@@ -194,97 +191,4 @@ async fn attempt(
 fn next_byte_by(blob: &Blob, patience: &Patience) -> Instant {
     let idle = (blob.fetch_options().deadline / TRIES_PER_DEADLINE).min(MAX_IDLE);
     patience.until().min(Instant::now() + idle)
-}
-
-/// Writes bytes in sequence to a cache file and publishes each chunk that is whole.
-struct Filler<'a> {
-    request: &'a Request,
-    file: File,
-    /// First byte of the segment.
-    origin: u64,
-    /// Next byte of the blob to write.
-    position: u64,
-    end: u64,
-    /// The end that the source was asked for.
-    asked: u64,
-    /// The chunk that is being written.
-    chunk: ChunkNo,
-    /// Its bytes in the blob.
-    covers: Range<u64>,
-    /// The first byte of it that was written.
-    began: u64,
-}
-
-impl<'a> Filler<'a> {
-    fn open(blob: &Blob, request: &'a Request, first: ChunkNo) -> std::io::Result<Self> {
-        let _entered = blob.enter()?;
-        let outside = || std::io::Error::other("no such chunk");
-        let table = blob.table();
-        let (segment, covers) = table.bytes_of(first).ok_or_else(outside)?;
-        let end = request.end().0.checked_sub(1).map(ChunkNo);
-        let (_, last) = end.and_then(|last| table.bytes_of(last)).ok_or_else(outside)?;
-        let whole = table.layout().segment(segment).ok_or_else(outside)?;
-        let file = blob.segments().open_to_fill(segment, whole.end - whole.start)?;
-        let (chunk, began) = (first, covers.start);
-        let (origin, end) = (whole.start, last.end);
-        Ok(Self { request, file, origin, position: began, end, asked: end, chunk, covers, began })
-    }
-
-    fn is_done(&self) -> bool {
-        self.position == self.end
-    }
-
-    /// Whether the request became shorter than what the source was asked for.
-    fn was_cut_short(&self) -> bool {
-        self.end < self.asked
-    }
-
-    fn missing(&self) -> u64 {
-        self.end.saturating_sub(self.position)
-    }
-
-    /// Writes the next bytes. This blocks, on an async worker: `pwrite` to the page cache takes
-    /// microseconds for such a piece, less than handing it to another thread and back. What may
-    /// take long is the disk's own pace when the page cache is full of dirty pages, and then it
-    /// is right to slow the sources down.
-    fn write(&mut self, blob: &Arc<Blob>, piece: &Bytes) -> Result<(), Trouble> {
-        blob.count_fetched(piece.len() as u64);
-        let mut rest: &[u8] = piece;
-        while !rest.is_empty() && !self.is_done() {
-            let entered = blob.enter()?;
-            let room = usize::try_from(self.covers.end - self.position).unwrap_or(usize::MAX);
-            let (now, later) = rest.split_at(rest.len().min(room));
-            self.file.write_all_at(now, self.position - self.origin)?;
-            self.position += now.len() as u64;
-            rest = later;
-            if self.position == self.covers.end {
-                self.land(blob, &entered)?;
-                self.request.patience.extend(Instant::now() + blob.fetch_options().deadline);
-            }
-        }
-        Ok(())
-    }
-
-    /// Publishes the chunk that was just completed and goes on to the next.
-    fn land(
-        &mut self,
-        blob: &Arc<Blob>,
-        entered: &crate::shared::Entered<'_>,
-    ) -> std::io::Result<()> {
-        let written = self.began..self.position;
-        let verified = VerifiedChunk::check(blob.table(), self.chunk, &written)
-            .ok_or_else(|| std::io::Error::other("not a whole chunk"))?;
-        blob.fetcher().publish(blob, &verified, entered);
-        self.chunk = self.chunk.next();
-        self.began = self.position;
-        if self.chunk >= self.request.end() {
-            // The rest has become another request's.
-            self.end = self.position;
-        }
-        if !self.is_done() {
-            let next = blob.table().bytes_of(self.chunk);
-            (_, self.covers) = next.ok_or_else(|| std::io::Error::other("no such chunk"))?;
-        }
-        Ok(())
-    }
 }

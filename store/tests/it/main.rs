@@ -12,6 +12,7 @@ mod restart;
 mod scheduling;
 mod server;
 mod source;
+mod usage;
 
 use std::path::Path;
 use std::sync::Arc;
