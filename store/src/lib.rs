@@ -32,6 +32,6 @@ pub use oci_client::Reference;
 pub use registry::{MAX_MANIFEST_BYTES, Manifest, Registries, RegistryOptions, Repository};
 pub use source::{ByteStream, Source};
 pub use store::{
-    Background, BlobId, BlobUsage, Evicted, FetchOptions, Form, Ingest, Pruned, Store,
-    StoreOptions, Usage,
+    Background, BlobId, BlobUsage, Checked, Evicted, FetchOptions, Form, Ingest, Pruned, Store,
+    StoreOptions, Usage, Verify, VerifyError,
 };

@@ -18,6 +18,7 @@ mod ingest;
 mod owner;
 mod pins;
 mod usage;
+mod verify;
 
 use std::fs::{self, DirBuilder};
 use std::io;
@@ -31,6 +32,7 @@ use tokio::runtime::Handle;
 
 pub use self::ingest::Ingest;
 pub use self::usage::{BlobUsage, Evicted, Pruned, Usage};
+pub use self::verify::{Checked, VerifyError};
 
 pub(crate) use self::catalog::touch;
 use self::catalog::{Catalog, Removal};
@@ -100,6 +102,16 @@ pub enum Background {
     Everything,
 }
 
+/// When the bytes of a blob are served that has no digest but that of the whole.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Verify {
+    /// As they come, trusted for their transport; the whole is hashed when it is here.
+    Background,
+    /// When the whole is here and hashes to its digest.
+    Strict,
+}
+
 /// What a store needs to know.
 #[derive(Debug, Clone)]
 pub struct StoreOptions {
@@ -108,6 +120,8 @@ pub struct StoreOptions {
     /// Time between two checkpoints. What was fetched since the last one is fetched again after a
     /// power loss; much more often costs throughput (syncing each 4 MiB halves it).
     pub checkpoint_interval: Duration,
+    /// When bytes are served.
+    pub verify: Verify,
 }
 
 /// The owner of a state directory's blobs. When it is dropped, it records what is published and
@@ -137,8 +151,8 @@ impl Store {
         make_dir(&blobs)?;
         let ingests = IngestArea::clean(root.join("ingest"))?;
         let pins = Pins::open(root.join("pins"))?;
-        let StoreOptions { fetch, checkpoint_interval } = options;
-        let shared = Arc::new(Shared::new(fetch, runtime));
+        let StoreOptions { fetch, checkpoint_interval, verify } = options;
+        let shared = Arc::new(Shared::new(fetch, verify, runtime));
         let checkpointer = Checkpointer::start(Arc::clone(&shared), checkpoint_interval);
         let checkpointer = checkpointer.map_err(at(root))?;
         let catalog = Arc::new(Catalog::new(blobs, ingests, pins, shared));

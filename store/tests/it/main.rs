@@ -13,6 +13,7 @@ mod scheduling;
 mod server;
 mod source;
 mod usage;
+mod verify;
 
 use std::path::Path;
 use std::sync::Arc;
@@ -20,7 +21,7 @@ use std::time::Duration;
 
 use weightfs_store::{
     Background, Blob, BlobId, Digest, FetchOptions, Form, Layout, Read, ReadError, Slice, Store,
-    StoreOptions, Trust,
+    StoreOptions, Trust, Verify,
 };
 
 use source::TestSource;
@@ -58,6 +59,7 @@ fn options() -> StoreOptions {
             prefetch: true,
         },
         checkpoint_interval: Duration::from_secs(5),
+        verify: Verify::Background,
     }
 }
 
