@@ -107,6 +107,7 @@ impl ImageLayers {
         let open = self.opener.open_layer(&layer, &Quiet).await;
         let open = open.map_err(|error| error.to_string())?;
         let record = TreeRecord { layers: vec![layer.clone()], over_foreign };
+        self.opener.remember(&reference.whole(), manifest, &record).await;
         let tree = stack(below.as_deref(), OpenTree { layers: vec![open], record });
         let number = self.allocate().await?;
         self.trees.show(number, tree).map_err(|error| error.to_string())?;
