@@ -5,6 +5,10 @@ CARGO ?= cargo
 TARGET ?= $(CURDIR)/target
 DENY_VERSION := 0.20.2
 DENY := $(TARGET)/tools/bin/cargo-deny
+BOLERO_VERSION := 0.13.5
+BOLERO := $(TARGET)/tools/bin/cargo-bolero
+# Seconds that `make fuzz` spends on each target.
+DURATION ?= 300
 # A hung test must not hang a build machine: the whole run ends after this many seconds.
 TEST_TIMEOUT ?= 1500
 BENCH_TIMEOUT ?= $(if $(QUICK),300,3600)
@@ -16,7 +20,7 @@ SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
 AS_ROOT := $(if $(SUDO),$(SUDO) --preserve-env env PATH="$$PATH" HOME="$$HOME",)
 export CARGO_TARGET_DIR := $(TARGET)
 
-.PHONY: help build demo test bench check deps test-deps clean
+.PHONY: help build demo test fuzz bench check deps test-deps clean
 
 help: ## Say what there is
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -37,6 +41,9 @@ test: test-deps ## All tests, as root: real registry, containerd, runc
 	    --workspace --locked --no-fail-fast --lib --bins --tests 2>&1 | tee $(TARGET)/test.log
 	@awk '/^test result:/ { passed += $$4; failed += $$6 } \
 	    END { print passed " passed, " failed " failed" }' $(TARGET)/test.log
+
+fuzz: deps $(BOLERO) ## Fuzz every parser (DURATION=seconds for each, TARGETS=part of a name)
+	PATH="$(TARGET)/tools/bin:$$PATH" packaging/fuzz $(DURATION) $(TARGETS)
 
 bench: test-deps ## Measure it beside a pull (QUICK=1, ROUNDS=n, LOADERS=all)
 	if [ "$(LOADERS)" = all ]; then packaging/loaders-env $(TARGET)/loaders-env; fi
@@ -65,4 +72,9 @@ clean: ## Remove what was built
 $(DENY):
 	$(CARGO) install --locked --version $(DENY_VERSION) --root $(TARGET)/tools \
 	    --target-dir $(TARGET)/tools/build cargo-deny
+	rm -rf $(TARGET)/tools/build
+
+$(BOLERO):
+	$(CARGO) install --locked --version $(BOLERO_VERSION) --root $(TARGET)/tools \
+	    --target-dir $(TARGET)/tools/build cargo-bolero
 	rm -rf $(TARGET)/tools/build

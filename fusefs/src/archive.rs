@@ -361,4 +361,6 @@ fn until_nul(bytes: &[u8]) -> Vec<u8> {
 }
 
 #[cfg(test)]
+pub(crate) mod fuzz;
+#[cfg(test)]
 pub(crate) mod tests;

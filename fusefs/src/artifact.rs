@@ -342,4 +342,6 @@ fn describe(
 }
 
 #[cfg(test)]
+mod fuzz;
+#[cfg(test)]
 mod tests;

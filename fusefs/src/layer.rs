@@ -194,7 +194,7 @@ pub fn reopen_layer(
 }
 
 /// What the store keeps of a layer.
-fn blob_id(layer: &LayerDescriptor) -> BlobId {
+pub fn blob_id(layer: &LayerDescriptor) -> BlobId {
     let form = match layer.compression {
         Compression::None => Form::AsStored,
         Compression::Gzip | Compression::Zstd => Form::Decompressed,

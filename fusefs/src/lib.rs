@@ -24,7 +24,7 @@ pub use artifact::{
     RawFile,
 };
 pub use filesystem::{Filesystem, FsError, Inode, TreeNumber};
-pub use layer::{LayerError, OpenLayer, Progress, Quiet, open_layer, reopen_layer};
+pub use layer::{LayerError, OpenLayer, Progress, Quiet, blob_id, open_layer, reopen_layer};
 pub use listing::Listing;
 pub use session::{Session, SpecialFiles};
 pub use tree::{Base, Content, DeviceNumber, Node, NodeId, NodeKind, Timestamp, Tree, TreeError};

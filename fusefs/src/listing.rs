@@ -207,6 +207,9 @@ impl From<Row> for Entry {
 }
 
 #[cfg(test)]
+mod fuzz;
+
+#[cfg(test)]
 mod tests {
     use super::*;
 

@@ -129,4 +129,19 @@ mod tests {
         assert_eq!(shown(b"a\x1b[2J\xff"), "a\\u{1b}[2J\u{fffd}");
         assert_eq!(shown("ü".repeat(300).as_bytes()).chars().count(), 201);
     }
+
+    #[test]
+    fn fuzz_names_are_refused_or_stay_inside() {
+        let samples: [&[u8]; 3] = [b"../a/./b//c", b"/a/../b", b"a/.../.b"];
+        bolero::check!().for_each(|input: &[u8]| {
+            let name = weightfs_fuzz::foreign(&samples, input);
+            for components in [clean(&name), clean_model(&name)].into_iter().flatten() {
+                for part in components {
+                    assert!(!matches!(part, b"" | b"." | b".."), "{}", shown(&name));
+                    assert!(!part.contains(&b'/') && !part.contains(&0));
+                    assert!(part.len() <= MAX_COMPONENT_BYTES);
+                }
+            }
+        });
+    }
 }

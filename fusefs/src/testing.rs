@@ -11,7 +11,7 @@ use futures::{FutureExt as _, StreamExt as _, stream};
 use tempfile::TempDir;
 use weightfs_store::{
     Background, Blob, BlobId, ByteStream, Digest, FetchOptions, Form, Layout, Source, SourceError,
-    Store, StoreOptions,
+    Store, StoreOptions, Verify,
 };
 
 use crate::artifact::{Compression, LayerContent, LayerDescriptor};
@@ -118,7 +118,8 @@ pub fn open_store(root: &TempDir) -> Arc<Store> {
         prefetch: true,
     };
     let checkpoint_interval = Duration::from_secs(5);
-    Store::open(root.path(), StoreOptions { fetch, checkpoint_interval }).unwrap()
+    let verify = Verify::Background;
+    Store::open(root.path(), StoreOptions { fetch, checkpoint_interval, verify }).unwrap()
 }
 
 /// An empty blob, for trees whose files nobody reads.

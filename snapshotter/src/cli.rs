@@ -5,10 +5,12 @@ use std::path::PathBuf;
 use clap::{Args, Parser, Subcommand};
 use weightfs_store::Reference;
 
+use crate::cache::Subject;
+
 /// Run a model before its weights arrive.
 #[derive(Debug, Parser)]
 #[command(name = "weightfs", version, arg_required_else_help = true)]
-#[command(after_help = "Exit status: 0 success, 1 failure, 2 wrong usage.")]
+#[command(after_help = "Exit status: 0 success, 1 failure, 2 wrong usage, 3 bad blobs (verify).")]
 pub struct Cli {
     /// Configuration file [default: /etc/weightfs/config.toml, if it is there]
     #[arg(long, global = true, value_name = "FILE")]
@@ -54,8 +56,79 @@ pub enum Command {
         #[arg(long)]
         json: bool,
     },
+    /// What the cache holds, and making room in it
+    Cache {
+        /// What to do with it.
+        #[command(subcommand)]
+        command: CacheCommand,
+    },
+    /// Keep a model or image in the cache, whatever happens
+    Pin(PinArgs),
+    /// Take a pin away
+    Unpin(PinArgs),
+    /// Hash again what is in the cache, and compare
+    ///
+    /// Exit status: 0 if nothing bad is left, 3 if something is, 1 if it could not be found out.
+    Verify(VerifyArgs),
     /// Print the effective configuration, with comments
     Config,
+}
+
+/// `weightfs cache`
+#[derive(Debug, Subcommand)]
+pub enum CacheCommand {
+    /// List models, images and blobs that are here, in whole or in part
+    Ls {
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Show the room that the cache takes and has
+    Df {
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Take a model, image or blob out of the cache, as far as nobody uses it
+    Evict {
+        /// host/repository:tag, host/repository@digest, or the digest of a blob
+        #[arg(value_name = "REF")]
+        subject: Subject,
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Take everything out of the cache that is neither in use nor pinned
+    Prune {
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+    },
+}
+
+/// `weightfs pin`, `weightfs unpin`
+#[derive(Debug, Args)]
+pub struct PinArgs {
+    /// The artifact: host/repository:tag or host/repository@digest
+    #[arg(value_name = "REF")]
+    pub reference: Reference,
+    /// Print JSON
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// `weightfs verify`
+#[derive(Debug, Args)]
+pub struct VerifyArgs {
+    /// host/repository:tag, host/repository@digest, or the digest of a blob [default: everything]
+    #[arg(value_name = "REF")]
+    pub subject: Option<Subject>,
+    /// Discard what is bad and fetch it again
+    #[arg(long)]
+    pub repair: bool,
+    /// Print JSON
+    #[arg(long)]
+    pub json: bool,
 }
 
 /// `weightfs mount`

@@ -1,20 +1,24 @@
 //! What the program does for each subcommand.
 
+pub mod cache;
 pub mod image;
 pub mod index;
 pub mod ls;
 pub mod mount;
 pub mod progress;
+pub mod reach;
 pub mod rpull;
 pub mod serve;
 pub mod status;
 pub mod umount;
+pub mod verify;
 
 use std::sync::Arc;
 
 use anyhow::Context as _;
 use bytesize::ByteSize;
 use weightfs::config::Config;
+use weightfs::references::References;
 use weightfs::trees::Opener;
 use weightfs_store::{OpenError, Registries, Store};
 
@@ -28,7 +32,8 @@ pub fn registries(config: &Config) -> anyhow::Result<Arc<Registries>> {
 /// What opens artifacts into that store.
 pub fn opener(config: &Config, store: Arc<Store>) -> anyhow::Result<Opener> {
     let registries = registries(config)?;
-    Ok(Opener { registries, store, deadline: config.fetch.deadline })
+    let references = References::new(&config.root);
+    Ok(Opener { registries, store, references, deadline: config.fetch.deadline })
 }
 
 /// Where scratch stores go: not a tmpfs, as /tmp often is.

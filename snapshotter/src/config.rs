@@ -10,7 +10,7 @@ use std::time::Duration;
 use bytesize::ByteSize;
 use serde::{Deserialize, Serialize};
 use toml::{Table, Value};
-use weightfs_store::{Background, FetchOptions, RegistryOptions, StoreOptions};
+use weightfs_store::{Background, FetchOptions, RegistryOptions, StoreOptions, Verify};
 
 /// Where the configuration is looked for; its absence means defaults.
 pub const DEFAULT_PATH: &str = "/etc/weightfs/config.toml";
@@ -30,6 +30,10 @@ const KEYS: &[(&str, &str)] = &[
     (
         "cache.checkpoint_interval",
         "How often what was fetched is synced and recorded, so that it survives a restart.",
+    ),
+    (
+        "cache.verify",
+        "\"background\": serve what comes over a trusted transport, hash the whole when it is here; \"strict\": serve nothing of a blob before all of it is here and verified.",
     ),
     ("fetch.deadline", "A read that no source has served within this time fails with EIO."),
     ("fetch.connections", "Requests in flight for one blob at the most."),
@@ -98,6 +102,8 @@ pub struct CacheConfig {
     /// Time between checkpoints.
     #[serde(with = "humantime_serde")]
     pub checkpoint_interval: Duration,
+    /// When bytes are served.
+    pub verify: Verify,
 }
 
 /// `[fetch]`
@@ -169,7 +175,7 @@ impl Default for ControlConfig {
 
 impl Default for CacheConfig {
     fn default() -> Self {
-        Self { checkpoint_interval: Duration::from_secs(5) }
+        Self { checkpoint_interval: Duration::from_secs(5), verify: Verify::Background }
     }
 }
 
@@ -310,6 +316,7 @@ impl Config {
                 prefetch: fetch.prefetch,
             },
             checkpoint_interval: self.cache.checkpoint_interval,
+            verify: self.cache.verify,
         }
     }
 
@@ -472,5 +479,17 @@ mod tests {
     fn a_named_file_must_be_there() {
         let error = Config::load(Some(Path::new("/nonexistent/x.toml"))).unwrap_err();
         assert!(matches!(error, ConfigError::Read { .. }));
+    }
+
+    #[test]
+    fn fuzz_configurations_are_refused_or_printed_as_the_same() {
+        let sample = Config::default().to_commented_toml() + "[registry.'a:1']\nplain_http = true";
+        bolero::check!().for_each(|input: &[u8]| {
+            let bytes = weightfs_fuzz::foreign(&[sample.as_bytes()], input);
+            let Ok(text) = std::str::from_utf8(&bytes) else { return };
+            if let Ok(config) = parse(text) {
+                assert_eq!(parse(&config.to_commented_toml()).unwrap(), config);
+            }
+        });
     }
 }

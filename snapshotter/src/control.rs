@@ -15,17 +15,22 @@ use weightfs_fusefs::{LayerDescriptor, Progress, TreeNumber};
 use weightfs_proto::control::control_client::ControlClient;
 use weightfs_proto::control::control_server::{Control, ControlServer};
 use weightfs_proto::control::{
-    Download, Layer, Model, MountEvent, MountRequest, Mounted, ReleaseReply, ReleaseRequest,
-    StatusReply, StatusRequest, mount_event,
+    CacheReply, CacheRequest, Download, EvictReply, EvictRequest, Layer, Model, MountEvent,
+    MountRequest, Mounted, PinReply, PinRequest, PruneReply, PruneRequest, ReleaseReply,
+    ReleaseRequest, StatusReply, StatusRequest, VerifyEvent, VerifyRequest, mount_event,
 };
 use weightfs_store::Reference;
 
+use crate::cache::{Cache, CacheError, Repair, Subject};
 use crate::metadata::{Backing, Metadata};
 use crate::models::{Models, ShownModel};
 use crate::trees::{Trees, trust_name};
 
 /// Events of a mount that wait for a slow caller; more are dropped, since each is a total.
 const EVENTS: usize = 64;
+
+/// Bytes of an answer at the most: what a cache of a hundred thousand blobs says of itself.
+const MAX_MESSAGE_BYTES: usize = 64 << 20;
 
 /// Answers the command line.
 #[derive(Debug)]
@@ -36,6 +41,8 @@ pub struct ControlService {
     pub trees: Arc<Trees>,
     /// Snapshots.
     pub metadata: Arc<Metadata>,
+    /// What is here of all blobs.
+    pub cache: Cache,
     /// The state directory, for status.
     pub root: PathBuf,
     /// The snapshotter's socket, for status.
@@ -71,7 +78,7 @@ pub async fn connect(address: &Path) -> Result<ControlClient<Channel>, tonic::tr
     let channel = Endpoint::from_static("http://weightfs")
         .connect_with_connector(tower::service_fn(connect))
         .await?;
-    Ok(ControlClient::new(channel))
+    Ok(ControlClient::new(channel).max_decoding_message_size(MAX_MESSAGE_BYTES))
 }
 
 /// Sends how downloads go to the caller of Mount.
@@ -93,15 +100,14 @@ fn event(event: mount_event::Event) -> MountEvent {
 #[tonic::async_trait]
 impl Control for ControlService {
     type MountStream = BoxStream<'static, Result<MountEvent, Status>>;
+    type VerifyStream = BoxStream<'static, Result<VerifyEvent, Status>>;
 
     async fn mount(
         &self,
         request: Request<MountRequest>,
     ) -> Result<Response<Self::MountStream>, Status> {
         let MountRequest { reference, target } = request.into_inner();
-        let reference: Reference = reference
-            .parse()
-            .map_err(|error| Status::invalid_argument(format!("{reference}: {error}")))?;
+        let reference = self::reference(&reference)?;
         let (sender, events) = mpsc::channel(EVENTS);
         tokio::spawn(mount(Arc::clone(&self.models), reference, target.into(), sender));
         let events: BoxStream<'static, _> = ReceiverStream::new(events).boxed();
@@ -133,6 +139,69 @@ impl Control for ControlService {
             models: self.models.list().into_iter().map(model_message).collect(),
             layers: self.layers(),
         }))
+    }
+
+    async fn cache(&self, _request: Request<CacheRequest>) -> Result<Response<CacheReply>, Status> {
+        self.blocking(Cache::list).await
+    }
+
+    async fn evict(&self, request: Request<EvictRequest>) -> Result<Response<EvictReply>, Status> {
+        let subject = subject(&request.into_inner().subject)?;
+        self.blocking(move |cache| cache.evict(&subject)).await
+    }
+
+    async fn prune(&self, _request: Request<PruneRequest>) -> Result<Response<PruneReply>, Status> {
+        self.blocking(Cache::prune).await
+    }
+
+    async fn pin(&self, request: Request<PinRequest>) -> Result<Response<PinReply>, Status> {
+        let reference = reference(&request.into_inner().reference)?;
+        self.cache.pin(&reference).await.map(Response::new).map_err(refusal)
+    }
+
+    async fn unpin(&self, request: Request<PinRequest>) -> Result<Response<PinReply>, Status> {
+        let reference = reference(&request.into_inner().reference)?;
+        self.cache.unpin(&reference).await.map(Response::new).map_err(refusal)
+    }
+
+    async fn verify(
+        &self,
+        request: Request<VerifyRequest>,
+    ) -> Result<Response<Self::VerifyStream>, Status> {
+        let VerifyRequest { subject: text, repair } = request.into_inner();
+        let subject = if text.is_empty() { None } else { Some(subject(&text)?) };
+        let repair = if repair { Repair::Yes } else { Repair::No };
+        let events = self.cache.verify(subject, repair);
+        Ok(Response::new(events.map(|event| event.map_err(refusal)).boxed()))
+    }
+}
+
+fn subject(text: &str) -> Result<Subject, Status> {
+    text.parse().map_err(Status::invalid_argument)
+}
+
+fn reference(text: &str) -> Result<Reference, Status> {
+    text.parse().map_err(|error| Status::invalid_argument(format!("{text}: {error}")))
+}
+
+fn refusal(error: CacheError) -> Status {
+    match error {
+        CacheError::Unknown(_) => Status::not_found(error.to_string()),
+        CacheError::Stopped(_) => Status::internal(error.to_string()),
+        _ => Status::failed_precondition(error.to_string()),
+    }
+}
+
+impl ControlService {
+    /// Does something with the cache that blocks on the disk.
+    async fn blocking<T: Send + 'static>(
+        &self,
+        work: impl FnOnce(&Cache) -> Result<T, CacheError> + Send + 'static,
+    ) -> Result<Response<T>, Status> {
+        let cache = self.cache.clone();
+        let done = tokio::task::spawn_blocking(move || work(&cache)).await;
+        let done = done.map_err(|error| Status::internal(error.to_string()))?;
+        done.map(Response::new).map_err(refusal)
     }
 }
 

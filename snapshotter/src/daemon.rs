@@ -19,12 +19,14 @@ use weightfs_fusefs::session::detach;
 use weightfs_fusefs::{Filesystem, Session, SpecialFiles};
 use weightfs_store::{OpenError, SourceError, Store};
 
+use crate::cache::Cache;
 use crate::config::Config;
 use crate::control::{self, ControlService};
 use crate::images::ImageLayers;
 use crate::metadata::{Metadata, MetadataError};
 use crate::models::Models;
 use crate::owner::Announcement;
+use crate::references::References;
 use crate::snapshots::{SnapshotError, Snapshots};
 use crate::socket::{SocketError, bind_socket};
 use crate::trees::{Opener, Trees};
@@ -100,6 +102,7 @@ impl Daemon {
         let metadata = Arc::new(Metadata::open(&config.root)?);
         let trees = Arc::new(Trees::new(mount(&config.root.join(MOUNT_DIRECTORY))?));
         let opener = opener(config, Arc::clone(&store))?;
+        let cache = Cache::new(opener.clone(), &config.root);
         let models =
             Arc::new(Models::new(opener.clone(), Arc::clone(&trees), Arc::clone(&metadata)));
         models.restore()?;
@@ -118,6 +121,7 @@ impl Daemon {
             models,
             trees: Arc::clone(&trees),
             metadata,
+            cache,
             root,
             snapshotter_address,
         };
@@ -187,7 +191,8 @@ fn opener(config: &Config, store: Arc<Store>) -> Result<Opener, DaemonError> {
     let deadline = config.fetch.deadline;
     let registries =
         weightfs_store::Registries::new(config.registry_options(), docker_config, deadline)?;
-    Ok(Opener { registries, store, deadline })
+    let references = References::new(&config.root);
+    Ok(Opener { registries, store, references, deadline })
 }
 
 /// Mounts at `path`. What a dead daemon left there is detached first.

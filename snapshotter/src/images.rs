@@ -107,6 +107,7 @@ impl ImageLayers {
         let open = self.opener.open_layer(&layer, &Quiet).await;
         let open = open.map_err(|error| error.to_string())?;
         let record = TreeRecord { layers: vec![layer.clone()], over_foreign };
+        self.opener.remember(&reference.whole(), manifest, &record).await;
         let tree = stack(below.as_deref(), OpenTree { layers: vec![open], record });
         let number = self.allocate().await?;
         self.trees.show(number, tree).map_err(|error| error.to_string())?;
@@ -223,4 +224,40 @@ fn identify(request: &LayerRequest) -> Result<(Reference, Digest, Digest), Strin
         image.parse().map_err(|error| format!("image reference {image:?}: {error}"))?;
     let digest = |text: &String| text.parse().map_err(|error| format!("{error}"));
     Ok((reference, digest(manifest)?, digest(layer)?))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use super::*;
+
+    /// The labels that containerd sets, one on a line.
+    const LABELS: &str = "containerd.io/snapshot/cri.image-ref=localhost:5000/m:1\n\
+        containerd.io/snapshot/cri.manifest-digest=sha256:\
+        f338e13524cf74c04cefcbd19e8f625e65aa35831bbd8b9ae24aa7d1a6e8bd19\n\
+        containerd.io/snapshot/cri.layer-digest=sha256:\
+        5d13da7718a982061b95bd12b5fd1161c9c850437f5e2f63a774f014bd0ba581\n\
+        containerd.io/snapshot/cri.image-layers=sha256:aa,sha256:bb\n\
+        containerd.io/snapshot/other=x\nforeign=y";
+
+    #[test]
+    fn fuzz_labels_name_a_layer_or_a_reason() {
+        bolero::check!().for_each(|input: &[u8]| {
+            let bytes = weightfs_fuzz::foreign(&[LABELS.as_bytes()], input);
+            let text = String::from_utf8_lossy(&bytes);
+            let pairs = text.lines().filter_map(|line| line.split_once('='));
+            let labels: BTreeMap<_, _> =
+                pairs.map(|(name, value)| (name.to_owned(), value.to_owned())).collect();
+            let request = LayerRequest::new("chain", &labels, None, false);
+            assert!(!request.annotations.contains_key("foreign"));
+            match identify(&request) {
+                Ok((_, manifest, layer)) => {
+                    assert_eq!(request.manifest_digest, Some(manifest.to_string()));
+                    assert_eq!(request.layer_digest, Some(layer.to_string()));
+                }
+                Err(reason) => assert!(!reason.is_empty()),
+            }
+        });
+    }
 }

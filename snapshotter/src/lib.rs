@@ -2,6 +2,7 @@
 //! one mount of lazily fetched layers.
 
 pub mod bind;
+pub mod cache;
 pub mod cli;
 pub mod config;
 pub mod containerd;
@@ -14,6 +15,7 @@ pub mod metadata;
 pub mod model_image;
 pub mod models;
 pub mod owner;
+pub mod references;
 pub mod rpull;
 pub mod snapshots;
 pub mod socket;

@@ -17,7 +17,7 @@ fn main() -> ExitCode {
     let cli = Cli::parse();
     start_log(&cli.command);
     match run(cli) {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(code) => code,
         Err(error) => {
             eprintln!("weightfs: {}", describe(&error));
             ExitCode::FAILURE
@@ -25,7 +25,7 @@ fn main() -> ExitCode {
     }
 }
 
-fn run(cli: Cli) -> anyhow::Result<()> {
+fn run(cli: Cli) -> anyhow::Result<ExitCode> {
     let mut config = Config::load(cli.config.as_deref())?;
     if let Some(root) = &cli.root {
         config.root = std::path::absolute(root).context("--root")?;
@@ -35,7 +35,7 @@ fn run(cli: Cli) -> anyhow::Result<()> {
         .thread_name("weightfs")
         .build()
         .context("can't start threads")?;
-    match cli.command {
+    let done = match cli.command {
         Command::Config => {
             print!("{}", config.to_commented_toml());
             Ok(())
@@ -51,7 +51,14 @@ fn run(cli: Cli) -> anyhow::Result<()> {
         Command::Serve => runtime.block_on(commands::serve::run(&config)),
         Command::Rpull(arguments) => runtime.block_on(commands::rpull::run(&config, arguments)),
         Command::Status { json } => runtime.block_on(commands::status::run(&config, json)),
-    }
+        Command::Cache { command } => runtime.block_on(commands::cache::run(&config, command)),
+        Command::Pin(arguments) => runtime.block_on(commands::cache::pin(&config, &arguments)),
+        Command::Unpin(arguments) => runtime.block_on(commands::cache::unpin(&config, &arguments)),
+        Command::Verify(arguments) => {
+            return runtime.block_on(commands::verify::run(&config, arguments));
+        }
+    };
+    done.map(|()| ExitCode::SUCCESS)
 }
 
 /// The error and its causes, those left out that an error has in its own text already.

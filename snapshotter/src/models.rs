@@ -107,6 +107,7 @@ impl Models {
             target: target.to_owned(),
             tree: tree.record.clone(),
         };
+        self.opener.remember(&record.reference, record.manifest_digest, &tree.record).await;
         Ok(OpenModel { record, tree })
     }
 

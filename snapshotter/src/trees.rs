@@ -11,11 +11,15 @@ use std::time::Duration;
 
 use futures::{StreamExt as _, TryStreamExt as _, stream};
 use serde::{Deserialize, Serialize};
+use tracing::warn;
 use weightfs_fusefs::{
     Artifact, ArtifactError, Base, LayerDescriptor, LayerError, OpenLayer, Progress, Session, Tree,
     TreeError, TreeNumber, open_layer, reopen_layer,
 };
-use weightfs_store::{BlobId, Reference, Registries, Repository, Store, Trust};
+use weightfs_store::{BlobId, Digest, Reference, Registries, Repository, Store, Trust};
+
+use crate::cache;
+use crate::references::{Pin, References};
 
 /// Layers of one artifact that are opened at the same time: each may cost a few round trips.
 const LAYERS_AT_ONCE: usize = 8;
@@ -44,6 +48,8 @@ pub struct Opener {
     pub registries: Arc<Registries>,
     /// Where their bytes go.
     pub store: Arc<Store>,
+    /// What was opened, by name.
+    pub references: Arc<References>,
     /// How long a source may give nothing.
     pub deadline: Duration,
 }
@@ -107,14 +113,7 @@ impl Opener {
         artifact: &Artifact,
         progress: &dyn Progress,
     ) -> Result<OpenTree, TreesError> {
-        let records: Vec<_> = artifact
-            .layers
-            .iter()
-            .map(|descriptor| LayerRecord {
-                descriptor: descriptor.clone(),
-                repository: artifact.repository.clone(),
-            })
-            .collect();
+        let records = layer_records(artifact);
         let layers = stream::iter(records.clone())
             .map(|record| async move { self.open_layer(&record, progress).await })
             .buffered(LAYERS_AT_ONCE)
@@ -135,6 +134,23 @@ impl Opener {
         let LayerRecord { descriptor, repository } = record;
         let source = self.registries.source(repository, descriptor.digest, descriptor.size);
         Ok(open_layer(&self.store, source, descriptor, self.deadline, progress).await?)
+    }
+
+    /// Remembers what a reference named; where it is pinned, so are its blobs from now on.
+    pub async fn remember(&self, reference: &str, manifest: Digest, record: &TreeRecord) {
+        let (references, store) = (Arc::clone(&self.references), Arc::clone(&self.store));
+        let (reference, layers) = (reference.to_owned(), record.layers.clone());
+        let remembered = tokio::task::spawn_blocking(move || {
+            references.remember(&reference, manifest, &layers);
+            match references.find(&reference) {
+                Some(known) if known.pin == Pin::Pinned => cache::settle_pins(&references, &store),
+                _ => Ok(()),
+            }
+        });
+        // A panic in there has been reported.
+        if let Ok(Err(error)) = remembered.await {
+            warn!(%error, "a pinned layer is not pinned: it may be evicted");
+        }
     }
 
     /// Opens the layers of a tree from the cache alone.
@@ -180,6 +196,15 @@ impl OpenTree {
             }
         })
     }
+}
+
+/// The layers of an artifact, as they are remembered.
+pub fn layer_records(artifact: &Artifact) -> Vec<LayerRecord> {
+    let record = |descriptor: &LayerDescriptor| LayerRecord {
+        descriptor: descriptor.clone(),
+        repository: artifact.repository.clone(),
+    };
+    artifact.layers.iter().map(record).collect()
 }
 
 impl TreeStats {

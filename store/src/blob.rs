@@ -4,6 +4,8 @@
 //! read that finds everything takes no lock that a fetch can hold. A poisoned blob serves
 //! nothing more.
 
+mod complete;
+
 use std::fmt;
 use std::fs::File;
 use std::io;
@@ -13,6 +15,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError, RwLock};
 
 use tokio::runtime::Handle;
+use tokio::sync::Notify;
 use tokio::time::Instant;
 
 use crate::chunk::{ChunkNo, ChunkTable, Place, VerifiedChunk, each};
@@ -24,8 +27,8 @@ use crate::read_ahead::{Advice, ReadAhead};
 use crate::segment::{Segments, View};
 use crate::shared::{Entered, Shared, lock};
 use crate::state::{Record, Verdict};
-use crate::store::{Background, FetchOptions};
-use crate::{BlobId, Layout, ReadError, Source};
+use crate::store::{Background, FetchOptions, touch};
+use crate::{BlobId, Digest, Layout, ReadError, Source, Verify};
 
 /// Sources that a blob can have at the most: the registry under a few names, and peers.
 const MAX_SOURCES: usize = 64;
@@ -62,6 +65,10 @@ pub struct Blob {
     segments: Segments,
     presence: Presence,
     verdict: OnceLock<Verdict>,
+    /// What the bytes hashed to when they were hashed again, if that was not what they should.
+    spoilt: OnceLock<Digest>,
+    /// Tells of a judgement.
+    judged: Notify,
     hash: RunningHash,
     /// Segments that were written to since they were last synced.
     unsynced: Bits,
@@ -164,6 +171,10 @@ impl Miss {
     /// be written; when the blob turned out to be poisoned.
     pub async fn wait(self) -> Result<Slice, ReadError> {
         let Self { blob, range, place, notice, until } = self;
+        if blob.shared.verify == Verify::Strict {
+            blob.complete().await?;
+            return blob.slice(&range, &place);
+        }
         let access = notice.advice.access;
         let tickets = blob.fetcher.demand(&blob, &place.chunks, access, until);
         // After the demand, so that it comes after it in the queue, too.
@@ -201,6 +212,8 @@ impl Blob {
             segments,
             presence,
             verdict,
+            spoilt: OnceLock::new(),
+            judged: Notify::new(),
             hash: RunningHash::new(follow),
             unsynced: Bits::new(u32::try_from(table.layout().segments()).unwrap_or(u32::MAX)),
             recorder: Mutex::new(Recorder::Ready),
@@ -280,7 +293,7 @@ impl Blob {
             start: range.start,
             end: range.end,
         })?;
-        if self.presence.has_all(&place.chunks) {
+        if self.may_serve() && self.presence.has_all(&place.chunks) {
             self.note_hit(&range, &place);
             return self.slice(&range, &place).map(Read::Ready);
         }
@@ -289,11 +302,15 @@ impl Blob {
         Ok(Read::Missing(Miss { blob: Arc::clone(self), range, place, notice, until }))
     }
 
-    /// Whether every chunk that `range` touches is published. Not so for a range that is not
+    /// Whether a read of `range` would find all it needs. Not so for a range that is not
     /// inside one segment.
     pub fn is_cached(&self, range: Range<u64>) -> bool {
         range.is_empty()
-            || self.table.locate(&range).is_some_and(|place| self.presence.has_all(&place.chunks))
+            || self.may_serve()
+                && self
+                    .table
+                    .locate(&range)
+                    .is_some_and(|place| self.presence.has_all(&place.chunks))
     }
 
     /// Bytes of the chunks that `range` touches and that are not published. 0 for a range that is
@@ -311,7 +328,7 @@ impl Blob {
             size: self.layout().size(),
             cached: self.presence.bytes(),
             fetched: self.fetched.load(Ordering::Relaxed),
-            trust: match self.verdict.get() {
+            trust: match self.verdict() {
                 None => Trust::Transport,
                 Some(Verdict::Verified) => Trust::Verified,
                 Some(Verdict::Poisoned { .. }) => Trust::Poisoned,
@@ -331,19 +348,25 @@ impl Blob {
     /// When the file can't be opened.
     pub fn segment_file(&self, segment: usize) -> io::Result<Option<File>> {
         let chunks = self.table.of_segment(segment);
-        if chunks.is_empty() || self.check_trust().is_err() || !self.presence.has_all(&chunks) {
+        let trusted = self.check_trust().is_ok() && self.may_serve();
+        if chunks.is_empty() || !trusted || !self.presence.has_all(&chunks) {
             return Ok(None);
         }
         self.segments.open(segment).map(Some)
     }
 
     fn check_trust(&self) -> Result<(), ReadError> {
-        match self.verdict.get() {
+        match self.verdict() {
             Some(Verdict::Poisoned { actual }) => {
-                Err(ReadError::Poisoned { digest: self.id.digest, actual: *actual })
+                Err(ReadError::Poisoned { digest: self.id.digest, actual })
             }
             Some(Verdict::Verified) | None => Ok(()),
         }
+    }
+
+    /// Whether bytes may be served before the whole blob is judged, or it is.
+    fn may_serve(&self) -> bool {
+        self.shared.verify == Verify::Background || self.verdict() == Some(Verdict::Verified)
     }
 
     /// Notes a hit, unless somebody else notes something or there is nothing to fetch.
@@ -457,7 +480,8 @@ impl Blob {
     }
 
     pub(crate) fn verdict(&self) -> Option<Verdict> {
-        self.verdict.get().copied()
+        let spoilt = self.spoilt.get().map(|actual| Verdict::Poisoned { actual: *actual });
+        spoilt.or_else(|| self.verdict.get().copied())
     }
 
     pub(crate) fn sources(&self) -> Vec<Arc<dyn Source>> {
@@ -508,9 +532,30 @@ impl Blob {
         self.slice(&range, &place)
     }
 
-    /// Sets the judgement of the whole blob; whether there was none before.
-    pub(crate) fn settle(self: &Arc<Self>, verdict: Verdict) -> bool {
-        let first = self.verdict.set(verdict).is_ok();
+    /// Sets the judgement of the whole blob. That it is poisoned is said once, here.
+    pub(crate) fn judge(self: &Arc<Self>, verdict: Verdict) {
+        if self.settle(verdict)
+            && let Verdict::Poisoned { actual } = verdict
+        {
+            tracing::error!(
+                blob = %self.id.digest,
+                %actual,
+                sources = ?self.source_names(),
+                "blob is poisoned: its bytes do not hash to its digest; nothing of it is served any more",
+            );
+        }
+    }
+
+    /// Whether that changed something.
+    fn settle(self: &Arc<Self>, verdict: Verdict) -> bool {
+        let first = match (self.verdict(), verdict) {
+            // It was good once: its file has changed since.
+            (Some(Verdict::Verified), Verdict::Poisoned { actual }) => {
+                self.spoilt.set(actual).is_ok()
+            }
+            _ => self.verdict.set(verdict).is_ok(),
+        };
+        self.judged.notify_waiters();
         // A store that is closed records nothing: the next one hashes the blob again.
         if first && let Ok(entered) = self.enter() {
             self.shared.changed(self, &entered);
@@ -562,6 +607,14 @@ fn restore(
         };
         if whole && let Some(verified) = VerifiedChunk::check(table, chunk, &bytes) {
             presence.publish(&verified);
+        }
+    }
+}
+
+impl Drop for Blob {
+    fn drop(&mut self) {
+        if let Ok(_entered) = self.shared.enter() {
+            touch(self.segments.dir());
         }
     }
 }

@@ -170,4 +170,18 @@ mod tests {
         let gone = dir.path().join("gone");
         assert!(write(&gone, "x", Kind::State, b"new", Durability::Synced).is_err());
     }
+
+    #[test]
+    fn fuzz_documents_are_refused_or_whole() {
+        let dir = tempfile::tempdir().unwrap();
+        write(dir.path(), "x", Kind::State, b"payload", Durability::Atomic).unwrap();
+        let sample = fs::read(dir.path().join("x")).unwrap();
+        bolero::check!().for_each(|input: &[u8]| {
+            let bytes = weightfs_fuzz::foreign(&[&sample], input);
+            if let Ok(payload) = decode(bytes.clone(), Kind::State) {
+                assert!(bytes.ends_with(&payload));
+                assert_eq!(bytes.len(), HEADER_BYTES + payload.len());
+            }
+        });
+    }
 }

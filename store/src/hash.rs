@@ -63,6 +63,11 @@ impl RunningHash {
         }
     }
 
+    /// The first chunk that is not hashed yet.
+    pub(crate) fn position(&self) -> ChunkNo {
+        ChunkNo(self.next.load(Ordering::Acquire))
+    }
+
     /// To be called after chunks were published: goes on hashing if there is enough to do.
     pub(crate) fn poke(&self, blob: &Arc<Blob>) {
         if blob.verdict().is_some() || !self.has_work(blob, BATCH) {
@@ -259,15 +264,6 @@ impl Pace {
 }
 
 fn judge(blob: &Arc<Blob>, actual: Digest) {
-    let promised = blob.id().digest;
-    if actual == promised {
-        blob.settle(Verdict::Verified);
-    } else if blob.settle(Verdict::Poisoned { actual }) {
-        tracing::error!(
-            blob = %promised,
-            %actual,
-            sources = ?blob.source_names(),
-            "blob is poisoned: what its sources gave does not hash to its digest; nothing of it is served any more",
-        );
-    }
+    let good = actual == blob.id().digest;
+    blob.judge(if good { Verdict::Verified } else { Verdict::Poisoned { actual } });
 }

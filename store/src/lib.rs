@@ -10,6 +10,8 @@ pub mod digest;
 mod document;
 pub mod error;
 mod fetch;
+#[cfg(test)]
+mod fuzz;
 mod hash;
 mod interest;
 pub mod layout;
@@ -29,4 +31,7 @@ pub use layout::{CHUNK_BYTES, Layout, LayoutError};
 pub use oci_client::Reference;
 pub use registry::{MAX_MANIFEST_BYTES, Manifest, Registries, RegistryOptions, Repository};
 pub use source::{ByteStream, Source};
-pub use store::{Background, BlobId, FetchOptions, Form, Ingest, Store, StoreOptions};
+pub use store::{
+    Background, BlobId, BlobUsage, Checked, Evicted, FetchOptions, Form, Ingest, Pruned, Store,
+    StoreOptions, Usage, Verify, VerifyError,
+};

@@ -305,3 +305,21 @@ fn default_config() -> Option<PathBuf> {
 fn string(error: impl ToString) -> String {
     error.to_string()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn fuzz_media_types_are_plain() {
+        let samples: [&[u8]; 2] =
+            [br#"{"mediaType":"application/x"}"#, b"application/JSON; charset=utf-8"];
+        bolero::check!().for_each(|input: &[u8]| {
+            let bytes = weightfs_fuzz::foreign(&samples, input);
+            assert!(media_type(&HeaderMap::new(), &bytes).len() <= 3 * bytes.len());
+            let Ok(given) = HeaderValue::from_bytes(&bytes) else { return };
+            let found = media_type(&HeaderMap::from_iter([(CONTENT_TYPE, given)]), b"");
+            assert!(!found.contains(';') && found == found.to_ascii_lowercase());
+        });
+    }
+}

@@ -158,10 +158,16 @@ impl Segments {
 
     /// Bytes that all files of the directory take on disk.
     pub(crate) fn disk_bytes(&self) -> u64 {
-        let Ok(entries) = fs::read_dir(&self.dir) else { return 0 };
-        let files = entries.filter_map(|entry| entry.ok()?.metadata().ok());
-        files.map(|file| file.blocks() * 512).sum()
+        disk_bytes(&self.dir)
     }
+}
+
+/// Bytes that all files of a directory take on disk (`st_blocks`, which is in units of 512 bytes
+/// whatever the file system's: stat(2)).
+pub(crate) fn disk_bytes(dir: &Path) -> u64 {
+    let Ok(entries) = fs::read_dir(dir) else { return 0 };
+    let files = entries.filter_map(|entry| entry.ok()?.metadata().ok());
+    files.map(|file| file.blocks() * 512).sum()
 }
 
 /// The file of a segment.

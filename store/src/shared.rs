@@ -12,7 +12,7 @@ use crate::Blob;
 use crate::fetch::Scheduler;
 use crate::hash::Hashers;
 use crate::segment::MappingBudget;
-use crate::store::{BlobId, FetchOptions};
+use crate::store::{BlobId, FetchOptions, Verify};
 
 /// The longest deadline of a read: as good as none, and sums with it don't overflow.
 const MAX_DEADLINE: Duration = Duration::from_secs(24 * 60 * 60);
@@ -38,6 +38,7 @@ pub(crate) struct Entered<'a>(#[expect(dead_code, reason = "held")] RwLockReadGu
 #[derive(Debug)]
 pub(crate) struct Shared {
     pub(crate) fetch: FetchOptions,
+    pub(crate) verify: Verify,
     pub(crate) runtime: Handle,
     pub(crate) mappings: Arc<MappingBudget>,
     pub(crate) scheduler: Scheduler,
@@ -48,12 +49,13 @@ pub(crate) struct Shared {
 }
 
 impl Shared {
-    pub(crate) fn new(fetch: FetchOptions, runtime: Handle) -> Self {
+    pub(crate) fn new(fetch: FetchOptions, verify: Verify, runtime: Handle) -> Self {
         let deadline = fetch.deadline.min(MAX_DEADLINE);
         Self {
             scheduler: Scheduler::new(fetch.connections_per_host),
             hashers: Hashers::new(),
             fetch: FetchOptions { deadline, ..fetch },
+            verify,
             runtime,
             mappings: Arc::default(),
             gate: RwLock::new(Gate::Open),

@@ -70,7 +70,7 @@ impl Record {
 
     /// The layout's fingerprint, the verdict (0 none, 1 verified, 2 poisoned), the digest that
     /// the bytes have (zeros unless poisoned), the bitmap's words.
-    fn encode(&self, layout: &Layout) -> Vec<u8> {
+    pub(crate) fn encode(&self, layout: &Layout) -> Vec<u8> {
         let (tag, actual) = match self.verdict {
             None => (0u8, [0; 32]),
             Some(Verdict::Verified) => (1, [0; 32]),
@@ -83,7 +83,7 @@ impl Record {
         bytes
     }
 
-    fn decode(bytes: &[u8], table: &ChunkTable) -> Option<Self> {
+    pub(crate) fn decode(bytes: &[u8], table: &ChunkTable) -> Option<Self> {
         let (layout, rest) = bytes.split_first_chunk::<32>()?;
         let (tag, rest) = rest.split_first()?;
         let (actual, words) = rest.split_first_chunk::<32>()?;

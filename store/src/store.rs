@@ -2,7 +2,8 @@
 //!
 //! ```text
 //! lock                                     flock, and the owner's process id
-//! ingest/<n>/                              what is being written in sequence
+//! ingest/<n>/                              what is being written in sequence, or removed
+//! pins/<name>                              blobs that are never evicted
 //! blobs/sha256/<ab>/<hex>/                 a blob as its registry has it
 //! blobs/sha256/<ab>/<hex>.decompressed/    what it inflates to
 //!     layout  state  segment-<n>  attachment-<name>
@@ -11,26 +12,34 @@
 //! Invariants: one process owns the directory; after the store is closed nothing in it changes,
 //! even if blobs of it are still held. Lock order: the table of open blobs, then a blob's own.
 
+mod catalog;
 mod checkpoint;
 mod ingest;
 mod owner;
+mod pins;
+mod usage;
+mod verify;
 
-use std::collections::HashMap;
 use std::fs::{self, DirBuilder};
 use std::io;
 use std::os::unix::fs::DirBuilderExt;
-use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, Weak};
+use std::path::Path;
+use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 use tokio::runtime::Handle;
 
 pub use self::ingest::Ingest;
+pub use self::usage::{BlobUsage, Evicted, Pruned, Usage};
+pub use self::verify::{Checked, VerifyError};
 
+pub(crate) use self::catalog::touch;
+use self::catalog::{Catalog, Removal};
 use self::checkpoint::Checkpointer;
 use self::ingest::IngestArea;
 use self::owner::Owner;
+use self::pins::Pins;
 use crate::chunk::{ChunkTable, MAX_BLOB_BYTES};
 use crate::document::{self, Durability, Found, Kind};
 use crate::shared::{Shared, lock};
@@ -93,6 +102,16 @@ pub enum Background {
     Everything,
 }
 
+/// When the bytes of a blob are served that has no digest but that of the whole.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Verify {
+    /// As they come, trusted for their transport; the whole is hashed when it is here.
+    Background,
+    /// When the whole is here and hashes to its digest.
+    Strict,
+}
+
 /// What a store needs to know.
 #[derive(Debug, Clone)]
 pub struct StoreOptions {
@@ -101,6 +120,8 @@ pub struct StoreOptions {
     /// Time between two checkpoints. What was fetched since the last one is fetched again after a
     /// power loss; much more often costs throughput (syncing each 4 MiB halves it).
     pub checkpoint_interval: Duration,
+    /// When bytes are served.
+    pub verify: Verify,
 }
 
 /// The owner of a state directory's blobs. When it is dropped, it records what is published and
@@ -108,10 +129,7 @@ pub struct StoreOptions {
 /// they have and fetch nothing more.
 #[derive(Debug)]
 pub struct Store {
-    blobs: PathBuf,
-    ingests: IngestArea,
-    shared: Arc<Shared>,
-    open: Mutex<HashMap<BlobId, Weak<Blob>>>,
+    catalog: Arc<Catalog>,
     checkpointer: Checkpointer,
     /// Last, so that the directory is given up when all else is done.
     _owner: Owner,
@@ -132,20 +150,21 @@ impl Store {
         let blobs = root.join("blobs").join("sha256");
         make_dir(&blobs)?;
         let ingests = IngestArea::clean(root.join("ingest"))?;
-        let StoreOptions { fetch, checkpoint_interval } = options;
-        let shared = Arc::new(Shared::new(fetch, runtime));
+        let pins = Pins::open(root.join("pins"))?;
+        let StoreOptions { fetch, checkpoint_interval, verify } = options;
+        let shared = Arc::new(Shared::new(fetch, verify, runtime));
         let checkpointer = Checkpointer::start(Arc::clone(&shared), checkpoint_interval);
         let checkpointer = checkpointer.map_err(at(root))?;
-        let open = Mutex::default();
-        Ok(Arc::new(Self { blobs, ingests, shared, open, checkpointer, _owner: owner }))
+        let catalog = Arc::new(Catalog::new(blobs, ingests, pins, shared));
+        Ok(Arc::new(Self { catalog, checkpointer, _owner: owner }))
     }
 
     /// The layout of a blob that this store has on disk.
     pub fn layout(&self, id: BlobId) -> Option<Layout> {
-        if let Some(blob) = self.opened(id) {
+        if let Some(blob) = self.catalog.opened(id) {
             return Some(blob.layout().clone());
         }
-        read_layout(&self.dir(id))
+        read_layout(&self.catalog.dir(id))
     }
 
     /// Opens a blob, or creates an empty one. All openers share one [`Blob`].
@@ -154,7 +173,7 @@ impl Store {
     /// When it is there with another layout, is larger than 16 TiB, or the directory can't be
     /// used.
     pub fn blob(self: &Arc<Self>, id: BlobId, layout: &Layout) -> Result<Arc<Blob>, OpenError> {
-        let mut open = lock(&self.open);
+        let mut open = lock(&self.catalog.open);
         if let Some(blob) = open.get(&id).and_then(Weak::upgrade) {
             return same_layout(blob, layout);
         }
@@ -168,22 +187,23 @@ impl Store {
     }
 
     fn open_blob(&self, id: BlobId, layout: &Layout) -> Result<Arc<Blob>, OpenError> {
-        let dir = self.dir(id);
+        let dir = self.catalog.dir(id);
         let size = layout.size();
         let too_large = || {
             let why = format!("a blob of {size} bytes is over the limit of {MAX_BLOB_BYTES}");
             at(&dir)(io::Error::new(io::ErrorKind::InvalidInput, why))
         };
         let table = ChunkTable::new(layout.clone()).ok_or_else(too_large)?;
-        let _entered = self.shared.enter().map_err(at(&dir))?;
+        let _entered = self.catalog.shared.enter().map_err(at(&dir))?;
         make_dir(&dir)?;
         match read_layout(&dir) {
             Some(known) if known == *layout => {}
             Some(_) => return Err(OpenError::OtherLayout { digest: id.digest }),
             None => write_layout(&dir, layout).map_err(at(&dir))?,
         }
+        touch(&dir);
         let record = Record::read(&dir, &table);
-        Ok(Blob::open(id, dir, table, record, Arc::clone(&self.shared)))
+        Ok(Blob::open(id, dir, table, record, Arc::clone(&self.catalog.shared)))
     }
 
     /// Begins to write a blob in sequence whose cuts become known on the way. Nothing of it is
@@ -201,21 +221,21 @@ impl Store {
     /// # Errors
     /// Another name, more than 256 MiB, or the directory can't be used.
     pub fn attach(&self, id: BlobId, name: &str, bytes: &[u8]) -> Result<(), OpenError> {
-        let dir = self.dir(id);
+        let dir = self.catalog.dir(id);
         let failed = at(&dir);
         let refuse = |why: &str| failed(io::Error::new(io::ErrorKind::InvalidInput, why));
         let file = attachment_file(name).ok_or_else(|| refuse("not a name for a document"))?;
         if bytes.len() as u64 > document::MAX_DOCUMENT_BYTES {
             return Err(refuse("the document is over 256 MiB"));
         }
-        let _entered = self.shared.enter().map_err(&failed)?;
+        let _entered = self.catalog.shared.enter().map_err(&failed)?;
         make_dir(&dir)?;
         document::write(&dir, &file, Kind::Attachment, bytes, Durability::Atomic).map_err(&failed)
     }
 
     /// A document kept beside a blob; `None` if there is none or it is damaged.
     pub fn attachment(&self, id: BlobId, name: &str) -> Option<Vec<u8>> {
-        let path = self.dir(id).join(attachment_file(name)?);
+        let path = self.catalog.dir(id).join(attachment_file(name)?);
         match document::read(&path, Kind::Attachment) {
             Found::Payload(bytes) => Some(bytes),
             Found::Nothing => None,
@@ -232,12 +252,12 @@ impl Store {
     /// # Errors
     /// The first failure; the other blobs are recorded all the same.
     pub fn checkpoint(&self) -> Result<(), OpenError> {
-        checkpoint::record_changed(&self.shared)
+        checkpoint::record_changed(&self.catalog.shared)
     }
 
     /// The blobs that are open now.
     pub fn open_blobs(&self) -> Vec<Arc<Blob>> {
-        lock(&self.open).values().filter_map(Weak::upgrade).collect()
+        self.catalog.all_open()
     }
 
     /// Removes all that is kept of a blob (a poisoned one, or one that nothing needs). What was
@@ -248,14 +268,7 @@ impl Store {
     pub fn discard(&self, id: BlobId) -> Result<bool, OpenError> {
         // Blobs that only wait for their record close.
         self.checkpoint()?;
-        let open = lock(&self.open);
-        if open.get(&id).is_some_and(|blob| blob.strong_count() > 0) {
-            return Ok(false);
-        }
-        let dir = self.dir(id);
-        let _entered = self.shared.enter().map_err(at(&dir))?;
-        self.ingests.remove(&dir)?;
-        Ok(true)
+        Ok(self.catalog.remove(id)? != Removal::Open)
     }
 
     /// Removes what an earlier user of a blob found poisoned, so that the next one asks its
@@ -264,7 +277,7 @@ impl Store {
     /// # Errors
     /// When the directory can't be changed.
     pub fn discard_poisoned(&self, id: BlobId) -> Result<bool, OpenError> {
-        let dir = self.dir(id);
+        let dir = self.catalog.dir(id);
         let table = read_layout(&dir).and_then(ChunkTable::new);
         let record = table.and_then(|table| Record::read(&dir, &table));
         let verdict = record.and_then(|record| record.verdict);
@@ -274,20 +287,6 @@ impl Store {
         tracing::warn!(blob = %id.digest, "poisoned bytes are discarded: they are fetched again");
         Ok(true)
     }
-
-    fn opened(&self, id: BlobId) -> Option<Arc<Blob>> {
-        lock(&self.open).get(&id).and_then(Weak::upgrade)
-    }
-
-    /// Where a blob's files are.
-    fn dir(&self, id: BlobId) -> PathBuf {
-        let hex = id.digest.hex();
-        let shard = self.blobs.join(hex.get(..2).unwrap_or_default());
-        match id.form {
-            Form::AsStored => shard.join(hex),
-            Form::Decompressed => shard.join(hex + ".decompressed"),
-        }
-    }
 }
 
 impl Drop for Store {
@@ -296,7 +295,7 @@ impl Drop for Store {
         if let Err(error) = self.checkpoint() {
             tracing::error!(%error, "what was fetched last is not recorded: it will be fetched again");
         }
-        self.shared.close();
+        self.catalog.shared.close();
     }
 }
 

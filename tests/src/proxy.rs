@@ -16,7 +16,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use http_body_util::{BodyExt as _, Full};
 use hyper::body::Incoming;
-use hyper::header::{AUTHORIZATION, CONNECTION, CONTENT_RANGE, LOCATION, RANGE};
+use hyper::header::{AUTHORIZATION, CONNECTION, CONTENT_RANGE, LOCATION, RANGE, RETRY_AFTER};
 use hyper::service::service_fn;
 use hyper::{Method, Request, Response, StatusCode};
 use hyper_util::rt::TokioIo;
@@ -70,6 +70,22 @@ pub enum Fault {
     },
     /// Answers with this status and no body.
     Status(u16),
+    /// Answers with this status and asks to come again after so many seconds.
+    Busy {
+        /// 429 or 503.
+        status: u16,
+        /// What Retry-After says.
+        retry_after: u64,
+    },
+    /// Sends a byte each second.
+    Trickle,
+    /// Answers a ranged request with another range, so many bytes further, and says so.
+    Elsewhere {
+        /// How many bytes further.
+        by: u64,
+    },
+    /// Sends the bytes of another blob of the repository.
+    Other(Digest),
     /// Flips the bits of the byte at that offset of the blob.
     Corrupt {
         /// The byte's offset in the whole blob.
@@ -261,6 +277,13 @@ async fn answer(request: Request<Incoming>, state: Arc<State>) -> Answer {
             let status = StatusCode::from_u16(status).map_err(io::Error::other)?;
             return simple(Response::builder().status(status), Bytes::new());
         }
+        Some(Fault::Busy { status, retry_after }) => {
+            let status = StatusCode::from_u16(status).map_err(io::Error::other)?;
+            let answer = Response::builder().status(status).header(RETRY_AFTER, retry_after);
+            return simple(answer, Bytes::new());
+        }
+        Some(Fault::Elsewhere { by }) => state.forward(elsewhere(request, by), false).await?,
+        Some(Fault::Other(digest)) => state.forward(of_blob(request, digest)?, false).await?,
         Some(Fault::Replace { media_type, body }) => replaced(&media_type, body)?,
         Some(Fault::Redirect { to }) => {
             let location = format!("http://{to}{}", request.uri());
@@ -318,6 +341,29 @@ impl State {
         response.headers_mut().remove(CONNECTION);
         Ok(response.map(|inner| inner.map_err(io::Error::other).boxed_unsync()))
     }
+}
+
+/// The same request for bytes that lie so many further.
+fn elsewhere(mut request: Request<Incoming>, by: u64) -> Request<Incoming> {
+    let range = request.headers().get(RANGE).and_then(|range| range.to_str().ok());
+    let shifted = range.and_then(|range| {
+        let (first, last) = range.strip_prefix("bytes=")?.split_once('-')?;
+        let (first, last) = (first.parse::<u64>().ok()?, last.parse::<u64>().ok()?);
+        format!("bytes={}-{}", first + by, last + by).parse().ok()
+    });
+    if let Some(shifted) = shifted {
+        request.headers_mut().insert(RANGE, shifted);
+    }
+    request
+}
+
+/// The same request for another blob.
+fn of_blob(mut request: Request<Incoming>, digest: Digest) -> io::Result<Request<Incoming>> {
+    let path = request.uri().path();
+    let (before, _) = path.rsplit_once('/').unwrap_or_default();
+    let uri = format!("{before}/{digest}");
+    *request.uri_mut() = uri.parse().map_err(io::Error::other)?;
+    Ok(request)
 }
 
 /// A ready answer.

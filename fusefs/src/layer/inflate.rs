@@ -287,3 +287,6 @@ impl Writer {
         ended.map_err(|source| LayerError::Tar { digest, source })
     }
 }
+
+#[cfg(test)]
+mod fuzz;

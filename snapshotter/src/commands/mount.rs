@@ -17,6 +17,7 @@ use weightfs::cli::MountArgs;
 use weightfs::config::Config;
 use weightfs::control;
 use weightfs::owner;
+use weightfs::trees::TreesError;
 use weightfs_fusefs::session::detach;
 use weightfs_fusefs::{Filesystem, Session, SpecialFiles, TreeNumber};
 use weightfs_proto::control::{MountRequest, Mounted, ReleaseRequest, StatusRequest};
@@ -99,7 +100,10 @@ async fn serve_here(
     let downloads = Downloads::new("unpacking compressed layers");
     let tree = async {
         let artifact = opener.resolve(&arguments.reference).await?;
-        opener.open(&artifact, &downloads).await
+        let tree = opener.open(&artifact, &downloads).await?;
+        let (name, digest) = (arguments.reference.whole(), artifact.manifest_digest);
+        opener.remember(&name, digest, &tree.record).await;
+        Ok::<_, TreesError>(tree)
     };
     let tree = tokio::select! {
         tree = tree => tree?,

@@ -85,5 +85,9 @@ fn print(status: &StatusReply) {
 
 fn cached(cached: u64, total: u64, trust: &str) -> String {
     let percent = (cached * 100).checked_div(total).unwrap_or(100);
-    format!("{} of {} here ({percent} %), {trust}", size(cached), size(total))
+    let advice = match trust {
+        "poisoned" => ": it does not hash to its digest and is not served; see `weightfs verify`",
+        _ => "",
+    };
+    format!("{} of {} here ({percent} %), {trust}{advice}", size(cached), size(total))
 }

@@ -87,7 +87,7 @@ pub trait LayerMounter: Send + Sync {
 
 impl LayerRequest {
     /// Reads the labels of a Prepare.
-    pub(super) fn new(
+    pub(crate) fn new(
         chain_id: &str,
         labels: &BTreeMap<String, String>,
         parent: Option<LazyParent>,

@@ -223,4 +223,16 @@ mod tests {
         assert_eq!(collect(&[b"abc"], 4).await, (b"abc".to_vec(), true));
         assert_eq!(collect(&[], 0).await, (vec![], false));
     }
+
+    #[test]
+    fn fuzz_content_ranges_are_refused_or_sound() {
+        let samples: [&[u8]; 2] = [b"bytes 0-9/100", b"bytes 5-5/*"];
+        bolero::check!().for_each(|input: &[u8]| {
+            let bytes = weightfs_fuzz::foreign(&samples, input);
+            let Ok(text) = std::str::from_utf8(&bytes) else { return };
+            if let Some(range) = ContentRange::parse(text) {
+                assert!(range.first <= range.last);
+            }
+        });
+    }
 }

@@ -37,20 +37,20 @@ impl IngestArea {
         self.root.join(self.next.fetch_add(1, Ordering::Relaxed).to_string())
     }
 
-    /// Removes a directory of the store: out of sight by one rename, then bit by bit.
-    pub(super) fn remove(&self, dir: &Path) -> Result<(), OpenError> {
+    /// Takes a directory of the store away, by one rename; what was in it vanishes when the result
+    /// is dropped. It need not be there.
+    pub(super) fn take_away(&self, dir: &Path) -> Result<Draft, OpenError> {
         let doomed = self.fresh();
         match fs::rename(dir, &doomed) {
-            Ok(()) => remove_tree(&doomed).map_err(at(&doomed)),
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
-            Err(error) => Err(at(dir)(error)),
+            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(at(dir)(error)),
+            _ => Ok(Draft(doomed)),
         }
     }
 }
 
 /// A temporary directory; removed with what is in it unless it was renamed away.
 #[derive(Debug)]
-struct Draft(PathBuf);
+pub(super) struct Draft(PathBuf);
 
 impl Drop for Draft {
     fn drop(&mut self) {
@@ -75,8 +75,8 @@ pub struct Ingest {
 
 impl Ingest {
     pub(super) fn begin(store: Arc<Store>, id: BlobId) -> Result<Self, OpenError> {
-        let draft = Draft(store.ingests.fresh());
-        let entered = store.shared.enter().map_err(at(&draft.0));
+        let draft = Draft(store.catalog.ingests.fresh());
+        let entered = store.catalog.shared.enter().map_err(at(&draft.0));
         entered.and_then(|_entered| make_dir(&draft.0))?;
         Ok(Self { store, id, draft, starts: vec![], position: 0, file: None })
     }
@@ -108,7 +108,7 @@ impl Ingest {
         if bytes.is_empty() {
             return Ok(());
         }
-        let _entered = self.store.shared.enter()?;
+        let _entered = self.store.catalog.shared.enter()?;
         if self.position.saturating_add(bytes.len() as u64) > MAX_BLOB_BYTES {
             return Err(io::Error::other(format!("more than {MAX_BLOB_BYTES} bytes")));
         }
@@ -151,7 +151,7 @@ impl Ingest {
 
     /// Writes layout and record and syncs all files of the draft.
     fn seal(&self, layout: &Layout) -> io::Result<()> {
-        let _entered = self.store.shared.enter()?;
+        let _entered = self.store.catalog.shared.enter()?;
         let table = ChunkTable::new(layout.clone())
             .ok_or_else(|| io::Error::other(format!("more than {MAX_BLOB_BYTES} bytes")))?;
         write_layout(&self.draft.0, layout)?;
@@ -164,17 +164,17 @@ impl Ingest {
 
     /// Puts the draft in its place, unless the blob is open there.
     fn install(&self, layout: &Layout) -> Result<(), OpenError> {
-        let open = lock(&self.store.open);
+        let open = lock(&self.store.catalog.open);
         if open.get(&self.id).is_some_and(|blob| blob.strong_count() > 0) {
             return Ok(());
         }
-        let dir = self.store.dir(self.id);
+        let dir = self.store.catalog.dir(self.id);
         let failed = at(&dir);
-        let _entered = self.store.shared.enter().map_err(&failed)?;
+        let _entered = self.store.catalog.shared.enter().map_err(&failed)?;
         let parent = dir.parent().unwrap_or(&dir);
         make_dir(parent)?;
         self.keep_attachments(&dir).map_err(&failed)?;
-        self.store.ingests.remove(&dir)?;
+        drop(self.store.catalog.ingests.take_away(&dir)?);
         // The commit point.
         fs::rename(&self.draft.0, &dir).map_err(&failed)?;
         File::open(parent).and_then(|parent| parent.sync_all()).map_err(&failed)?;

@@ -6,11 +6,14 @@ mod faults;
 mod ingest;
 mod line;
 mod model;
+mod outages;
 mod registry;
 mod restart;
 mod scheduling;
 mod server;
 mod source;
+mod usage;
+mod verify;
 
 use std::path::Path;
 use std::sync::Arc;
@@ -18,7 +21,7 @@ use std::time::Duration;
 
 use weightfs_store::{
     Background, Blob, BlobId, Digest, FetchOptions, Form, Layout, Read, ReadError, Slice, Store,
-    StoreOptions, Trust,
+    StoreOptions, Trust, Verify,
 };
 
 use source::TestSource;
@@ -56,6 +59,7 @@ fn options() -> StoreOptions {
             prefetch: true,
         },
         checkpoint_interval: Duration::from_secs(5),
+        verify: Verify::Background,
     }
 }
 

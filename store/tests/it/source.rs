@@ -2,7 +2,9 @@
 
 use std::collections::VecDeque;
 use std::ops::Range;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use bytes::Bytes;
 use futures::future::BoxFuture;
@@ -22,6 +24,14 @@ pub enum Fault {
     End(u64),
     /// Breaks the body off after so many bytes.
     Break(u64),
+    /// Gives the bytes that lie so far behind those that it was asked for.
+    Elsewhere(u64),
+    /// Gives the bytes of another blob.
+    Other(Bytes),
+    /// Flips a bit of the byte at that offset of the blob.
+    Flip(u64),
+    /// Gives a byte each second.
+    Trickle,
     /// Panics.
     Panic,
 }
@@ -35,6 +45,7 @@ pub struct TestSource {
     requests: Mutex<Vec<Range<u64>>>,
     /// Bytes of each answer that are given before the source holds its breath.
     allowed: watch::Sender<u64>,
+    away: AtomicBool,
 }
 
 impl TestSource {
@@ -45,12 +56,28 @@ impl TestSource {
             faults: Mutex::default(),
             requests: Mutex::default(),
             allowed: watch::Sender::new(u64::MAX),
+            away: AtomicBool::new(false),
         })
     }
 
     /// The next requests meet these faults, one each.
     pub fn fail(&self, faults: impl IntoIterator<Item = Fault>) {
         self.faults.lock().unwrap().extend(faults);
+    }
+
+    /// The next requests meet none.
+    pub fn clear_faults(&self) {
+        self.faults.lock().unwrap().clear();
+    }
+
+    /// Refuses all requests from now on.
+    pub fn go_away(&self) {
+        self.away.store(true, Ordering::SeqCst);
+    }
+
+    /// Is there again.
+    pub fn come_back(&self) {
+        self.away.store(false, Ordering::SeqCst);
     }
 
     /// Gives so many bytes of each answer and then nothing, until it is allowed more.
@@ -70,14 +97,34 @@ impl TestSource {
         }
     }
 
+    /// The bytes that a lie is made of, and others the whole.
+    fn data_for(&self, fault: Option<&Fault>) -> Bytes {
+        match fault {
+            Some(Fault::Elsewhere(by)) => {
+                let by = *by as usize % self.data.len();
+                [&self.data[by..], &self.data[..by]].concat().into()
+            }
+            Some(Fault::Other(data)) => data.clone(),
+            Some(Fault::Flip(at)) => {
+                let mut data = self.data.to_vec();
+                data[*at as usize] ^= 4;
+                data.into()
+            }
+            _ => self.data.clone(),
+        }
+    }
+
     fn body(&self, range: Range<u64>, fault: Option<Fault>) -> ByteStream {
+        if let Some(Fault::Trickle) = fault {
+            return trickle(self.data.slice(range.start as usize..range.end as usize));
+        }
         let (end, breaks) = match fault {
             Some(Fault::End(bytes)) => (range.end.min(range.start + bytes), false),
             Some(Fault::Break(bytes)) => (range.end.min(range.start + bytes), true),
             _ => (range.end, false),
         };
         let (data, name, allowed) =
-            (self.data.clone(), self.name.clone(), self.allowed.subscribe());
+            (self.data_for(fault.as_ref()), self.name.clone(), self.allowed.subscribe());
         let start = range.start;
         stream::unfold((start, allowed, breaks), move |(at, mut allowed, breaks)| {
             let (data, name) = (data.clone(), name.clone());
@@ -94,6 +141,15 @@ impl TestSource {
         })
         .boxed()
     }
+}
+
+/// A byte each second.
+fn trickle(data: Bytes) -> ByteStream {
+    stream::unfold(data, async |mut data| {
+        tokio::time::sleep(Duration::from_secs(1)).await;
+        (!data.is_empty()).then(|| (Ok(data.split_to(1)), data))
+    })
+    .boxed()
 }
 
 pub fn unreachable(name: &str) -> SourceError {
@@ -117,6 +173,9 @@ impl Source for TestSource {
     fn fetch(&self, range: Range<u64>) -> BoxFuture<'_, Result<ByteStream, SourceError>> {
         Box::pin(async move {
             self.requests.lock().unwrap().push(range.clone());
+            if self.away.load(Ordering::SeqCst) {
+                return Err(unreachable(&self.name));
+            }
             let fault = self.faults.lock().unwrap().pop_front();
             match fault {
                 Some(Fault::Refuse(error)) => Err(error),

@@ -3,6 +3,7 @@
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
 use futures::stream;
@@ -24,6 +25,7 @@ pub(super) enum Mishap {
     Cut {
         after: u64,
     },
+    Trickle,
     /// Offset in this body.
     Corrupt {
         at: u64,
@@ -36,6 +38,7 @@ impl Mishap {
         match fault {
             Some(Fault::Stall { after }) => Self::Stall { after },
             Some(Fault::Cut { after }) => Self::Cut { after },
+            Some(Fault::Trickle) => Self::Trickle,
             Some(Fault::Corrupt { at }) if at >= first => Self::Corrupt { at: at - first },
             _ => Self::None,
         }
@@ -89,6 +92,10 @@ impl Passing {
             Mishap::Corrupt { at } => Ok(self.corrupt(data, at)),
             Mishap::Stall { after } | Mishap::Cut { after } if self.sent < after => {
                 Ok(self.hold_back(data, after - self.sent))
+            }
+            Mishap::Trickle => {
+                tokio::time::sleep(Duration::from_secs(1)).await;
+                Ok(self.hold_back(data, 1))
             }
             Mishap::Stall { .. } => {
                 self.mishap = Mishap::None;

@@ -1,0 +1,86 @@
+//! Hashing again what the cache files hold, on request.
+
+use std::sync::Arc;
+
+use sha2::{Digest as _, Sha256};
+
+use super::{Store, read_layout};
+use crate::chunk::each;
+use crate::state::Verdict;
+use crate::{Blob, BlobId, Digest, Form, OpenError, ReadError};
+
+/// What came of hashing a blob again.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Checked {
+    /// It hashes to its digest.
+    Good,
+    /// It does not: nothing of it is served from now on.
+    Bad {
+        /// The digest that its bytes have.
+        actual: Digest,
+    },
+    /// Not all of it is here, and there is no digest but that of the whole.
+    Partial,
+    /// It was inflated here, from bytes that matched their digest; it has none of its own.
+    NoDigest,
+    /// It is not in the cache.
+    Absent,
+}
+
+/// Why a blob could not be hashed.
+#[derive(Debug, thiserror::Error)]
+pub enum VerifyError {
+    /// It can't be opened.
+    #[error(transparent)]
+    Open(#[from] OpenError),
+    /// It can't be read.
+    #[error(transparent)]
+    Read(#[from] ReadError),
+}
+
+impl Store {
+    /// Reads all of a blob and compares its digest; `progress` is told how many bytes were hashed
+    /// since its last call. A blob that does not match is poisoned, as if it had just been
+    /// fetched so; one that was poisoned before is not read again. Blocks, as reading does.
+    ///
+    /// # Errors
+    /// When it can't be opened or read.
+    pub fn verify(
+        self: &Arc<Self>,
+        id: BlobId,
+        mut progress: impl FnMut(u64),
+    ) -> Result<Checked, VerifyError> {
+        let dir = self.catalog.dir(id);
+        let opened = self.catalog.opened(id);
+        let blob = match (opened, read_layout(&dir)) {
+            (Some(blob), _) => blob,
+            (None, Some(layout)) => self.blob(id, &layout)?,
+            (None, None) => return Ok(Checked::Absent),
+        };
+        if let Some(Verdict::Poisoned { actual }) = blob.verdict() {
+            return Ok(Checked::Bad { actual });
+        }
+        if id.form == Form::Decompressed {
+            return Ok(Checked::NoDigest);
+        }
+        let Some(actual) = hash(&blob, &mut progress)? else { return Ok(Checked::Partial) };
+        let verdict =
+            if actual == id.digest { Verdict::Verified } else { Verdict::Poisoned { actual } };
+        blob.judge(verdict);
+        Ok(if actual == id.digest { Checked::Good } else { Checked::Bad { actual } })
+    }
+}
+
+/// The digest of all bytes; `None` if some are missing.
+fn hash(blob: &Arc<Blob>, progress: &mut dyn FnMut(u64)) -> Result<Option<Digest>, ReadError> {
+    let mut hasher = Sha256::new();
+    for chunk in each(&blob.table().all()) {
+        if !blob.presence().has(chunk) {
+            return Ok(None);
+        }
+        let bytes = blob.chunk_bytes(chunk)?;
+        hasher.update(&*bytes);
+        progress(bytes.len() as u64);
+    }
+    Ok(Some(Digest::from_raw(hasher.finalize().into())))
+}

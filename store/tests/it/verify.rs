@@ -1,0 +1,134 @@
+//! Strict reads, and hashing again what is in the cache.
+
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+use std::sync::Arc;
+
+use tokio::time::Instant;
+use weightfs_store::{Checked, Layout, Read, ReadError, Store, Trust, Verify};
+
+use super::restart::find;
+use super::source::{Fault, TestSource, status};
+use super::{MIB, blob_of, id, judged, noise, open, options, read};
+
+fn strict(root: &Path) -> Arc<Store> {
+    let mut options = options();
+    options.verify = Verify::Strict;
+    Store::open(root, options).unwrap()
+}
+
+#[tokio::test]
+async fn a_strict_read_is_answered_when_the_whole_is_here_and_verified() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = strict(dir.path());
+    let data = noise(24 * MIB, 1);
+    let layout = Layout::new(24 * MIB, [5 * MIB + 3]).unwrap();
+    let blob = store.blob(id(&data), &layout).unwrap();
+    let source = TestSource::new("test", data.clone());
+    source.allow(MIB + 1);
+    blob.add_source(source.clone());
+    let readers: Vec<_> = [0, 7 * MIB, 23 * MIB]
+        .map(|at| {
+            let blob = blob.clone();
+            tokio::spawn(async move { read(&blob, at..at + 10).await.map(|slice| slice.to_vec()) })
+        })
+        .into();
+    while blob.stats().cached < 2 * MIB {
+        tokio::task::yield_now().await;
+    }
+    assert!(matches!(blob.read(0..10).unwrap(), Read::Missing(_)), "it is here, but not verified");
+    assert!(!blob.is_cached(0..10) && blob.segment_file(0).unwrap().is_none());
+    source.allow(u64::MAX);
+    for (reader, at) in readers.into_iter().zip([0, 7 << 20, 23 << 20]) {
+        assert_eq!(reader.await.unwrap().unwrap(), data[at..at + 10]);
+    }
+    assert_eq!(blob.stats().trust, Trust::Verified);
+    assert!(matches!(blob.read(0..10).unwrap(), Read::Ready(_)));
+    assert!(blob.segment_file(0).unwrap().is_some());
+}
+
+#[tokio::test]
+async fn a_strict_read_never_sees_a_wrong_byte() {
+    let dir = tempfile::tempdir().unwrap();
+    let data = noise(8 * MIB, 3);
+    let store = strict(dir.path());
+    let (blob, source) = blob_of(&store, &data);
+    source.fail([Fault::Flip(7 * MIB), Fault::Flip(7 * MIB), Fault::Flip(7 * MIB)]);
+    let result = read(&blob, 0..10).await;
+    assert!(matches!(result, Err(ReadError::Poisoned { .. })), "{result:?}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_strict_read_ends_when_nothing_comes_any_more() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = strict(dir.path());
+    let data = noise(16 * MIB, 5);
+    let (blob, source) = blob_of(&store, &data);
+    source.allow(2 * MIB);
+    let began = Instant::now();
+    let result = read(&blob, 0..10).await;
+    assert!(matches!(result, Err(ReadError::Deadline { .. })), "{result:?}");
+    assert!(began.elapsed() >= options().fetch.deadline, "each chunk that came gave it more time");
+    source.allow(u64::MAX);
+    // The hash runs in a thread, for which no clock jumps.
+    tokio::time::resume();
+    assert_eq!(*read(&blob, 0..10).await.unwrap(), data[..10], "failures are not remembered");
+    let other = noise(4 * MIB, 7);
+    let (blob, source) = blob_of(&store, &other);
+    source.fail([Fault::Refuse(status(404, None)), Fault::Refuse(status(404, None))]);
+    assert!(matches!(read(&blob, 0..10).await, Err(ReadError::Source { .. })));
+}
+
+#[tokio::test]
+async fn what_was_cached_before_strict_is_verified_before_it_is_served() {
+    let dir = tempfile::tempdir().unwrap();
+    let data = noise(4 * MIB, 9);
+    {
+        let store = open(dir.path());
+        let (blob, _) = blob_of(&store, &data);
+        read(&blob, 0..2 * MIB).await.unwrap();
+    }
+    let store = strict(dir.path());
+    let (blob, source) = blob_of(&store, &data);
+    assert!(matches!(blob.read(0..10).unwrap(), Read::Missing(_)));
+    assert_eq!(*read(&blob, 0..10).await.unwrap(), data[..10]);
+    let asked: u64 = source.take_requests().into_iter().map(|range| range.end - range.start).sum();
+    assert_eq!(asked, 2 * MIB, "only what was missing");
+}
+
+#[tokio::test]
+async fn verifying_finds_what_changed_on_disk_and_only_that() {
+    let dir = tempfile::tempdir().unwrap();
+    let (good, bad, partial) = (noise(3 * MIB, 11), noise(3 * MIB, 13), noise(3 * MIB, 15));
+    let store = open(dir.path());
+    for (data, end) in [(&good, 3 * MIB), (&bad, 3 * MIB), (&partial, MIB)] {
+        let (blob, _) = blob_of(&store, data);
+        read(&blob, 0..end).await.unwrap();
+        if end == 3 * MIB {
+            assert_eq!(judged(&blob).await, Trust::Verified);
+        }
+    }
+    store.checkpoint().unwrap();
+    let spoilt = find(&find(dir.path(), &id(&bad).digest.hex()), "segment-0");
+    let file = std::fs::OpenOptions::new().write(true).open(spoilt).unwrap();
+    file.write_all_at(b"rot", 2 << 20).unwrap();
+    let mut hashed = 0;
+    let mut verify = |data: &[u8]| store.verify(id(data), |bytes| hashed += bytes).unwrap();
+    assert_eq!(verify(&good), Checked::Good);
+    assert!(matches!(verify(&bad), Checked::Bad { .. }));
+    assert_eq!(verify(&partial), Checked::Partial);
+    assert_eq!(verify(b"never seen"), Checked::Absent);
+    assert_eq!(hashed, 7 * MIB);
+    // From now on nothing of it is served, after a restart, too.
+    let (blob, _) = blob_of(&store, &bad);
+    assert!(matches!(blob.read(0..1), Err(ReadError::Poisoned { .. })));
+    drop((blob, store));
+    let store = open(dir.path());
+    let (blob, _) = blob_of(&store, &bad);
+    assert!(matches!(blob.read(0..1), Err(ReadError::Poisoned { .. })));
+    drop(blob);
+    assert!(store.discard_poisoned(id(&bad)).unwrap());
+    let (blob, _) = blob_of(&store, &bad);
+    blob.complete().await.unwrap();
+    assert_eq!(*read(&blob, 0..3 * MIB).await.unwrap(), bad[..]);
+}
