@@ -5,6 +5,7 @@
 //! Invariant: a blob is pinned in the store exactly while a pinned reference has it, as far as
 //! [`settle_pins`] was reached after the last change.
 
+mod pull;
 mod verify;
 
 pub use self::verify::Repair;
@@ -20,7 +21,8 @@ use weightfs_proto::control::{
     CacheReply, CachedBlob, CachedReference, EvictReply, EvictedBlob, PinReply, PruneReply,
 };
 use weightfs_store::{
-    BlobId, BlobUsage, Digest, Evicted, Form, OpenError, Reference, Store, Usage, VerifyError,
+    BlobId, BlobUsage, Digest, Evicted, Form, OpenError, ReadError, Reference, Store, Usage,
+    VerifyError,
 };
 
 use crate::references::{Pin, ReferenceRecord, References};
@@ -74,6 +76,22 @@ pub enum CacheError {
     /// Nothing of it is here.
     #[error("{0} is not in the cache; `weightfs cache ls` shows what is")]
     Unknown(Subject),
+    /// No file has such a name.
+    #[error("no file of {reference} matches {patterns}; `weightfs ls` shows its files")]
+    NoFile {
+        /// The artifact.
+        reference: String,
+        /// What was asked for.
+        patterns: String,
+    },
+    /// A file can't be fetched.
+    #[error("{path}: {source}")]
+    Read {
+        /// The file.
+        path: String,
+        /// What is wrong.
+        source: ReadError,
+    },
     /// A part of the work panicked.
     #[error("the work was given up: {0}")]
     Stopped(#[from] tokio::task::JoinError),

@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
+use glob::Pattern;
 use weightfs_store::Reference;
 
 use crate::cache::Subject;
@@ -44,6 +45,8 @@ pub enum Command {
     },
     /// Run the daemon: containerd's snapshotter, and one mount for everything
     Serve,
+    /// Fetch a model's files into the cache before they are read
+    Pull(PullArgs),
     /// Pull an image into containerd without its lazy layers
     Rpull(RpullArgs),
     /// Push an image of the model beside it, for containers; uploads no weights
@@ -193,6 +196,20 @@ pub struct IndexArgs {
     /// Write it to a file and push nothing
     #[arg(long, short, value_name = "FILE")]
     pub output: Option<PathBuf>,
+    /// Print JSON
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// `weightfs pull`
+#[derive(Debug, Args)]
+pub struct PullArgs {
+    /// The artifact: host/repository:tag or host/repository@digest
+    #[arg(value_name = "REF")]
+    pub reference: Reference,
+    /// Only files that match, like `*.json` or `weights/**` (may be given again)
+    #[arg(long, value_name = "GLOB")]
+    pub files: Vec<Pattern>,
     /// Print JSON
     #[arg(long)]
     pub json: bool,

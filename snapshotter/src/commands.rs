@@ -6,6 +6,7 @@ pub mod index;
 pub mod ls;
 pub mod mount;
 pub mod progress;
+pub mod pull;
 pub mod reach;
 pub mod rpull;
 pub mod serve;

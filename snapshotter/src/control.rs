@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use futures::stream::BoxStream;
 use futures::{Stream, StreamExt as _};
+use glob::Pattern;
 use hyper_util::rt::TokioIo;
 use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::mpsc;
@@ -16,8 +17,9 @@ use weightfs_proto::control::control_client::ControlClient;
 use weightfs_proto::control::control_server::{Control, ControlServer};
 use weightfs_proto::control::{
     CacheReply, CacheRequest, Download, EvictReply, EvictRequest, Layer, Model, MountEvent,
-    MountRequest, Mounted, PinReply, PinRequest, PruneReply, PruneRequest, ReleaseReply,
-    ReleaseRequest, StatusReply, StatusRequest, VerifyEvent, VerifyRequest, mount_event,
+    MountRequest, Mounted, PinReply, PinRequest, PruneReply, PruneRequest, PullEvent, PullRequest,
+    ReleaseReply, ReleaseRequest, StatusReply, StatusRequest, VerifyEvent, VerifyRequest,
+    mount_event,
 };
 use weightfs_store::Reference;
 
@@ -100,6 +102,7 @@ fn event(event: mount_event::Event) -> MountEvent {
 #[tonic::async_trait]
 impl Control for ControlService {
     type MountStream = BoxStream<'static, Result<MountEvent, Status>>;
+    type PullStream = BoxStream<'static, Result<PullEvent, Status>>;
     type VerifyStream = BoxStream<'static, Result<VerifyEvent, Status>>;
 
     async fn mount(
@@ -174,6 +177,17 @@ impl Control for ControlService {
         let events = self.cache.verify(subject, repair);
         Ok(Response::new(events.map(|event| event.map_err(refusal)).boxed()))
     }
+
+    async fn pull(
+        &self,
+        request: Request<PullRequest>,
+    ) -> Result<Response<Self::PullStream>, Status> {
+        let PullRequest { reference: text, files } = request.into_inner();
+        let reference = reference(&text)?;
+        let patterns = files.iter().map(|file| pattern(file)).collect::<Result<_, _>>()?;
+        let events = self.cache.pull(reference, patterns);
+        Ok(Response::new(events.map(|event| event.map_err(refusal)).boxed()))
+    }
 }
 
 fn subject(text: &str) -> Result<Subject, Status> {
@@ -181,6 +195,10 @@ fn subject(text: &str) -> Result<Subject, Status> {
 }
 
 fn reference(text: &str) -> Result<Reference, Status> {
+    text.parse().map_err(|error| Status::invalid_argument(format!("{text}: {error}")))
+}
+
+fn pattern(text: &str) -> Result<Pattern, Status> {
     text.parse().map_err(|error| Status::invalid_argument(format!("{text}: {error}")))
 }
 

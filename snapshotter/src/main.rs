@@ -49,6 +49,7 @@ fn run(cli: Cli) -> anyhow::Result<ExitCode> {
         Command::Image(arguments) => runtime.block_on(commands::image::run(&config, arguments)),
         Command::Index(arguments) => runtime.block_on(commands::index::run(&config, arguments)),
         Command::Serve => runtime.block_on(commands::serve::run(&config)),
+        Command::Pull(arguments) => runtime.block_on(commands::pull::run(&config, arguments)),
         Command::Rpull(arguments) => runtime.block_on(commands::rpull::run(&config, arguments)),
         Command::Status { json } => runtime.block_on(commands::status::run(&config, json)),
         Command::Cache { command } => runtime.block_on(commands::cache::run(&config, command)),

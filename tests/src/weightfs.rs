@@ -86,6 +86,12 @@ impl Weightfs {
         run(&mut self.command(arguments))
     }
 
+    /// Runs a command on the state directory to its end.
+    pub fn run_here(&self, arguments: &[&str]) -> Outcome {
+        let mut command = self.command(arguments);
+        run(command.arg("--config").arg(self.config()))
+    }
+
     /// Mounts an artifact in the foreground and waits until it is there.
     ///
     /// # Panics

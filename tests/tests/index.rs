@@ -7,7 +7,6 @@ use weightfs_store::{CHUNK_BYTES, Digest};
 use weightfs_tests::layer::Compression;
 use weightfs_tests::model::SMALL_MODEL;
 use weightfs_tests::modelpack::{Dialect, Plan};
-use weightfs_tests::process::run;
 use weightfs_tests::{Artifact, Bed, Target, digest};
 
 /// The small model: raw layers, a plain tar and a compressed one.
@@ -30,7 +29,7 @@ fn push_model(bed: &Bed) -> (std::path::PathBuf, Artifact, String) {
 
 fn index(bed: &Bed, reference: &str, more: &[&str]) -> serde_json::Value {
     let arguments = [&["index", reference, "--json"], more].concat();
-    serde_json::from_str(&run(&mut bed.weightfs.command(arguments)).ok()).unwrap()
+    serde_json::from_str(&bed.weightfs.run_here(&arguments).ok()).unwrap()
 }
 
 #[test]
@@ -78,7 +77,7 @@ fn a_layer_that_does_not_match_its_digest_makes_no_index() {
     let (_, artifact, reference) = push_model(&bed);
     let weights = artifact.blobs[2].digest;
     bed.proxy.fail(Target::Blob(weights), weightfs_tests::Fault::Corrupt { at: 5 << 20 });
-    let outcome = run(&mut bed.weightfs.command(["index", &reference]));
+    let outcome = bed.weightfs.run_here(&["index", &reference]);
     assert_eq!(outcome.code, 1);
     assert!(outcome.stderr.contains("hash to"), "{outcome:?}");
 }

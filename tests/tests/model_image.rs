@@ -9,7 +9,6 @@ use weightfs_tests::host::SNAPSHOTTER;
 use weightfs_tests::layer::Compression;
 use weightfs_tests::model::SMALL_MODEL;
 use weightfs_tests::modelpack::{Dialect, Plan};
-use weightfs_tests::process::run;
 use weightfs_tests::tree::{self, Scope};
 use weightfs_tests::{Artifact, Bed, Host, Target};
 
@@ -30,7 +29,7 @@ fn push_model(bed: &Bed) -> (std::path::PathBuf, Artifact, String) {
 
 /// Makes the model image; what the program says of it.
 fn make_image(bed: &Bed, reference: &str) -> serde_json::Value {
-    let outcome = run(&mut bed.weightfs.command(["image", reference, "--json"]));
+    let outcome = bed.weightfs.run_here(&["image", reference, "--json"]);
     serde_json::from_str(&outcome.ok()).unwrap()
 }
 
@@ -79,7 +78,7 @@ fn a_compressed_layer_goes_above_the_lazy_ones() {
 fn an_image_has_no_model_image() {
     let host = Host::new();
     let (reference, _) = host.push_image("images/plain", &[]);
-    let outcome = run(&mut host.bed.weightfs.command(["image", &reference]));
+    let outcome = host.bed.weightfs.run_here(&["image", &reference]);
     assert_eq!(outcome.code, 1);
     assert!(outcome.stderr.contains("is an image already"), "{outcome:?}");
 }
@@ -102,8 +101,9 @@ fn a_container_reads_the_model_lazily(version: Version) {
 
     let mount = format!("type=bind,src={},dst=/models,options=rbind:ro", dir.display());
     let file = format!("/models/{WEIGHTS}");
-    let arguments =
-        ["run", "--rm", "--snapshotter", SNAPSHOTTER, "--mount", &mount, &busybox, "model-reader"];
+    // runc keeps the containers of every containerd on the machine in one directory, by id.
+    let id = format!("reader-{}-{version:?}", std::process::id());
+    let arguments = ["run", "--rm", "--snapshotter", SNAPSHOTTER, "--mount", &mount, &busybox, &id];
     let arguments = [&arguments[..], &["/bin/sha256sum", &file]].concat();
     let output = host.containerd.ctr(&arguments).ok();
     let expected = digest::of_file(&source.join(WEIGHTS)).unwrap().hex();

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use anyhow::{Context as _, bail};
 use futures::StreamExt as _;
 use futures::stream::BoxStream;
+use glob::Pattern;
 use tonic::transport::Channel;
 use weightfs::cache::{Cache, Repair, Subject};
 use weightfs::config::Config;
@@ -13,7 +14,7 @@ use weightfs::{control, owner};
 use weightfs_proto::control::control_client::ControlClient;
 use weightfs_proto::control::{
     CacheReply, CacheRequest, EvictReply, EvictRequest, PinReply, PinRequest, PruneReply,
-    PruneRequest, VerifyEvent, VerifyRequest,
+    PruneRequest, PullEvent, PullRequest, VerifyEvent, VerifyRequest,
 };
 use weightfs_store::{OpenError, Reference, Store};
 
@@ -26,6 +27,13 @@ pub enum Reach {
 }
 
 impl Reach {
+    /// As [`Reach::new`]; makes the state directory if there is none.
+    pub async fn create(config: &Config) -> anyhow::Result<Self> {
+        let root = config.root.display();
+        std::fs::create_dir_all(&config.root).with_context(|| format!("state directory {root}"))?;
+        Self::new(config).await
+    }
+
     /// Opens the store, or connects to the daemon that has it open.
     pub async fn new(config: &Config) -> anyhow::Result<Self> {
         let root = config.root.display();
@@ -120,6 +128,26 @@ impl Reach {
                 let subject = subject.map(|subject| subject.to_string()).unwrap_or_default();
                 let request = VerifyRequest { subject, repair: repair == Repair::Yes };
                 let events = daemon.verify(request).await.map_err(said)?.into_inner();
+                Ok(events.map(|event| event.map_err(said)).boxed())
+            }
+        }
+    }
+
+    /// Fetches files; the last event is the result, or an error.
+    pub async fn pull(
+        &mut self,
+        reference: &Reference,
+        patterns: &[Pattern],
+    ) -> anyhow::Result<BoxStream<'static, anyhow::Result<PullEvent>>> {
+        match self {
+            Self::Here(cache) => {
+                let events = cache.pull(reference.clone(), patterns.to_vec());
+                Ok(events.map(|event| event.map_err(anyhow::Error::from)).boxed())
+            }
+            Self::Daemon(daemon) => {
+                let files = patterns.iter().map(ToString::to_string).collect();
+                let request = PullRequest { reference: reference.whole(), files };
+                let events = daemon.pull(request).await.map_err(said)?.into_inner();
                 Ok(events.map(|event| event.map_err(said)).boxed())
             }
         }
