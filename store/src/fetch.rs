@@ -31,6 +31,7 @@ use tokio::time::Instant;
 pub(crate) use self::line::Priority;
 pub(crate) use self::scheduler::Scheduler;
 
+use self::line::Times;
 use self::queue::{Queue, Request};
 use self::scheduler::Next;
 use crate::chunk::{ChunkNo, VerifiedChunk};
@@ -160,6 +161,7 @@ impl Fetcher {
     /// Fetches what nobody fetches yet of `chunks`, after what is in demand.
     pub(crate) fn read_ahead(&self, blob: &Arc<Blob>, chunks: &Range<ChunkNo>, request_bytes: u64) {
         let (limits, until) = (limits(blob), patience(blob));
+        let request_bytes = request_bytes.min(blob.scheduler().request_bytes(&blob.host()));
         lock(&self.queue).read_ahead(chunks, request_bytes, blob.presence(), limits, until);
         pump(blob);
     }
@@ -239,12 +241,41 @@ struct Running {
     host: Arc<str>,
     /// Bytes that came.
     bytes: u64,
+    attempts: Attempts,
     outcome: Outcome,
+}
+
+/// The attempts of a request.
+#[derive(Debug, Default)]
+struct Attempts {
+    count: u32,
+    /// When the last one asked.
+    asked: Option<Instant>,
+    /// When its first bytes came.
+    answered: Option<Instant>,
+}
+
+impl Attempts {
+    fn ask(&mut self) {
+        *self = Self { count: self.count + 1, asked: Some(Instant::now()), answered: None };
+    }
+
+    fn answer(&mut self) {
+        self.answered.get_or_insert_with(Instant::now);
+    }
+
+    /// How a request went that was asked for once.
+    fn times(&self) -> Option<Times> {
+        let (asked, answered) = (self.asked?, self.answered?);
+        let times = Times { wait: answered - asked, body: answered.elapsed() };
+        (self.count == 1).then_some(times)
+    }
 }
 
 impl Running {
     fn new(Next { blob, request, host }: Next) -> Self {
-        Self { blob, request, host, bytes: 0, outcome: Err(Failure::abandoned()) }
+        let (attempts, outcome) = (Attempts::default(), Err(Failure::abandoned()));
+        Self { blob, request, host, bytes: 0, attempts, outcome }
     }
 }
 
@@ -254,7 +285,8 @@ impl Drop for Running {
         for waiter in lock(&blob.fetcher().queue).ended(&self.request) {
             let _ = waiter.send(self.outcome.clone());
         }
-        blob.scheduler().ended(&self.host, self.request.priority, self.bytes);
+        let times = self.outcome.is_ok().then(|| self.attempts.times()).flatten();
+        blob.scheduler().ended(&self.host, self.request.priority, self.bytes, times);
         match self.outcome {
             Ok(()) => blob.round_off(),
             Err(_) => self.give_up_plans(),

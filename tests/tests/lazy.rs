@@ -1,7 +1,7 @@
 //! What a mount fetches, counted at the registry's side.
 
 use std::fs::{self, File};
-use std::os::unix::fs::FileExt as _;
+use std::os::unix::fs::{FileExt as _, OpenOptionsExt as _};
 use std::path::Path;
 use std::process::Command;
 
@@ -10,7 +10,8 @@ use weightfs_tests::model::{Part, SMALL_MODEL};
 use weightfs_tests::modelpack::{Dialect, Plan};
 use weightfs_tests::process::run;
 use weightfs_tests::tree::{self, Scope};
-use weightfs_tests::{Artifact, Bed, Target};
+use weightfs_tests::wait::wait_until;
+use weightfs_tests::{Artifact, Bed, Fault, Target};
 
 const MIB: u64 = 1 << 20;
 const LARGE: &[Part] = &[Part { path: "model.safetensors", bytes: 256 << 20, mode: 0o644 }];
@@ -186,4 +187,38 @@ fn two_artifacts_with_one_blob_share_its_bytes() {
     tree::assert_same(&source, second.dir(), Scope::ModelFiles);
     assert_eq!(layer_bytes(&bed, &other), 0);
     second.stop();
+}
+
+#[test]
+fn what_is_cached_is_read_on_while_every_fetch_hangs() {
+    let bed = Bed::new();
+    let source = bed.model(MEDIUM);
+    let mounted = bed.mount(&bed.push(&bed.pack_raw(&source, Dialect::Cncf), "models/medium"));
+    let path = mounted.dir().join("model.safetensors");
+    let expected = fs::read(source.join("model.safetensors")).unwrap();
+    let expected_at = |offset: u64| &expected[offset as usize..][..4096];
+    assert!(read_at(&path, 0, 4096) == expected_at(0));
+    bed.proxy.fail(Target::All, Fault::Hang);
+    let misses: Vec<_> = (8..24)
+        .map(|at| {
+            let path = path.clone();
+            std::thread::spawn(move || read_at(&path, at * MIB, 4096))
+        })
+        .collect();
+    wait_until("the misses are asked for", || bed.proxy.requests(Target::Blobs) >= 12);
+    // Past the page cache: each of them is the daemon's to answer.
+    let direct = File::options().read(true).custom_flags(nix::libc::O_DIRECT).open(&path).unwrap();
+    let mut page = vec![0; 4096];
+    for number in 0..1000 {
+        let offset = number % 256 * 4096;
+        direct.read_exact_at(&mut page, offset).unwrap();
+        assert!(page == expected_at(offset), "wrong bytes at {offset}");
+    }
+    assert!(misses.iter().all(|miss| !miss.is_finished()), "a fetch came to an end meanwhile");
+    bed.proxy.heal();
+    for (at, miss) in (8..24).zip(misses) {
+        assert!(miss.join().unwrap() == expected_at(at * MIB), "wrong bytes at {at} MiB");
+    }
+    drop(direct);
+    mounted.stop();
 }

@@ -5,6 +5,10 @@
 //! doesn't, the last doubling is taken back and tried again later. A host that says that it is
 //! asked too much (429, 503) halves it; from then on it grows by one at a time.
 //!
+//! *How large.* A request should last a few times as long as the wait for its first byte: shorter
+//! ones leave the line idle, and in longer ones, which share the line, a stream waits for its next
+//! bytes behind much that it needs later.
+//!
 //! *Which.* Demand may use the whole line. The others leave a part of it free, so that a read in
 //! demand finds room at once. Every [`FLOOR_EVERY`]th start is offered in the reverse order, so
 //! that nobody starves.
@@ -12,6 +16,8 @@
 use std::time::Duration;
 
 use tokio::time::Instant;
+
+use crate::layout::CHUNK_BYTES;
 
 /// What comes first.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -46,6 +52,13 @@ const RESPITE: Duration = Duration::from_secs(5);
 /// Shortest time that throughput is measured over; shorter ones measure chance.
 const MIN_EPOCH: Duration = Duration::from_millis(100);
 
+/// How long the body of a request should take, in waits for a first byte, and at the least.
+const BODY_PER_WAIT: f64 = 2.0;
+const SHORTEST_BODY: Duration = Duration::from_millis(250);
+
+/// The share of the last request in what is known of them.
+const NEWEST: f64 = 0.25;
+
 /// Of so many starts, one is offered to the least urgent first.
 const FLOOR_EVERY: u32 = 8;
 
@@ -75,6 +88,25 @@ pub(super) struct Line {
     /// By priority.
     running: [usize; PRIORITIES.len()],
     starts: u32,
+    usual: Option<Usual>,
+}
+
+/// How a request went.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Times {
+    /// Until its first byte came.
+    pub(super) wait: Duration,
+    /// From then on.
+    pub(super) body: Duration,
+}
+
+/// How requests go lately.
+#[derive(Debug, Clone, Copy)]
+struct Usual {
+    /// Seconds until the first byte.
+    wait: f64,
+    /// Bytes a second from then on.
+    rate: f64,
 }
 
 /// What is measured between two looks at the limit.
@@ -103,7 +135,31 @@ impl Line {
             epoch: Epoch::new(now),
             running: [0; PRIORITIES.len()],
             starts: 0,
+            usual: None,
         }
+    }
+
+    /// Bytes of a request that nobody waits for, at the most.
+    pub(super) fn request_bytes(&self) -> u64 {
+        let Some(Usual { wait, rate }) = self.usual else { return u64::MAX };
+        let body = (BODY_PER_WAIT * wait).max(SHORTEST_BODY.as_secs_f64());
+        // Saturates; a rate is neither negative nor NaN.
+        ((rate * body) as u64).max(CHUNK_BYTES)
+    }
+
+    /// A request that brought `bytes` went so.
+    pub(super) fn note(&mut self, bytes: u64, times: Times) {
+        // Shorter ones say little of the rate.
+        if bytes < CHUNK_BYTES {
+            return;
+        }
+        let wait = times.wait.as_secs_f64();
+        let rate = bytes as f64 / times.body.as_secs_f64().max(1e-6);
+        let mix = |old: f64, new: f64| old + (new - old) * NEWEST;
+        self.usual = Some(match self.usual {
+            None => Usual { wait, rate },
+            Some(old) => Usual { wait: mix(old.wait, wait), rate: mix(old.rate, rate) },
+        });
     }
 
     pub(super) fn running_requests(&self) -> usize {
@@ -126,14 +182,14 @@ impl Line {
         self.epoch.full |= self.running_requests() + self.kept_free() >= self.limit;
     }
 
-    /// Chunks of a planned request at the most. Beside others, background takes hardly anything
+    /// Chunks of a planned request at the most. Beside demand, background takes hardly anything
     /// of the line.
     pub(super) fn planned_chunks(&self, priority: Priority) -> u32 {
-        if priority == Priority::Background && !self.is_background_alone() {
-            1
-        } else {
-            PLANNED_CHUNKS
+        if priority == Priority::Background && self.running(Priority::Demand) > 0 {
+            return 1;
         }
+        let usual = u32::try_from(self.request_bytes() / CHUNK_BYTES).unwrap_or(u32::MAX);
+        usual.clamp(1, PLANNED_CHUNKS)
     }
 
     fn is_background_alone(&self) -> bool {
@@ -213,8 +269,11 @@ impl Line {
             Priority::Demand => return total < self.limit,
             Priority::ReadAhead => shared,
             Priority::Profile => (self.limit / 2).max(1),
-            // Alone it may use what the others may; beside them it only trickles.
+            // Alone it may use what the others may. Beside streams it takes what they leave over:
+            // their windows grow in steps, and the line is never idle between two. Beside readers
+            // who wait it only trickles.
             Priority::Background if self.is_background_alone() => shared,
+            Priority::Background if self.running(Priority::Demand) == 0 => (self.limit / 2).max(1),
             Priority::Background => (self.limit / 8).max(1),
         };
         total < self.limit && unhurried < shared && self.running(priority) < own
@@ -312,10 +371,15 @@ mod tests {
     }
 
     #[test]
-    fn background_only_trickles_beside_others() {
+    fn background_takes_what_streams_leave_over_and_trickles_beside_demand() {
         let mut line = Line::new(8, Instant::now());
         line.started(Priority::ReadAhead);
+        assert_eq!(starts(&mut line, Priority::Background), 4);
+        assert_eq!(line.planned_chunks(Priority::Background), PLANNED_CHUNKS);
+        let mut line = Line::new(8, Instant::now());
+        line.started(Priority::Demand);
         assert_eq!(starts(&mut line, Priority::Background), 1);
+        assert_eq!(line.planned_chunks(Priority::Background), 1);
     }
 
     #[test]
@@ -337,6 +401,24 @@ mod tests {
         }
         assert!(started[slot(Priority::Background)] > 20, "{started:?}");
         assert!(started[slot(Priority::Demand)] > 600, "{started:?}");
+    }
+
+    #[test]
+    fn requests_are_as_large_as_their_wait_and_their_rate_make_worth_while() {
+        let mut line = Line::new(8, Instant::now());
+        assert_eq!(line.request_bytes(), u64::MAX, "nothing is known");
+        let (ms, mib) = (Duration::from_millis, MIB as f64);
+        // 2 MiB a second for each request, and a second's wait.
+        line.note(4 * MIB, Times { wait: ms(1000), body: ms(2000) });
+        assert_eq!(line.request_bytes(), 4 * MIB);
+        assert_eq!(line.planned_chunks(Priority::Profile), 4);
+        line.note(100, Times { wait: ms(0), body: ms(0) });
+        assert_eq!(line.request_bytes(), 4 * MIB, "too little to tell");
+        for _ in 0..100 {
+            line.note(16 * MIB, Times { wait: ms(2), body: ms(100) });
+        }
+        let near = line.request_bytes() as f64 / mib;
+        assert!((39.0..41.0).contains(&near), "160 MiB a second for 250 ms: {near}");
     }
 
     #[test]

@@ -10,7 +10,7 @@ use std::sync::{Arc, Mutex, Weak};
 
 use tokio::time::Instant;
 
-use super::line::{Line, Priority};
+use super::line::{Line, Priority, Times};
 use super::queue::Request;
 use crate::Blob;
 use crate::shared::lock;
@@ -107,13 +107,22 @@ impl Scheduler {
         None
     }
 
-    /// A request that [`Scheduler::next`] gave is over; it brought `bytes`.
-    pub(super) fn ended(&self, host: &str, priority: Priority, bytes: u64) {
+    /// Bytes of a request that nobody waits for, at the most.
+    pub(super) fn request_bytes(&self, host: &str) -> u64 {
+        lock(&self.state).hosts.get(host).map_or(u64::MAX, |host| host.line.request_bytes())
+    }
+
+    /// A request that [`Scheduler::next`] gave is over; it brought `bytes`. `times` is how it
+    /// went, if it went well.
+    pub(super) fn ended(&self, host: &str, priority: Priority, bytes: u64, times: Option<Times>) {
         let mut state = lock(&self.state);
         state.running = state.running.saturating_sub(1);
         self.running.store(state.running, Ordering::Relaxed);
         if let Some(host) = state.hosts.get_mut(host) {
             host.line.ended(priority, bytes, Instant::now());
+            if let Some(times) = times {
+                host.line.note(bytes, times);
+            }
         }
     }
 

@@ -12,7 +12,7 @@ use tokio::time::{Instant, timeout_at};
 
 use super::filler::Filler;
 use super::queue::Request;
-use super::{Failure, Outcome, Patience, Running};
+use super::{Attempts, Failure, Outcome, Patience, Running};
 use crate::chunk::ChunkNo;
 use crate::source::{ByteStream, Source};
 use crate::{Blob, SourceError};
@@ -33,14 +33,16 @@ pub(super) async fn run(mut running: Running) {
     running.outcome = fill(&mut running).await;
 }
 
-async fn fill(Running { blob, request, bytes, .. }: &mut Running) -> Outcome {
+async fn fill(running: &mut Running) -> Outcome {
+    let Running { blob, request, bytes, attempts, .. } = running;
     let patience = &*request.patience;
     let mut sources = Sources::new(blob.sources());
     let mut pauses = pauses();
     // Asked again each time: the request may have become shorter.
     while let Some(first) = blob.presence().first_absent(&(request.start()..request.end())) {
         let Some(source) = sources.current() else { return Err(sources.into_failure()) };
-        let error = match attempt(blob, &*source, request, first, bytes).await {
+        attempts.ask();
+        let error = match attempt(blob, &*source, request, first, bytes, attempts).await {
             Ok(()) => continue,
             Err(Trouble::Cache(error)) => return Err(Failure::cache(error)),
             Err(Trouble::Source(error)) => error,
@@ -106,7 +108,8 @@ impl Sources {
             return None;
         }
         self.at = 0;
-        Some(pauses.next().unwrap_or(LONGEST_PAUSE).max(asked_to_wait(&error)))
+        // More than what is asked for, or all who were refused would come back at once.
+        Some(asked_to_wait(&error).saturating_add(pauses.next().unwrap_or(LONGEST_PAUSE)))
     }
 
     /// Why no source is left.
@@ -154,6 +157,7 @@ async fn attempt(
     request: &Request,
     first: ChunkNo,
     bytes: &mut u64,
+    attempts: &mut Attempts,
 ) -> Result<(), Trouble> {
     let patience = &*request.patience;
     let mut filler = Filler::open(blob, request, first)?;
@@ -171,6 +175,7 @@ async fn attempt(
             Some(_) if filler.is_done() => return Ok(()),
             Some(piece) => {
                 let piece = piece?;
+                attempts.answer();
                 *bytes += piece.len() as u64;
                 filler.take(blob, &piece)?;
                 if filler.was_cut_short() {

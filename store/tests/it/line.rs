@@ -11,6 +11,8 @@ use futures::stream::{self, StreamExt};
 use tokio::time::{Instant, sleep, sleep_until};
 use weightfs_store::{ByteStream, Source, SourceError};
 
+use super::source::status;
+
 /// Bytes of a piece.
 const PIECE_BYTES: usize = 256 << 10;
 
@@ -23,6 +25,9 @@ pub struct Line {
     free_at: Mutex<Option<Instant>>,
     open: AtomicUsize,
     most_open: AtomicUsize,
+    /// Answers that it gives at the same time; more are refused with 429.
+    bears: AtomicUsize,
+    refused: AtomicUsize,
 }
 
 impl Line {
@@ -33,7 +38,24 @@ impl Line {
             free_at: Mutex::default(),
             open: AtomicUsize::new(0),
             most_open: AtomicUsize::new(0),
+            bears: AtomicUsize::new(usize::MAX),
+            refused: AtomicUsize::new(0),
         })
+    }
+
+    /// From now on more than `most` requests at the same time are refused, with a second's wait.
+    pub fn bear(&self, most: usize) {
+        self.bears.store(most, Ordering::SeqCst);
+    }
+
+    /// Requests that were refused since the last call.
+    pub fn take_refused(&self) -> usize {
+        self.refused.swap(0, Ordering::SeqCst)
+    }
+
+    /// Forgets how many answers were open.
+    pub fn forget_most_open(&self) {
+        self.most_open.store(0, Ordering::SeqCst);
     }
 
     /// Answers that were open at the same time, at the most.
@@ -87,6 +109,10 @@ impl Source for FarSource {
         static ZEROS: [u8; PIECE_BYTES] = [0; PIECE_BYTES];
         let open = Open::new(&self.0);
         Box::pin(async move {
+            if self.0.open.load(Ordering::SeqCst) > self.0.bears.load(Ordering::SeqCst) {
+                self.0.refused.fetch_add(1, Ordering::SeqCst);
+                return Err(status(429, Some(1)));
+            }
             sleep(self.0.latency).await;
             let left = (range.end - range.start) as usize;
             let pieces = stream::unfold((left, open), async |(left, open)| {

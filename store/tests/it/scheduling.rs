@@ -38,24 +38,31 @@ fn far_blob(store: &Arc<Store>, name: &str, size: u64, line: &Arc<Line>) -> Arc<
     blob
 }
 
-#[tokio::test(start_paused = true)]
-async fn a_stream_from_far_away_reaches_the_rate_of_the_line() {
-    const RATE: f64 = 64.0 * MIB as f64;
+/// What a reader gets of a line of `rate` bytes a second whose answers take a second each, from
+/// the 5th to the 15th second of its stream.
+async fn share_of_a_far_line(rate: f64) -> f64 {
     let dir = tempfile::tempdir().unwrap();
     let store = open_in_earnest(dir.path());
-    let line = Line::new(Duration::from_secs(1), RATE);
-    let blob = far_blob(&store, "x", 1024 * MIB, &line);
+    let line = Line::new(Duration::from_secs(1), rate);
+    let blob = far_blob(&store, "x", 4096 * MIB, &line);
     let began = Instant::now();
-    let (from, to) = (began + Duration::from_secs(5), began + Duration::from_secs(8));
+    let (from, to) = (began + Duration::from_secs(5), began + Duration::from_secs(15));
     // As the kernel reads ahead: four requests of 1 MiB at a time.
     let mut reads =
-        stream::iter((0..1024).map(|at| read(&blob, at * MIB..(at + 1) * MIB))).buffered(4);
+        stream::iter((0..4096).map(|at| read(&blob, at * MIB..(at + 1) * MIB))).buffered(4);
     let mut counted = 0;
     while let Ok(Some(slice)) = timeout_at(to, reads.next()).await {
         counted += if Instant::now() > from { slice.unwrap().len() } else { 0 };
     }
-    let share = counted as f64 / RATE / (to - from).as_secs_f64();
-    assert!(share >= 0.9, "only {share:.2} of the line");
+    counted as f64 / rate / (to - from).as_secs_f64()
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_stream_from_far_away_reaches_the_rate_of_the_line() {
+    for rate in [64e6, 100e6] {
+        let share = share_of_a_far_line(rate).await;
+        assert!(share >= 0.9, "only {share:.2} of {rate:.0} bytes a second");
+    }
 }
 
 #[tokio::test(start_paused = true)]
@@ -79,6 +86,42 @@ async fn many_readers_of_many_cold_blobs_hold_a_bounded_number_of_answers() {
     }
     let most = line.most_open();
     assert!((16..=64).contains(&most), "{most} answers of a few hundred KiB each in memory");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_host_that_asks_for_less_gets_less_and_more_again_when_it_bears_more() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = open_with(dir.path(), 64, Background::Off);
+    let line = Line::new(Duration::from_millis(50), 1e9);
+    let mut numbers = 0..;
+    let mut load = async |count: u64| {
+        let blobs: Vec<_> = numbers
+            .by_ref()
+            .take(count as usize)
+            .map(|number: u64| far_blob(&store, &number.to_string(), 64 * MIB, &line))
+            .collect();
+        // Places that no request for another place brings along.
+        let places = blobs.iter().flat_map(|blob| (0..16).map(move |at| (blob, at * 4 * MIB)));
+        let reads = places.map(|(blob, at)| read(blob, at..at + 4096));
+        let mut reads = stream::iter(reads).buffer_unordered(64);
+        while let Some(slice) = reads.next().await {
+            slice.expect("no read fails");
+        }
+    };
+    load(8).await;
+    assert_eq!((line.take_refused(), line.most_open() >= 16), (0, true));
+    line.bear(4);
+    load(4).await;
+    assert!(line.take_refused() > 0, "it was asked too much at first");
+    load(4).await;
+    let refused = line.take_refused();
+    assert!(refused < 16, "of 64 requests {refused} were refused");
+    line.bear(usize::MAX);
+    line.forget_most_open();
+    // For a while it is not asked for more.
+    sleep(Duration::from_secs(10)).await;
+    load(16).await;
+    assert!(line.most_open() > 8, "only {} at once", line.most_open());
 }
 
 #[tokio::test(start_paused = true)]
