@@ -14,9 +14,11 @@
 //! No lock is held across I/O or an await, and hits take none of these.
 
 mod filler;
+mod hedge;
 mod line;
 mod plan;
 mod queue;
+mod race;
 mod scheduler;
 mod transfer;
 

@@ -1,4 +1,5 @@
-//! The run of one request: sources in turn, retries, deadlines.
+//! The run of one request: sources in turn, retries, deadlines. What is slow is asked for twice:
+//! see [`super::race`].
 //!
 //! A body that ends early, a server that is busy or away: tried again from the first chunk that
 //! is still missing, with growing, jittered pauses, while the request's patience lasts.
@@ -7,14 +8,14 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use backon::{BackoffBuilder, ExponentialBackoff, ExponentialBuilder};
-use futures::StreamExt;
 use tokio::time::{Instant, timeout_at};
 
 use super::filler::Filler;
 use super::queue::Request;
+use super::race::Race;
 use super::{Failure, Outcome, Patience, Running};
 use crate::chunk::ChunkNo;
-use crate::source::{ByteStream, Source};
+use crate::source::Source;
 use crate::{Blob, SourceError};
 
 /// A source that gives no byte for this long is asked again on another connection.
@@ -161,11 +162,10 @@ async fn attempt(
         source_name: source.name().to_owned(),
         message: "gives no data".into(),
     };
-    let answer = source.fetch(filler.wanted());
-    let answer = timeout_at(next_byte_by(blob, patience), answer).await;
-    let mut body: ByteStream = answer.map_err(|_| silent())??;
+    let mut race = Race::new(source, blob.scheduler(), filler.wanted(), request.priority);
     loop {
-        let piece = timeout_at(next_byte_by(blob, patience), body.next()).await;
+        let piece = timeout_at(next_byte_by(blob, patience), race.next()).await;
+        blob.count_fetched(race.take_dropped());
         match piece.map_err(|_| silent())? {
             // More than it was asked for; what follows is not ours.
             Some(_) if filler.is_done() => return Ok(()),

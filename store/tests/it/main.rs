@@ -3,6 +3,7 @@
 
 mod blobs;
 mod faults;
+mod hedging;
 mod ingest;
 mod line;
 mod model;
