@@ -157,19 +157,17 @@ impl Miss {
             return blob.slice(&range, &place, hold);
         }
         let access = notice.advice.access;
-        let mut tickets = blob.fetcher.demand(&blob, &place.chunks, access, until);
+        let (mut loose, tickets) = blob.demand(&place, access, until);
         // After the demand, so that it comes after it in the queue, too.
         blob.follow(&notice);
-        let loose = loop {
-            match blob.fetcher.wait(tickets, until).await {
-                Ok(loose) => break loose,
-                // It had joined a request that nobody else waited for.
-                Err(Failure::NoRoom) => {
-                    tickets = blob.fetcher.demand(&blob, &place.chunks, access, until);
-                }
-                Err(failure) => return Err(failure.into_read_error(&blob)),
-            }
-        };
+        let mut waited = blob.fetcher.wait(tickets, until).await;
+        // It had joined a request that nobody else waited for.
+        while let Err(Failure::NoRoom) = waited {
+            let (known, tickets) = blob.demand(&place, access, until);
+            loose = known;
+            waited = blob.fetcher.wait(tickets, until).await;
+        }
+        loose.extend(waited.map_err(|failure| failure.into_read_error(&blob))?);
         blob.check_trust()?;
         if loose.is_empty() {
             blob.slice(&range, &place, hold)

@@ -22,6 +22,10 @@ const PATIENCE: Duration = Duration::from_secs(1);
 /// For how long it is taken for granted that there is nothing to evict, once that was found.
 const BARREN: Duration = Duration::from_millis(200);
 
+/// For how long nothing is fetched unasked after parts of blobs in use had to go: it would only
+/// push out more of them, or itself.
+const PRESSURE: Duration = Duration::from_secs(10);
+
 /// The least that is evicted when the disk says that it is full, whatever was counted.
 const FULL_DISK_BYTES: u64 = 64 << 20;
 
@@ -47,6 +51,15 @@ pub(crate) struct Task {
     pub(crate) anything: u64,
     /// Bytes to free as far as there are unused blobs; at least `anything`.
     pub(crate) unused: u64,
+}
+
+/// What a pass of the evictor has freed, in bytes.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(crate) struct Freed {
+    /// By blobs that nobody used.
+    pub(crate) unused: u64,
+    /// By parts of blobs in use.
+    pub(crate) parts: u64,
 }
 
 /// What was measured.
@@ -91,6 +104,8 @@ struct Space {
     passes: u64,
     /// When a pass that freed nothing ended.
     barren: Option<Instant>,
+    /// When parts of blobs in use were evicted last.
+    pressed: Option<Instant>,
     disk_full: bool,
     call: Call,
 }
@@ -135,16 +150,34 @@ impl Space {
         };
         let by_disk = |more: u64| (self.limits.min_free + more).saturating_sub(self.free);
         let missing = |more: u64| by_limit(more).max(by_disk(more));
-        let mut anything = missing(over + self.waited_for.anything);
+        // Half of the headroom may be used up before anything goes: what is fetched unasked takes
+        // all but the headroom, and must not push out others by a few blocks.
+        let short = missing(over - self.headroom() / 2 + self.waited_for.anything) > 0;
+        let mut anything = if short { missing(over + self.waited_for.anything) } else { 0 };
         if self.disk_full {
             anything = anything.max(FULL_DISK_BYTES);
         }
-        let unused = missing(over + self.waited_for.anything + self.waited_for.unused);
+        let waited_for = self.waited_for.anything + self.waited_for.unused;
+        let unused = if short || waited_for > 0 { missing(over + waited_for) } else { 0 };
         Task { anything, unused: unused.max(anything) }
     }
 
     fn is_barren(&self) -> bool {
         self.barren.is_some_and(|ended| ended.elapsed() < BARREN)
+    }
+
+    fn is_pressed(&self) -> bool {
+        self.pressed.is_some_and(|at| at.elapsed() < PRESSURE)
+    }
+
+    /// What a writer may have.
+    fn room_for(&self, claim: Claim) -> u64 {
+        match claim {
+            Claim::Anything => self.room(),
+            Claim::Unused if self.is_pressed() => 0,
+            // The headroom is for those who are waited for.
+            Claim::Unused => self.room().saturating_sub(self.headroom()),
+        }
     }
 }
 
@@ -223,6 +256,7 @@ impl Budget {
             written: 0,
             passes: 0,
             barren: None,
+            pressed: None,
             disk_full: false,
             call: Call::Work,
         };
@@ -294,7 +328,7 @@ impl Budget {
             return None;
         }
         self.ask(&mut space);
-        if space.is_barren() {
+        if space.is_barren() || (claim == Claim::Unused && space.is_pressed()) {
             return None;
         }
         let waiting = Waiting::begin(self, &mut space, claim, bytes);
@@ -303,13 +337,8 @@ impl Budget {
 
     fn try_reserve(&self, want: u64, least: u64, claim: Claim) -> Option<Reservation<'_>> {
         let mut space = lock(&self.space);
-        let headroom = space.headroom();
-        let room = match claim {
-            Claim::Anything => space.room(),
-            // The headroom is for those who are waited for.
-            Claim::Unused => space.room().saturating_sub(headroom),
-        };
-        if space.room() < want.saturating_add(headroom / 2) && space.call == Call::Rest {
+        let room = space.room_for(claim);
+        if space.room() < want.saturating_add(space.headroom() / 2) {
             self.ask(&mut space);
         }
         if room < least {
@@ -381,10 +410,14 @@ impl Budget {
         task
     }
 
-    /// A pass is over that freed so many bytes.
-    pub(crate) fn passed(&self, freed: u64) {
+    /// A pass is over.
+    pub(crate) fn passed(&self, freed: Freed) {
         let mut space = lock(&self.space);
         space.passes += 1;
+        if freed.parts > 0 {
+            space.pressed = Some(Instant::now());
+        }
+        let freed = freed.unused + freed.parts;
         space.barren = (freed == 0).then(Instant::now);
         self.tell(&space);
     }
@@ -437,19 +470,24 @@ mod tests {
         let budget = budget(1280 * MIB, 1265 * MIB);
         assert_eq!(lock(&budget.space).headroom(), 10 * MIB);
         assert_eq!(budget.try_reserve(8 * MIB, MIB, Claim::Unused).unwrap().left(), 5 * MIB);
+        budget.passed(Freed { unused: 0, parts: 1 });
+        assert!(budget.try_reserve(8 * MIB, MIB, Claim::Unused).is_none(), "others had to go");
     }
 
     #[test]
     fn the_task_is_to_restore_the_headroom_and_serve_who_waits() {
-        let budget = budget(1280 * MIB, 1275 * MIB);
+        let budget = budget(1280 * MIB, 1271 * MIB);
         let written = budget.written();
-        let measured = Measured { used: 1275 * MIB, free: 1000 * MIB };
-        let idle = budget.measured(measured, written);
-        assert_eq!(idle, Task { anything: 5 * MIB, unused: 5 * MIB });
+        let measured = |used| Measured { used, free: 1000 * MIB };
+        let idle = budget.measured(measured(1271 * MIB), written);
+        assert_eq!(idle, Task { anything: 0, unused: 0 }, "nearly all of it is there");
+        let measured = measured(1276 * MIB);
+        let low = budget.measured(measured, written);
+        assert_eq!(low, Task { anything: 6 * MIB, unused: 6 * MIB });
         let _waiting = budget.begin_to_wait(16 * MIB, Claim::Anything).unwrap();
         let _other = budget.begin_to_wait(4 * MIB, Claim::Unused).unwrap();
         let busy = budget.measured(measured, written);
-        assert_eq!(busy, Task { anything: 21 * MIB, unused: 25 * MIB });
+        assert_eq!(busy, Task { anything: 22 * MIB, unused: 26 * MIB });
         budget.disk_is_full();
         let full = budget.measured(measured, written);
         assert_eq!(full.anything, FULL_DISK_BYTES);
@@ -471,7 +509,7 @@ mod tests {
         let evictor = async {
             tokio::task::yield_now().await;
             budget.measured(Measured { used: 50 * MIB, free: 1000 * MIB }, budget.written());
-            budget.passed(50 * MIB);
+            budget.passed(Freed { unused: 50 * MIB, parts: 0 });
         };
         let waiter = budget.reserve(16 * MIB, MIB, Claim::Anything, until);
         let (room, ()) = tokio::join!(waiter, evictor);
@@ -480,7 +518,7 @@ mod tests {
         let evictor = async {
             for _ in 0..2 {
                 tokio::task::yield_now().await;
-                budget.passed(0);
+                budget.passed(Freed::default());
             }
         };
         let waiter = budget.reserve(16 * MIB, MIB, Claim::Anything, until);

@@ -5,6 +5,7 @@
 
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::{Instant, timeout_at};
@@ -16,10 +17,15 @@ use crate::shared::lock;
 /// Chunks in memory at the most, over all blobs (64 MiB).
 const MAX_LOOSE: usize = 64;
 
+/// For how long a chunk is kept for those who come next: long enough for a sequential reader, and
+/// by then there may be room on the disk.
+const KEPT_FOR: Duration = Duration::from_secs(10);
+
 /// A chunk in memory.
 #[derive(Debug)]
 pub(crate) struct LooseChunk {
     bytes: Vec<u8>,
+    until: Instant,
     _permit: OwnedSemaphorePermit,
 }
 
@@ -33,11 +39,14 @@ impl LooseChunk {
 #[derive(Debug)]
 pub(crate) struct Berth(OwnedSemaphorePermit);
 
+/// A chunk in memory by its name.
+type Kept = ((BlobId, ChunkNo), Arc<LooseChunk>);
+
 /// The chunks in memory, the oldest first.
 #[derive(Debug)]
 pub(crate) struct LooseChunks {
     permits: Arc<Semaphore>,
-    kept: Mutex<VecDeque<((BlobId, ChunkNo), Arc<LooseChunk>)>>,
+    kept: Mutex<VecDeque<Kept>>,
 }
 
 impl Default for LooseChunks {
@@ -63,14 +72,23 @@ impl LooseChunks {
         bytes: Vec<u8>,
         Berth(permit): Berth,
     ) -> Arc<LooseChunk> {
-        let loose = Arc::new(LooseChunk { bytes, _permit: permit });
+        let loose =
+            Arc::new(LooseChunk { bytes, until: Instant::now() + KEPT_FOR, _permit: permit });
         lock(&self.kept).push_back(((blob, chunk), Arc::clone(&loose)));
         loose
     }
 
     pub(crate) fn get(&self, blob: BlobId, chunk: ChunkNo) -> Option<Arc<LooseChunk>> {
         let kept = lock(&self.kept);
-        kept.iter().find(|(name, _)| *name == (blob, chunk)).map(|(_, loose)| Arc::clone(loose))
+        let found = kept.iter().find(|(name, _)| *name == (blob, chunk));
+        found.map(|(_, loose)| Arc::clone(loose)).filter(|loose| Instant::now() < loose.until)
+    }
+
+    /// Drops what was kept for long enough.
+    pub(crate) fn expire(&self) {
+        if !self.is_empty() {
+            lock(&self.kept).retain(|(_, loose)| Instant::now() < loose.until);
+        }
     }
 
     /// Whether there may be one.
@@ -88,8 +106,6 @@ impl LooseChunks {
 
 #[cfg(test)]
 mod tests {
-    use std::time::Duration;
-
     use super::*;
     use crate::{Digest, Form};
 
@@ -113,9 +129,9 @@ mod tests {
         assert!(chunks.get(blob, ChunkNo(0)).is_none());
         held.extend((0..2 * MAX_LOOSE as u32).filter_map(|at| chunks.get(blob, ChunkNo(at))));
         assert!(chunks.berth(soon()).await.is_none(), "all are held");
-        held.pop();
-        chunks.forget(blob);
-        drop(held);
+        held.clear();
+        tokio::time::advance(KEPT_FOR).await;
+        chunks.expire();
         assert!(chunks.is_empty() && chunks.berth(soon()).await.is_some());
     }
 }

@@ -9,7 +9,12 @@ use tokio::time::{Instant, timeout_at};
 use super::Blob;
 use crate::ReadError;
 use crate::chunk::{ChunkNo, Place, each};
+use crate::fetch::Ticket;
 use crate::loose::LooseChunk;
+use crate::read_ahead::Access;
+
+/// A chunk that is only in memory.
+pub(super) type Loose = (ChunkNo, Arc<LooseChunk>);
 
 /// Extents that can't be evicted while this is there.
 #[derive(Debug)]
@@ -53,12 +58,39 @@ impl Blob {
 /// For reads of which a part is only in memory.
 impl Blob {
     /// What is only in memory of a place, if that and what is published is all of it.
-    pub(super) fn loose_chunks(&self, place: &Place) -> Option<Vec<(ChunkNo, Arc<LooseChunk>)>> {
+    pub(super) fn loose_chunks(&self, place: &Place) -> Option<Vec<Loose>> {
         if self.loose().is_empty() {
             return None;
         }
         let absent = each(&place.chunks).filter(|chunk| !self.presence.has(*chunk));
-        absent.map(|chunk| Some((chunk, self.loose().get(self.id, chunk)?))).collect()
+        absent.map(|chunk| self.loose_chunk(chunk)).collect()
+    }
+
+    fn loose_chunk(&self, chunk: ChunkNo) -> Option<Loose> {
+        Some((chunk, self.loose().get(self.id, chunk)?))
+    }
+
+    /// Asks for what is neither published nor in memory; gives what is in memory.
+    pub(super) fn demand(
+        self: &Arc<Self>,
+        place: &Place,
+        access: Access,
+        until: Instant,
+    ) -> (Vec<Loose>, Vec<Ticket>) {
+        if self.loose().is_empty() {
+            return (vec![], self.fetcher.demand(self, &place.chunks, access, until));
+        }
+        let (mut loose, mut tickets) = (vec![], vec![]);
+        for chunk in each(&place.chunks).filter(|chunk| !self.presence.has(*chunk)) {
+            match self.loose_chunk(chunk) {
+                Some(found) => loose.push(found),
+                None => {
+                    let only = chunk..chunk.next();
+                    tickets.extend(self.fetcher.demand(self, &only, access, until));
+                }
+            }
+        }
+        (loose, tickets)
     }
 
     /// The bytes `range`, some of them from `loose` chunks, the others published and held.
@@ -67,7 +99,7 @@ impl Blob {
         range: &Range<u64>,
         place: &Place,
         hold: Hold,
-        loose: &[(ChunkNo, Arc<LooseChunk>)],
+        loose: &[Loose],
     ) -> Result<Slice, ReadError> {
         let mut bytes = Vec::new();
         for chunk in each(&place.chunks) {

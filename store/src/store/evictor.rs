@@ -14,7 +14,7 @@ use nix::sys::statvfs::statvfs;
 use super::at;
 use super::catalog::{Catalog, Removal};
 use crate::blob::Candidate;
-use crate::budget::{Measured, Task, Woken};
+use crate::budget::{Freed, Measured, Task, Woken};
 use crate::shared::lock;
 use crate::{Blob, BlobId, OpenError, segment};
 
@@ -39,10 +39,11 @@ impl Evictor {
             while pass.catalog.shared.budget.rest(TICK) == Woken::Work {
                 let freed = pass.run().unwrap_or_else(|error| {
                     tracing::error!(%error, "the cache can't be measured");
-                    0
+                    Freed::default()
                 });
+                pass.catalog.shared.loose.expire();
                 pass.catalog.shared.budget.passed(freed);
-                if freed == 0 {
+                if freed == Freed::default() {
                     std::thread::sleep(BARREN_PAUSE);
                 }
             }
@@ -75,13 +76,13 @@ struct Pass {
 }
 
 impl Pass {
-    /// Measures and makes the room that is missing. Gives the bytes that were freed.
-    fn run(&mut self) -> Result<u64, OpenError> {
+    /// Measures and makes the room that is missing.
+    fn run(&mut self) -> Result<Freed, OpenError> {
         let budget = &Arc::clone(&self.catalog).shared.budget;
         let written = budget.written();
         let task = budget.measured(self.measure()?, written);
         if task.unused == 0 || !self.catalog.may_evict() {
-            return Ok(0);
+            return Ok(Freed::default());
         }
         let freed = self.make_room(task);
         let written = budget.written();
@@ -115,12 +116,13 @@ impl Pass {
         Ok(Measured { used, free })
     }
 
-    fn make_room(&self, task: Task) -> u64 {
-        let freed = self.remove_unused(task.unused);
-        if freed >= task.anything {
-            return freed;
-        }
-        freed + self.evict_parts(task.anything - freed)
+    fn make_room(&self, task: Task) -> Freed {
+        let unused = self.remove_unused(task.unused);
+        let parts = match task.anything.checked_sub(unused) {
+            None | Some(0) => 0,
+            Some(missing) => self.evict_parts(missing),
+        };
+        Freed { unused, parts }
     }
 
     fn remove_unused(&self, wanted: u64) -> u64 {

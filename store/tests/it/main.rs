@@ -2,6 +2,7 @@
 //! server.
 
 mod blobs;
+mod eviction;
 mod faults;
 mod hedging;
 mod ingest;
