@@ -16,7 +16,7 @@ use fuser::{
 use tokio::runtime::Handle;
 use tokio::sync::watch;
 use tracing::{debug, warn};
-use weightfs_store::{Read, ReadError};
+use weightfs_store::{Read, ReadError, SegmentHold};
 
 use crate::filesystem::{Filesystem, FsError, Inode, NodeRef};
 use crate::open_files::{Mode, OpenFiles};
@@ -42,11 +42,20 @@ const MAX_BACKGROUND: u16 = 512;
 /// Block size reported by stat and statfs, in bytes.
 const BLOCK_BYTES: u32 = 4096;
 
+/// A cache file that the kernel reads by itself.
+#[derive(Debug)]
+pub(crate) struct Backing {
+    id: BackingId,
+    /// The store sees none of these reads: nothing of the file may be evicted meanwhile. After the
+    /// id, so that it is dropped last.
+    _hold: SegmentHold,
+}
+
 /// Answers the kernel from a [`Filesystem`].
 #[derive(Debug)]
 pub(crate) struct Adapter {
     pub(crate) filesystem: Arc<Filesystem>,
-    pub(crate) open_files: OpenFiles<BackingId>,
+    pub(crate) open_files: OpenFiles<Backing>,
     /// Whether the kernel can serve complete files by itself.
     pub(crate) passthrough: bool,
     /// Where misses wait.
@@ -65,12 +74,14 @@ impl Adapter {
     }
 
     /// The cache file of a complete file, made known to the kernel.
-    fn backing(&self, ino: INodeNo, node: &NodeRef, reply: &ReplyOpen) -> Option<BackingId> {
+    fn backing(&self, ino: INodeNo, node: &NodeRef, reply: &ReplyOpen) -> Option<Backing> {
         if !self.passthrough {
             return None;
         }
         let backing = match node.cache_file() {
-            Ok(Some(file)) => reply.open_backing(&file),
+            Ok(Some((file, hold))) => {
+                reply.open_backing(&file).map(|id| Backing { id, _hold: hold })
+            }
             Ok(None) => return None,
             Err(error) => Err(error),
         };
@@ -167,7 +178,7 @@ impl fuser::Filesystem for Adapter {
         match mode {
             Mode::Served => reply.opened(FileHandle(0), flags | FopenFlags::FOPEN_KEEP_CACHE),
             Mode::Passthrough(backing) => {
-                reply.opened_passthrough(FileHandle(0), flags, &backing);
+                reply.opened_passthrough(FileHandle(0), flags, &backing.id);
                 self.expect(self.filesystem.expected_after(node));
             }
         }

@@ -10,8 +10,8 @@ use futures::future::BoxFuture;
 use futures::{FutureExt as _, StreamExt as _, stream};
 use tempfile::TempDir;
 use weightfs_store::{
-    Background, Blob, BlobId, ByteStream, Digest, FetchOptions, Form, Layout, Source, SourceError,
-    Store, StoreOptions, Verify,
+    Amount, Background, Blob, BlobId, ByteStream, CacheOptions, Digest, FetchOptions, Form, Layout,
+    Source, SourceError, Store, StoreOptions, Verify,
 };
 
 use crate::artifact::{Compression, LayerContent, LayerDescriptor};
@@ -117,9 +117,11 @@ pub fn open_store(root: &TempDir) -> Arc<Store> {
         background: Background::Off,
         prefetch: true,
     };
+    let cache = CacheOptions { limit: None, min_free: Amount::Bytes(0) };
     let checkpoint_interval = Duration::from_secs(5);
     let verify = Verify::Background;
-    Store::open(root.path(), StoreOptions { fetch, checkpoint_interval, verify }).unwrap()
+    let options = StoreOptions { fetch, cache, checkpoint_interval, verify };
+    Store::open(root.path(), options).unwrap()
 }
 
 /// An empty blob, for trees whose files nobody reads.

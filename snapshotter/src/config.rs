@@ -10,7 +10,9 @@ use std::time::Duration;
 use bytesize::ByteSize;
 use serde::{Deserialize, Serialize};
 use toml::{Table, Value};
-use weightfs_store::{Background, FetchOptions, RegistryOptions, StoreOptions, Verify};
+use weightfs_store::{
+    Amount, Background, CacheOptions, FetchOptions, RegistryOptions, StoreOptions, Verify,
+};
 
 /// Where the configuration is looked for; its absence means defaults.
 pub const DEFAULT_PATH: &str = "/etc/weightfs/config.toml";
@@ -27,6 +29,14 @@ const KEYS: &[(&str, &str)] = &[
         "Image layers in plain tar from this size on are mounted lazily; smaller ones are pulled.",
     ),
     ("control.address", "Unix socket on which this command line reaches the daemon."),
+    (
+        "cache.limit",
+        "Disk space that the cache may take (\"500GiB\", \"80%\" of the file system). Unset: all but min_free.",
+    ),
+    (
+        "cache.min_free",
+        "What the cache leaves free of its file system (\"50GiB\", \"15%\"), whoever fills the rest.",
+    ),
     (
         "cache.checkpoint_interval",
         "How often what was fetched is synced and recorded, so that it survives a restart.",
@@ -99,11 +109,58 @@ pub struct ControlConfig {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct CacheConfig {
+    /// Disk space for the cache.
+    pub limit: Option<Space>,
+    /// Disk space that stays free.
+    pub min_free: Space,
     /// Time between checkpoints.
     #[serde(with = "humantime_serde")]
     pub checkpoint_interval: Duration,
     /// When bytes are served.
     pub verify: Verify,
+}
+
+/// Disk space: bytes ("10GiB"), or a percentage of the file system ("10%").
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub enum Space {
+    /// So many bytes.
+    Bytes(ByteSize),
+    /// So many hundredths.
+    Percent(u8),
+}
+
+impl TryFrom<String> for Space {
+    type Error = String;
+
+    fn try_from(text: String) -> Result<Self, String> {
+        let Some(percent) = text.strip_suffix('%') else {
+            return Ok(Self::Bytes(text.parse()?));
+        };
+        let percent = percent.trim().parse().ok().filter(|percent| *percent <= 100);
+        percent.map(Self::Percent).ok_or_else(|| format!("{text} is no percentage"))
+    }
+}
+
+impl From<Space> for String {
+    fn from(space: Space) -> Self {
+        match space {
+            Space::Bytes(bytes) => {
+                let short = bytes.to_string();
+                if short.parse() == Ok(bytes) { short } else { format!("{}B", bytes.as_u64()) }
+            }
+            Space::Percent(percent) => format!("{percent}%"),
+        }
+    }
+}
+
+impl From<Space> for Amount {
+    fn from(space: Space) -> Self {
+        match space {
+            Space::Bytes(bytes) => Self::Bytes(bytes.as_u64()),
+            Space::Percent(percent) => Self::Percent(percent),
+        }
+    }
 }
 
 /// `[fetch]`
@@ -175,7 +232,14 @@ impl Default for ControlConfig {
 
 impl Default for CacheConfig {
     fn default() -> Self {
-        Self { checkpoint_interval: Duration::from_secs(5), verify: Verify::Background }
+        Self {
+            limit: None,
+            // Less than what makes the kubelet evict (imagefs 15 %, nodefs 10 %): whoever shares
+            // the file system with it sets more.
+            min_free: Space::Percent(5),
+            checkpoint_interval: Duration::from_secs(5),
+            verify: Verify::Background,
+        }
     }
 }
 
@@ -286,6 +350,13 @@ impl Config {
         if self.cache.checkpoint_interval < Duration::from_millis(100) {
             return bad("cache.checkpoint_interval", "must be 100ms or longer");
         }
+        match self.cache.limit {
+            Some(Space::Bytes(limit)) if limit < ByteSize::mib(64) => {
+                return bad("cache.limit", "must be 64MiB or more");
+            }
+            Some(Space::Percent(0)) => return bad("cache.limit", "must be more than 0%"),
+            _ => {}
+        }
         if !(1..=256).contains(&fetch.connections) {
             return bad("fetch.connections", "must be from 1 to 256");
         }
@@ -314,6 +385,10 @@ impl Config {
                 read_ahead_max: fetch.read_ahead_max.as_u64(),
                 background: fetch.background,
                 prefetch: fetch.prefetch,
+            },
+            cache: CacheOptions {
+                limit: self.cache.limit.map(Amount::from),
+                min_free: self.cache.min_free.into(),
             },
             checkpoint_interval: self.cache.checkpoint_interval,
             verify: self.cache.verify,
@@ -415,6 +490,9 @@ mod tests {
     fn what_is_printed_is_read_again_as_the_same() {
         let text = r#"
             root = "/x"
+            [cache]
+            limit = "123456789012B"
+            min_free = "15%"
             [fetch]
             deadline = "1m 5s"
             request_size = "4MiB"
@@ -426,6 +504,8 @@ mod tests {
         let config = parse(text).unwrap();
         assert_eq!(config.fetch.deadline, Duration::from_secs(65));
         assert_eq!(config.fetch.request_size, ByteSize::mib(4));
+        assert_eq!(config.cache.limit, Some(Space::Bytes(ByteSize(123_456_789_012))));
+        assert_eq!(config.cache.min_free, Space::Percent(15));
         assert_eq!(parse(&config.to_commented_toml()).unwrap(), config);
         let defaults = Config::default();
         assert_eq!(parse(&defaults.to_commented_toml()).unwrap(), defaults);
@@ -465,6 +545,9 @@ mod tests {
             ("[fetch]\nrequest_size = '65MiB'", "`fetch.request_size`"),
             ("[fetch]\ndeadline = '0s'", "`fetch.deadline`"),
             ("[cache]\ncheckpoint_interval = '1ms'", "`cache.checkpoint_interval`"),
+            ("[cache]\nlimit = '10MiB'", "`cache.limit` must be 64MiB or more"),
+            ("[cache]\nlimit = '0%'", "`cache.limit`"),
+            ("[cache]\nmin_free = '101%'", "no percentage"),
             ("[fetch]\nread_ahead_min = '1GiB'", "`fetch.read_ahead_min`"),
             ("root = 3", "line 1"),
             ("root = ", "line 1"),

@@ -110,6 +110,8 @@ impl Daemon {
         let layers =
             ImageLayers::new(opener, Arc::clone(&trees), Arc::clone(&metadata), min_layer_bytes);
         layers.restore().await;
+        // What was not restored is used by nobody.
+        store.start_evicting();
         let snapshots = Snapshots::open(&config.root, Arc::clone(&metadata), Arc::new(layers))?;
         let snapshotter_address = config.snapshotter.address.clone();
         let snapshotter_socket = bind_socket(&snapshotter_address)?;

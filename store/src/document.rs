@@ -65,6 +65,15 @@ pub(crate) fn write(
     }
 }
 
+/// Removes the document `name` of `dir`, if it is there; it is gone from the disk when the call
+/// returns.
+pub(crate) fn remove(dir: &Path, name: &str) -> io::Result<()> {
+    match fs::remove_file(dir.join(name)) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+        _ => File::open(dir)?.sync_all(),
+    }
+}
+
 fn write_new(path: &Path, kind: Kind, payload: &[u8], durability: Durability) -> io::Result<()> {
     let mut header = Vec::with_capacity(HEADER_BYTES);
     header.extend_from_slice(MAGIC);

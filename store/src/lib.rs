@@ -2,20 +2,25 @@
 //! here, and whether they can be believed. It knows nothing of files, snapshots or containerd.
 //!
 //! A blob is cut into *segments*, each one sparse cache file, and each segment into *chunks* of
-//! [`CHUNK_BYTES`]. A chunk is absent or published; a published byte never changes.
+//! [`CHUNK_BYTES`]. A chunk is absent or published; a published byte never changes. What nobody
+//! uses can be evicted and is absent again.
 
 pub mod blob;
+mod budget;
 mod chunk;
 pub mod digest;
 mod document;
 pub mod error;
+mod extents;
 mod fetch;
 #[cfg(test)]
 mod fuzz;
 mod hash;
 mod interest;
 pub mod layout;
+mod loose;
 mod presence;
+mod rank;
 mod read_ahead;
 pub mod registry;
 mod segment;
@@ -23,8 +28,15 @@ mod shared;
 pub mod source;
 mod state;
 pub mod store;
+mod trust;
 
-pub use blob::{Blob, BlobStats, Miss, Read, Slice, Trust};
+/// Atomics by a name of our own: the test of what threads do to each other puts those of loom in
+/// their place.
+mod atomic {
+    pub(crate) use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+}
+
+pub use blob::{Blob, BlobStats, Miss, Read, SegmentHold, Slice, Trust};
 pub use digest::{Digest, DigestError};
 pub use error::{OpenError, ReadError, SourceError};
 pub use layout::{CHUNK_BYTES, Layout, LayoutError};
@@ -32,6 +44,6 @@ pub use oci_client::Reference;
 pub use registry::{MAX_MANIFEST_BYTES, Manifest, Registries, RegistryOptions, Repository};
 pub use source::{ByteStream, Source};
 pub use store::{
-    Background, BlobId, BlobUsage, Checked, Evicted, FetchOptions, Form, Ingest, Pruned, Store,
-    StoreOptions, Usage, Verify, VerifyError,
+    Amount, Background, BlobId, BlobUsage, CacheOptions, Checked, Evicted, FetchOptions, Form,
+    Ingest, Pruned, Store, StoreOptions, Usage, Verify, VerifyError,
 };

@@ -15,10 +15,14 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock};
 
 use memmap2::{MmapOptions, MmapRaw};
+use nix::fcntl::{FallocateFlags, fallocate};
 
 /// Mappings that a store keeps at the most. The kernel allows a process 65,530 by default
 /// (vm.max_map_count), and others in the process need some. What is not mapped is read by `pread`.
 const MAX_MAPPINGS: usize = 32_768;
+
+/// Bytes of a block of a file system at the most (xfs). A chunk is a multiple of it.
+const MAX_BLOCK_BYTES: u64 = 64 << 10;
 
 /// Counts the mappings of a store.
 #[derive(Debug, Default)]
@@ -104,6 +108,19 @@ impl Segments {
     /// Makes what was written to the file so far survive a power loss.
     pub(crate) fn sync(&self, segment: usize) -> io::Result<()> {
         self.open(segment)?.sync_data()
+    }
+
+    /// Gives back the disk space of the bytes `range` of a file. Nobody may be reading them: they
+    /// are zeros from here on.
+    pub(crate) fn punch(&self, segment: usize, range: Range<u64>) -> io::Result<()> {
+        let file = OpenOptions::new().write(true).open(path(&self.dir, segment))?;
+        let offset = i64::try_from(range.start).map_err(io::Error::other)?;
+        // With the rest of the last block, which is freed only as a whole (ext4_punch_hole).
+        let len = (range.end - range.start).next_multiple_of(MAX_BLOCK_BYTES);
+        let len = i64::try_from(len).map_err(io::Error::other)?;
+        let mode = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
+        fallocate(&file, mode, offset, len)?;
+        Ok(())
     }
 
     /// Readies the bytes `range` of a segment of `len` bytes, counted from its start; they must

@@ -7,15 +7,22 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard};
 use std::time::Duration;
 
 use tokio::runtime::Handle;
+use tokio::sync::Notify;
 
 use crate::Blob;
+use crate::budget::Budget;
 use crate::fetch::Scheduler;
 use crate::hash::Hashers;
+use crate::loose::LooseChunks;
+use crate::rank::Clock;
 use crate::segment::MappingBudget;
 use crate::store::{BlobId, FetchOptions, Verify};
 
 /// The longest deadline of a read: as good as none, and sums with it don't overflow.
 const MAX_DEADLINE: Duration = Duration::from_secs(24 * 60 * 60);
+
+/// The share of the cache that the read-ahead of one stream may take at the most.
+const READ_AHEAD_SHARE: u64 = 4;
 
 /// A lock whose holder can't leave half a change behind: a panic in one holder does not take the
 /// others down.
@@ -43,21 +50,39 @@ pub(crate) struct Shared {
     pub(crate) mappings: Arc<MappingBudget>,
     pub(crate) scheduler: Scheduler,
     pub(crate) hashers: Arc<Hashers>,
+    pub(crate) clock: Clock,
+    pub(crate) budget: Budget,
+    pub(crate) loose: LooseChunks,
+    /// Told of each eviction that ended.
+    pub(crate) evicted: Notify,
     gate: RwLock<Gate>,
     /// Blobs that changed since their last record. It holds them open until it is written.
     changed: Mutex<HashMap<BlobId, Arc<Blob>>>,
 }
 
 impl Shared {
-    pub(crate) fn new(fetch: FetchOptions, verify: Verify, runtime: Handle) -> Self {
+    pub(crate) fn new(
+        fetch: FetchOptions,
+        verify: Verify,
+        budget: Budget,
+        runtime: Handle,
+    ) -> Self {
         let deadline = fetch.deadline.min(MAX_DEADLINE);
+        // What is read ahead must not push itself out before it is read.
+        let window = budget.limits().limit.map_or(u64::MAX, |limit| limit / READ_AHEAD_SHARE);
+        let read_ahead_max = fetch.read_ahead_max.min(window);
+        let read_ahead_min = fetch.read_ahead_min.min(window);
         Self {
             scheduler: Scheduler::new(fetch.connections_per_host),
             hashers: Hashers::new(),
-            fetch: FetchOptions { deadline, ..fetch },
+            fetch: FetchOptions { deadline, read_ahead_min, read_ahead_max, ..fetch },
             verify,
             runtime,
             mappings: Arc::default(),
+            clock: Clock::start(),
+            budget,
+            loose: LooseChunks::default(),
+            evicted: Notify::new(),
             gate: RwLock::new(Gate::Open),
             changed: Mutex::default(),
         }

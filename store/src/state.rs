@@ -15,6 +15,11 @@ use crate::layout::Layout;
 /// The file that holds it.
 const FILE: &str = "state";
 
+/// Removes the record in `dir`; it is gone from the disk when the call returns.
+pub(crate) fn remove(dir: &Path) -> io::Result<()> {
+    document::remove(dir, FILE)
+}
+
 /// The judgement of a whole blob.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Verdict {

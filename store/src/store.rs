@@ -14,6 +14,7 @@
 
 mod catalog;
 mod checkpoint;
+mod evictor;
 mod ingest;
 mod owner;
 mod pins;
@@ -27,6 +28,7 @@ use std::path::Path;
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
+use nix::sys::statvfs::statvfs;
 use serde::{Deserialize, Serialize};
 use tokio::runtime::Handle;
 
@@ -37,9 +39,11 @@ pub use self::verify::{Checked, VerifyError};
 pub(crate) use self::catalog::touch;
 use self::catalog::{Catalog, Removal};
 use self::checkpoint::Checkpointer;
+use self::evictor::Evictor;
 use self::ingest::IngestArea;
 use self::owner::Owner;
 use self::pins::Pins;
+use crate::budget::{Budget, Limits};
 use crate::chunk::{ChunkTable, MAX_BLOB_BYTES};
 use crate::document::{self, Durability, Found, Kind};
 use crate::shared::{Shared, lock};
@@ -112,11 +116,40 @@ pub enum Verify {
     Strict,
 }
 
+/// An amount of disk space.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Amount {
+    /// So many bytes.
+    Bytes(u64),
+    /// So many hundredths of the whole file system.
+    Percent(u8),
+}
+
+impl Amount {
+    fn of(self, file_system: u64) -> u64 {
+        match self {
+            Self::Bytes(bytes) => bytes,
+            Self::Percent(percent) => file_system / 100 * u64::from(percent),
+        }
+    }
+}
+
+/// How much disk the cache may take. Counted are the blocks that its files have.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct CacheOptions {
+    /// At the most; `None` is as much as the file system has.
+    pub limit: Option<Amount>,
+    /// What the file system keeps free, whoever fills it.
+    pub min_free: Amount,
+}
+
 /// What a store needs to know.
 #[derive(Debug, Clone)]
 pub struct StoreOptions {
     /// How misses are filled.
     pub fetch: FetchOptions,
+    /// How much may be kept.
+    pub cache: CacheOptions,
     /// Time between two checkpoints. What was fetched since the last one is fetched again after a
     /// power loss; much more often costs throughput (syncing each 4 MiB halves it).
     pub checkpoint_interval: Duration,
@@ -130,6 +163,7 @@ pub struct StoreOptions {
 #[derive(Debug)]
 pub struct Store {
     catalog: Arc<Catalog>,
+    evictor: Evictor,
     checkpointer: Checkpointer,
     /// Last, so that the directory is given up when all else is done.
     _owner: Owner,
@@ -151,12 +185,20 @@ impl Store {
         make_dir(&blobs)?;
         let ingests = IngestArea::clean(root.join("ingest"))?;
         let pins = Pins::open(root.join("pins"))?;
-        let StoreOptions { fetch, checkpoint_interval, verify } = options;
-        let shared = Arc::new(Shared::new(fetch, verify, runtime));
+        let StoreOptions { fetch, cache, checkpoint_interval, verify } = options;
+        let shared = Arc::new(Shared::new(fetch, verify, budget(root, cache)?, runtime));
         let checkpointer = Checkpointer::start(Arc::clone(&shared), checkpoint_interval);
         let checkpointer = checkpointer.map_err(at(root))?;
         let catalog = Arc::new(Catalog::new(blobs, ingests, pins, shared));
-        Ok(Arc::new(Self { catalog, checkpointer, _owner: owner }))
+        let evictor = Evictor::start(Arc::clone(&catalog)).map_err(at(root))?;
+        Ok(Arc::new(Self { catalog, evictor, checkpointer, _owner: owner }))
+    }
+
+    /// Lets go of what is used least from now on, where the limits ask for it. To be called when
+    /// all blobs are open that are in use from before a restart: what is not open counts as
+    /// unused.
+    pub fn start_evicting(&self) {
+        self.catalog.start_evicting();
     }
 
     /// The layout of a blob that this store has on disk.
@@ -202,6 +244,7 @@ impl Store {
             None => write_layout(&dir, layout).map_err(at(&dir))?,
         }
         touch(&dir);
+        self.catalog.touched(id);
         let record = Record::read(&dir, &table);
         Ok(Blob::open(id, dir, table, record, Arc::clone(&self.catalog.shared)))
     }
@@ -230,6 +273,7 @@ impl Store {
         }
         let _entered = self.catalog.shared.enter().map_err(&failed)?;
         make_dir(&dir)?;
+        self.catalog.touched(id);
         document::write(&dir, &file, Kind::Attachment, bytes, Durability::Atomic).map_err(&failed)
     }
 
@@ -291,12 +335,22 @@ impl Store {
 
 impl Drop for Store {
     fn drop(&mut self) {
+        self.evictor.stop();
         self.checkpointer.stop();
         if let Err(error) = self.checkpoint() {
             tracing::error!(%error, "what was fetched last is not recorded: it will be fetched again");
         }
         self.catalog.shared.close();
     }
+}
+
+/// The limits in bytes, as the file system is now.
+fn budget(root: &Path, cache: CacheOptions) -> Result<Budget, OpenError> {
+    let space = statvfs(root).map_err(|error| at(root)(error.into()))?;
+    let whole = space.blocks() * space.fragment_size();
+    let limit = cache.limit.map(|limit| limit.of(whole));
+    let limits = Limits { limit, min_free: cache.min_free.of(whole) };
+    Ok(Budget::new(limits, evictor::free_bytes(root)?))
 }
 
 fn same_layout(blob: Arc<Blob>, layout: &Layout) -> Result<Arc<Blob>, OpenError> {

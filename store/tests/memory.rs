@@ -12,8 +12,8 @@ use futures::future::BoxFuture;
 use futures::stream;
 use tokio::time::sleep;
 use weightfs_store::{
-    Background, Blob, BlobId, ByteStream, Digest, FetchOptions, Form, Layout, Read, Source,
-    SourceError, Store, StoreOptions,
+    Amount, Background, Blob, BlobId, ByteStream, CacheOptions, Digest, FetchOptions, Form, Layout,
+    Read, Source, SourceError, Store, StoreOptions, Verify,
 };
 
 const MIB: u64 = 1 << 20;
@@ -86,7 +86,9 @@ fn options() -> StoreOptions {
             background: Background::TouchedFiles,
             prefetch: true,
         },
+        cache: CacheOptions { limit: None, min_free: Amount::Bytes(0) },
         checkpoint_interval: Duration::from_secs(5),
+        verify: Verify::Background,
     }
 }
 

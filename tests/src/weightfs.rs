@@ -36,9 +36,11 @@ impl Weightfs {
         weightfs
     }
 
-    /// Adds to the configuration, which otherwise has the directories of this guard only.
+    /// Adds to the configuration, which otherwise has the directories of this guard only, and
+    /// leaves it to the machine how full its disk is.
     pub fn configure(&self, more: &str) {
         let home = self.home.display();
+        let more = without_min_free(more);
         let text = format!(
             "root = \"{home}/root\"\n\
              [snapshotter]\naddress = \"{home}/s.sock\"\n\
@@ -138,6 +140,17 @@ impl Weightfs {
         let mut command = self.command(["mount", "--foreground", reference]);
         command.arg(dir).arg("--root").arg(self.root()).arg("--config").arg(self.config());
         command
+    }
+}
+
+/// A configuration whose cache keeps nothing free, unless it says so itself.
+fn without_min_free(text: &str) -> String {
+    const TABLE: &str = "[cache]\n";
+    const KEY: &str = "min_free = \"0B\"\n";
+    match text.split_once(TABLE) {
+        _ if text.contains("min_free") => text.to_owned(),
+        Some((before, after)) => [before, TABLE, KEY, after].concat(),
+        None => [text, "\n", TABLE, KEY].concat(),
     }
 }
 

@@ -110,6 +110,7 @@ async fn serve_here(
         () = &mut stop => return Ok(()),
     };
     downloads.finish();
+    store.start_evicting();
     let merged = tree.merge()?;
     let files = merged.files();
     let filesystem = Arc::new(Filesystem::of_one(TreeNumber(1), merged));

@@ -6,24 +6,29 @@ use tokio::time::{Instant, timeout};
 
 use super::Blob;
 use crate::ReadError;
-use crate::fetch::Priority;
+use crate::chunk::ChunkNo;
+use crate::fetch::{Failure, Priority};
 use crate::read_ahead::Access;
 use crate::state::Verdict;
 
 impl Blob {
     /// Fetches all that is missing and waits until the whole is hashed. Each chunk that is waited
-    /// for, and each step of the hash, may take as long as a read (`fetch.deadline`).
+    /// for, and each step of the hash, may take as long as a read (`fetch.deadline`). Nothing of
+    /// the blob is evicted meanwhile.
     ///
     /// # Errors
-    /// When no source gives a chunk in time, or refuses it; when the bytes are not those of the
-    /// digest, or can't be hashed.
+    /// When no source gives a chunk in time, or refuses it; when the cache has no room for all of
+    /// the blob; when the bytes are not those of the digest, or can't be hashed.
     pub async fn complete(self: &Arc<Self>) -> Result<(), ReadError> {
+        let until = Instant::now() + self.shared.fetch.deadline;
+        let all = 0..self.table.extents();
+        let _hold = self.hold(&all, until).await.ok_or_else(|| self.too_late())?;
         loop {
             match self.verdict() {
-                Some(Verdict::Verified) => return Ok(()),
                 Some(Verdict::Poisoned { .. }) => return self.check_trust(),
-                None if self.presence.is_complete() => self.judgement().await?,
-                None => self.fill().await?,
+                _ if !self.presence.is_complete() => self.fill().await?,
+                Some(Verdict::Verified) => return Ok(()),
+                None => self.judgement().await?,
             }
         }
     }
@@ -37,13 +42,26 @@ impl Blob {
             if self.fetcher.is_calm() {
                 self.fetcher.plan(self, Priority::Background, first..all.end);
             }
-            let until = Instant::now() + self.shared.fetch.deadline;
-            let chunk = first..first.next();
-            let tickets = self.fetcher.demand(self, &chunk, Access::Sequential, until);
-            self.fetcher.wait(self, tickets, until).await?;
+            self.fetch_one(first).await?;
             all.start = first;
         }
         Ok(())
+    }
+
+    /// Waits for one chunk.
+    async fn fetch_one(self: &Arc<Self>, chunk: ChunkNo) -> Result<(), ReadError> {
+        let until = Instant::now() + self.shared.fetch.deadline;
+        loop {
+            let chunks = chunk..chunk.next();
+            let tickets = self.fetcher.demand(self, &chunks, Access::Sequential, until);
+            match self.fetcher.wait(tickets, until).await {
+                Ok(loose) if loose.is_empty() => return Ok(()),
+                Ok(_) => return Err(self.unfinished("the cache has no room for all of it")),
+                // It had joined a request that nobody else waited for.
+                Err(Failure::NoRoom) => {}
+                Err(failure) => return Err(failure.into_read_error(self)),
+            }
+        }
     }
 
     /// Waits for the judgement of a blob that is complete, as long as its hash comes forward.
@@ -60,16 +78,15 @@ impl Blob {
             self.hash.poke(self);
             let position = self.hash.position();
             if timeout(deadline, judged).await.is_err() && position == self.hash.position() {
-                return Err(self.not_judged());
+                return Err(
+                    self.unfinished("all of it is here, but its hash does not come forward")
+                );
             }
         }
     }
 
-    fn not_judged(&self) -> ReadError {
-        ReadError::Deadline {
-            digest: self.id.digest,
-            deadline: self.shared.fetch.deadline,
-            cause: "all of it is here, but its hash does not come forward".into(),
-        }
+    fn unfinished(&self, cause: &str) -> ReadError {
+        let deadline = self.shared.fetch.deadline;
+        ReadError::Deadline { digest: self.id.digest, deadline, cause: cause.into() }
     }
 }

@@ -13,7 +13,9 @@ use std::sync::Arc;
 use tokio::time::Instant;
 
 use super::queue::Request;
+use super::room::affordable;
 use crate::Blob;
+use crate::budget::Reservation;
 use crate::chunk::{ChunkNo, VerifiedChunk};
 use crate::layout::CHUNK_BYTES;
 use crate::shared::Entered;
@@ -29,6 +31,7 @@ const _: () = assert!(CHUNK_BYTES.is_multiple_of(BLOCK_BYTES));
 /// Writes bytes in sequence to a cache file and publishes each chunk that is whole.
 pub(super) struct Filler<'a> {
     request: &'a Request,
+    room: Reservation<'a>,
     file: File,
     /// First byte of the segment.
     origin: u64,
@@ -48,19 +51,26 @@ pub(super) struct Filler<'a> {
 }
 
 impl<'a> Filler<'a> {
-    /// For the chunks of a request from `first` on.
-    pub(super) fn open(blob: &Blob, request: &'a Request, first: ChunkNo) -> io::Result<Self> {
+    /// For the chunks of a request from `first` on, as far as there is room.
+    pub(super) fn open(
+        blob: &Blob,
+        request: &'a Request,
+        first: ChunkNo,
+        room: Reservation<'a>,
+    ) -> io::Result<Self> {
         let _entered = blob.enter()?;
         let outside = || io::Error::other("no such chunk");
         let table = blob.table();
         let (segment, covers) = table.bytes_of(first).ok_or_else(outside)?;
-        let end = request.end().0.checked_sub(1).map(ChunkNo);
+        let end = affordable(blob, first, request.end(), room.left()).end;
+        let end = end.0.checked_sub(1).map(ChunkNo);
         let (_, last) = end.and_then(|last| table.bytes_of(last)).ok_or_else(outside)?;
         let whole = table.layout().segment(segment).ok_or_else(outside)?;
         let file = blob.segments().open_to_fill(segment, whole.end - whole.start)?;
         let block = usize::try_from(BLOCK_BYTES.min(last.end - covers.start)).unwrap_or(0);
         Ok(Self {
             request,
+            room,
             file,
             origin: whole.start,
             gathered: Vec::with_capacity(block),
@@ -131,6 +141,7 @@ impl<'a> Filler<'a> {
     fn write(&mut self, blob: &Arc<Blob>, block: &[u8]) -> io::Result<()> {
         let entered = blob.enter()?;
         self.file.write_all_at(block, self.position - self.origin)?;
+        self.room.spend(block.len() as u64);
         self.position += block.len() as u64;
         if self.position == self.covers.end {
             self.land(blob, &entered)?;
@@ -144,7 +155,7 @@ impl<'a> Filler<'a> {
         let written = self.began..self.position;
         let verified = VerifiedChunk::check(blob.table(), self.chunk, &written)
             .ok_or_else(|| io::Error::other("not a whole chunk"))?;
-        blob.fetcher().publish(blob, &verified, entered);
+        blob.fetcher().publish(blob, &verified, self.request.priority, entered);
         self.chunk = self.chunk.next();
         self.began = self.position;
         if self.chunk >= self.request.end() {

@@ -10,6 +10,7 @@ use std::sync::{Arc, Mutex, Weak};
 
 use tokio::time::Instant;
 
+use super::hedge::Hedging;
 use super::line::{Line, Priority, Times};
 use super::queue::Request;
 use crate::Blob;
@@ -35,6 +36,7 @@ pub(crate) struct Scheduler {
     state: Mutex<State>,
     /// As in the state, for those who must not take its lock.
     running: AtomicUsize,
+    hedging: Hedging,
 }
 
 #[derive(Debug, Default)]
@@ -61,7 +63,9 @@ pub(super) struct Next {
 
 impl Scheduler {
     pub(crate) fn new(connections_per_host: usize) -> Self {
-        Self { connections_per_host, state: Mutex::default(), running: AtomicUsize::new(0) }
+        let running = AtomicUsize::new(0);
+        let hedging = Hedging::default();
+        Self { connections_per_host, state: Mutex::default(), running, hedging }
     }
 
     /// Whether anything is being fetched, from any host. Takes no lock.
@@ -131,6 +135,34 @@ impl Scheduler {
         if let Some(host) = lock(&self.state).hosts.get_mut(host) {
             host.line.refused(Instant::now());
         }
+        self.hedging.refused(host);
+    }
+
+    /// What is known of slow requests.
+    pub(super) fn hedging(&self) -> &Hedging {
+        &self.hedging
+    }
+
+    /// A place for a request to `host` that is sent a second time, if there is one and the host
+    /// may be asked again.
+    pub(super) fn hedge(&self, host: &str) -> Option<Place<'_>> {
+        let mut state = lock(&self.state);
+        if state.running >= MAX_REQUESTS || !self.hedging.may_hedge(host) {
+            return None;
+        }
+        state.running += 1;
+        Some(Place(self))
+    }
+}
+
+/// A place among all requests, beside that of the request it repeats; given back when dropped.
+#[derive(Debug)]
+pub(super) struct Place<'a>(&'a Scheduler);
+
+impl Drop for Place<'_> {
+    fn drop(&mut self) {
+        let mut state = lock(&self.0.state);
+        state.running = state.running.saturating_sub(1);
     }
 }
 

@@ -1,20 +1,26 @@
-//! The run of one request: sources in turn, retries, deadlines.
+//! The run of one request: sources in turn, retries, deadlines. What is slow is asked for twice:
+//! see [`super::race`].
 //!
 //! A body that ends early, a server that is busy or away: tried again from the first chunk that
 //! is still missing, with growing, jittered pauses, while the request's patience lasts.
+//!
+//! Its extents are held all the while: what it finds published stays so.
 
+use std::io;
+use std::ops::Range;
 use std::sync::Arc;
 use std::time::Duration;
 
 use backon::{BackoffBuilder, ExponentialBackoff, ExponentialBuilder};
-use futures::StreamExt;
 use tokio::time::{Instant, timeout_at};
 
 use super::filler::Filler;
 use super::queue::Request;
+use super::race::Race;
+use super::room::{self, Gatherer, Room};
 use super::{Attempts, Failure, Outcome, Patience, Running};
 use crate::chunk::ChunkNo;
-use crate::source::{ByteStream, Source};
+use crate::source::Source;
 use crate::{Blob, SourceError};
 
 /// A source that gives no byte for this long is asked again on another connection.
@@ -33,17 +39,43 @@ pub(super) async fn run(mut running: Running) {
     running.outcome = fill(&mut running).await;
 }
 
+/// How often a request finds the disk full before it gives up on it. The first time the evictor
+/// gets its chance.
+const MAX_DISK_FULL: u32 = 2;
+
 async fn fill(running: &mut Running) -> Outcome {
     let Running { blob, request, bytes, attempts, .. } = running;
     let patience = &*request.patience;
+    let extents = blob.table().extents_of(&(request.start()..request.end()));
+    let Some(_hold) = blob.hold(&extents, patience.until()).await else {
+        return Err(Failure::Expired { cause: "evicting takes long".into() });
+    };
+    let mut from = request.start();
+    let mut disk_full = 0;
     let mut sources = Sources::new(blob.sources());
     let mut pauses = pauses();
     // Asked again each time: the request may have become shorter.
-    while let Some(first) = blob.presence().first_absent(&(request.start()..request.end())) {
+    while let Some(first) = blob.presence().first_absent(&(from..request.end())) {
         let Some(source) = sources.current() else { return Err(sources.into_failure()) };
+        let room = room::find(blob, request, first, disk_full < MAX_DISK_FULL).await;
+        let room = room.ok_or_else(|| Failure::Expired { cause: "no room in memory".into() })?;
+        let loose = match room {
+            Room::Disk(_) => None,
+            Room::Memory(chunk, _) => Some(chunk),
+            Room::Nowhere => return Err(Failure::NoRoom),
+        };
         attempts.ask();
-        let error = match attempt(blob, &*source, request, first, bytes, attempts).await {
-            Ok(()) => continue,
+        let error = match attempt(blob, &*source, request, first, room, bytes, attempts).await {
+            Ok(()) => {
+                from = loose.map_or(from, ChunkNo::next);
+                continue;
+            }
+            Err(Trouble::Cache(error)) if is_full(&error) => {
+                tracing::debug!(blob = %blob.id().digest, %error, "the disk is full");
+                blob.budget().disk_is_full();
+                disk_full += 1;
+                continue;
+            }
             Err(Trouble::Cache(error)) => return Err(Failure::cache(error)),
             Err(Trouble::Source(error)) => error,
         };
@@ -133,9 +165,78 @@ fn asked_to_wait(error: &SourceError) -> Duration {
     }
 }
 
+fn is_full(error: &io::Error) -> bool {
+    matches!(error.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded)
+}
+
+/// Where an attempt's bytes go.
+enum Sink<'a> {
+    Disk(Filler<'a>),
+    Memory(Gatherer),
+}
+
+impl<'a> Sink<'a> {
+    fn open(blob: &Blob, request: &'a Request, first: ChunkNo, room: Room<'a>) -> io::Result<Self> {
+        let nowhere = || io::Error::from(io::ErrorKind::StorageFull);
+        match room {
+            Room::Disk(room) => Filler::open(blob, request, first, room).map(Self::Disk),
+            Room::Memory(chunk, berth) => {
+                Gatherer::new(blob, chunk, berth).map(Self::Memory).ok_or_else(nowhere)
+            }
+            Room::Nowhere => Err(nowhere()),
+        }
+    }
+
+    fn wanted(&self) -> Range<u64> {
+        match self {
+            Self::Disk(filler) => filler.wanted(),
+            Self::Memory(gatherer) => gatherer.wanted(),
+        }
+    }
+
+    fn is_done(&self) -> bool {
+        match self {
+            Self::Disk(filler) => filler.is_done(),
+            Self::Memory(gatherer) => gatherer.missing() == 0,
+        }
+    }
+
+    fn was_cut_short(&self) -> bool {
+        match self {
+            Self::Disk(filler) => filler.was_cut_short(),
+            Self::Memory(_) => false,
+        }
+    }
+
+    fn missing(&self) -> u64 {
+        match self {
+            Self::Disk(filler) => filler.missing(),
+            Self::Memory(gatherer) => gatherer.missing(),
+        }
+    }
+
+    fn take(&mut self, blob: &Arc<Blob>, piece: &[u8]) -> io::Result<()> {
+        match self {
+            Self::Disk(filler) => filler.take(blob, piece),
+            Self::Memory(gatherer) => {
+                gatherer.take(blob, piece);
+                Ok(())
+            }
+        }
+    }
+
+    fn finish(self, blob: &Arc<Blob>) {
+        match self {
+            // Chunk by chunk, as they came.
+            Self::Disk(_) => {}
+            Self::Memory(gatherer) => gatherer.finish(blob),
+        }
+    }
+}
+
 enum Trouble {
     Source(SourceError),
-    Cache(std::io::Error),
+    Cache(io::Error),
 }
 
 impl From<SourceError> for Trouble {
@@ -144,8 +245,8 @@ impl From<SourceError> for Trouble {
     }
 }
 
-impl From<std::io::Error> for Trouble {
-    fn from(error: std::io::Error) -> Self {
+impl From<io::Error> for Trouble {
+    fn from(error: io::Error) -> Self {
         Self::Cache(error)
     }
 }
@@ -156,40 +257,42 @@ async fn attempt(
     source: &dyn Source,
     request: &Request,
     first: ChunkNo,
+    room: Room<'_>,
     bytes: &mut u64,
     attempts: &mut Attempts,
 ) -> Result<(), Trouble> {
     let patience = &*request.patience;
-    let mut filler = Filler::open(blob, request, first)?;
+    let mut sink = Sink::open(blob, request, first, room)?;
     let silent = || SourceError::Unreachable {
         source_name: source.name().to_owned(),
         message: "gives no data".into(),
     };
-    let answer = source.fetch(filler.wanted());
-    let answer = timeout_at(next_byte_by(blob, patience), answer).await;
-    let mut body: ByteStream = answer.map_err(|_| silent())??;
+    let mut race = Race::new(source, blob.scheduler(), sink.wanted(), request.priority);
     loop {
-        let piece = timeout_at(next_byte_by(blob, patience), body.next()).await;
+        let piece = timeout_at(next_byte_by(blob, patience), race.next()).await;
+        blob.count_fetched(race.take_dropped());
         match piece.map_err(|_| silent())? {
             // More than it was asked for; what follows is not ours.
-            Some(_) if filler.is_done() => return Ok(()),
+            Some(_) if sink.is_done() => break,
             Some(piece) => {
                 let piece = piece?;
                 attempts.answer();
                 *bytes += piece.len() as u64;
-                filler.take(blob, &piece)?;
-                if filler.was_cut_short() {
-                    return Ok(());
+                sink.take(blob, &piece)?;
+                if sink.was_cut_short() {
+                    break;
                 }
             }
-            None if filler.is_done() => return Ok(()),
+            None if sink.is_done() => break,
             None => {
-                let message = format!("the body ended {} bytes early", filler.missing());
+                let message = format!("the body ended {} bytes early", sink.missing());
                 let source_name = source.name().to_owned();
                 return Err(SourceError::Unreachable { source_name, message }.into());
             }
         }
     }
+    sink.finish(blob);
+    Ok(())
 }
 
 /// When a source that gives nothing is given up.

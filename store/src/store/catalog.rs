@@ -3,10 +3,11 @@
 //! Invariant: whatever removes a blob's directory holds the table of open blobs and has found it
 //! closed there, so nobody opens a blob that is being removed.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, Weak};
 use std::time::SystemTime;
 
@@ -27,6 +28,9 @@ pub(super) struct Catalog {
     pub(super) pins: Pins,
     pub(super) shared: Arc<Shared>,
     pub(super) open: Mutex<HashMap<BlobId, Weak<Blob>>>,
+    /// Blobs whose directory may have changed since the evictor looked.
+    touched: Mutex<HashSet<BlobId>>,
+    may_evict: AtomicBool,
 }
 
 /// What came of a wish to remove a blob.
@@ -42,7 +46,27 @@ pub(super) enum Removal {
 
 impl Catalog {
     pub(super) fn new(root: PathBuf, ingests: IngestArea, pins: Pins, shared: Arc<Shared>) -> Self {
-        Self { root, ingests, pins, shared, open: Mutex::default() }
+        let (open, touched) = Default::default();
+        Self { root, ingests, pins, shared, open, touched, may_evict: AtomicBool::new(false) }
+    }
+
+    /// Whether the evictor may take anything yet.
+    pub(super) fn may_evict(&self) -> bool {
+        self.may_evict.load(Ordering::Acquire)
+    }
+
+    pub(super) fn start_evicting(&self) {
+        self.may_evict.store(true, Ordering::Release);
+    }
+
+    /// The files of a closed blob change, or it opens.
+    pub(super) fn touched(&self, id: BlobId) {
+        lock(&self.touched).insert(id);
+    }
+
+    /// The blobs of which that was said since the last call.
+    pub(super) fn take_touched(&self) -> HashSet<BlobId> {
+        std::mem::take(&mut *lock(&self.touched))
     }
 
     /// A blob that is open.

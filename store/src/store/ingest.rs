@@ -33,6 +33,12 @@ impl IngestArea {
         Ok(Self { root, next: AtomicU64::new(0) })
     }
 
+    /// Bytes that all of it takes on disk.
+    pub(super) fn disk_bytes(&self) -> u64 {
+        let Ok(drafts) = fs::read_dir(&self.root) else { return 0 };
+        drafts.filter_map(|draft| Some(segment::disk_bytes(&draft.ok()?.path()))).sum()
+    }
+
     fn fresh(&self) -> PathBuf {
         self.root.join(self.next.fetch_add(1, Ordering::Relaxed).to_string())
     }
@@ -112,6 +118,13 @@ impl Ingest {
         if self.position.saturating_add(bytes.len() as u64) > MAX_BLOB_BYTES {
             return Err(io::Error::other(format!("more than {MAX_BLOB_BYTES} bytes")));
         }
+        let budget = &self.store.catalog.shared.budget;
+        // Nothing of a blob that is made here can be served before all of it is here.
+        let mut room = budget.reserve_in_thread(bytes.len() as u64).ok_or_else(|| {
+            let why =
+                "no room in the cache, and nothing that could go: see cache.limit, cache.min_free";
+            io::Error::new(io::ErrorKind::StorageFull, why)
+        })?;
         let file = match &mut self.file {
             Some(file) => file,
             None if self.starts.len() == MAX_SEGMENTS => {
@@ -123,7 +136,12 @@ impl Ingest {
                 self.file.insert(BufWriter::with_capacity(BUFFER_BYTES, file))
             }
         };
-        file.write_all(bytes)
+        let written = file.write_all(bytes);
+        if written.as_ref().is_err_and(|error| error.kind() == io::ErrorKind::StorageFull) {
+            budget.disk_is_full();
+        }
+        room.spend(bytes.len() as u64);
+        written
     }
 
     /// Bytes written so far.
@@ -175,6 +193,7 @@ impl Ingest {
         make_dir(parent)?;
         self.keep_attachments(&dir).map_err(&failed)?;
         drop(self.store.catalog.ingests.take_away(&dir)?);
+        self.store.catalog.touched(self.id);
         // The commit point.
         fs::rename(&self.draft.0, &dir).map_err(&failed)?;
         File::open(parent).and_then(|parent| parent.sync_all()).map_err(&failed)?;

@@ -2,10 +2,10 @@
 
 use std::time::SystemTime;
 
-use nix::sys::statvfs::statvfs;
-
 use super::catalog::Removal;
+use super::evictor::{evict, free_bytes};
 use super::{Store, at, read_layout};
+use crate::budget::Limits;
 use crate::chunk::ChunkTable;
 use crate::presence::ones;
 use crate::state::{Record, Verdict};
@@ -88,12 +88,11 @@ impl Store {
         let unseen = catalog.pins.all().into_iter().filter(|id| !ids.contains(id));
         ids.extend(unseen.collect::<Vec<_>>());
         let blobs: Vec<_> = ids.into_iter().map(|id| self.usage_of(id)).collect();
-        let root = catalog.root();
-        let space = statvfs(root).map_err(|error| at(root)(error.into()))?;
+        let Limits { limit, min_free } = catalog.shared.budget.limits();
         Ok(Usage {
-            limit: None,
-            min_free: 0,
-            free: space.blocks_available() * space.fragment_size(),
+            limit,
+            min_free,
+            free: free_bytes(catalog.root())?,
             used: blobs.iter().map(|blob| blob.disk).sum(),
             blobs,
         })
@@ -170,11 +169,20 @@ impl Store {
         match self.catalog.remove(id)? {
             Removal::Removed(freed) => Ok(Evicted::Whole { freed }),
             Removal::Nothing => Ok(Evicted::Nothing),
-            Removal::Open => {
-                let kept = segment::disk_bytes(&self.catalog.dir(id));
-                Ok(Evicted::Part { freed: 0, kept })
-            }
+            Removal::Open => Ok(self.evict_parts(id)),
         }
+    }
+
+    fn evict_parts(&self, id: BlobId) -> Evicted {
+        let dir = self.catalog.dir(id);
+        let before = segment::disk_bytes(&dir);
+        if let Some(blob) = self.catalog.opened(id) {
+            let extents: Vec<_> =
+                blob.candidates().into_iter().map(|candidate| candidate.extent).collect();
+            evict(&blob, &extents);
+        }
+        let kept = segment::disk_bytes(&dir);
+        Evicted::Part { freed: before.saturating_sub(kept), kept }
     }
 
     /// Removes all blobs that are neither open nor pinned. Blocking I/O.

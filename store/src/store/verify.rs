@@ -7,6 +7,7 @@ use sha2::{Digest as _, Sha256};
 use super::{Store, read_layout};
 use crate::chunk::each;
 use crate::state::Verdict;
+use crate::trust::Settled;
 use crate::{Blob, BlobId, Digest, Form, OpenError, ReadError};
 
 /// What came of hashing a blob again.
@@ -63,11 +64,16 @@ impl Store {
         if id.form == Form::Decompressed {
             return Ok(Checked::NoDigest);
         }
+        let era = blob.era();
         let Some(actual) = hash(&blob, &mut progress)? else { return Ok(Checked::Partial) };
-        let verdict =
-            if actual == id.digest { Verdict::Verified } else { Verdict::Poisoned { actual } };
-        blob.judge(verdict);
-        Ok(if actual == id.digest { Checked::Good } else { Checked::Bad { actual } })
+        let good = actual == id.digest;
+        let verdict = if good { Verdict::Verified } else { Verdict::Poisoned { actual } };
+        match blob.judge(verdict, era) {
+            // A part of it was evicted and fetched again meanwhile.
+            Settled::Outdated => Ok(Checked::Partial),
+            Settled::Now | Settled::Before if good => Ok(Checked::Good),
+            Settled::Now | Settled::Before => Ok(Checked::Bad { actual }),
+        }
     }
 }
 
@@ -75,10 +81,7 @@ impl Store {
 fn hash(blob: &Arc<Blob>, progress: &mut dyn FnMut(u64)) -> Result<Option<Digest>, ReadError> {
     let mut hasher = Sha256::new();
     for chunk in each(&blob.table().all()) {
-        if !blob.presence().has(chunk) {
-            return Ok(None);
-        }
-        let bytes = blob.chunk_bytes(chunk)?;
+        let Some(bytes) = blob.chunk_bytes(chunk)? else { return Ok(None) };
         hasher.update(&*bytes);
         progress(bytes.len() as u64);
     }

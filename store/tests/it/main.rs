@@ -2,7 +2,9 @@
 //! server.
 
 mod blobs;
+mod eviction;
 mod faults;
+mod hedging;
 mod ingest;
 mod line;
 mod model;
@@ -20,8 +22,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use weightfs_store::{
-    Background, Blob, BlobId, Digest, FetchOptions, Form, Layout, Read, ReadError, Slice, Store,
-    StoreOptions, Trust, Verify,
+    Amount, Background, Blob, BlobId, CacheOptions, Digest, FetchOptions, Form, Layout, Read,
+    ReadError, Slice, Store, StoreOptions, Trust, Verify,
 };
 
 use source::TestSource;
@@ -58,6 +60,7 @@ fn options() -> StoreOptions {
             background: Background::Off,
             prefetch: true,
         },
+        cache: CacheOptions { limit: None, min_free: Amount::Bytes(0) },
         checkpoint_interval: Duration::from_secs(5),
         verify: Verify::Background,
     }
