@@ -11,7 +11,7 @@ use futures::{FutureExt as _, StreamExt as _, stream};
 use tempfile::TempDir;
 use weightfs_store::{
     Amount, Background, Blob, BlobId, ByteStream, CacheOptions, Digest, FetchOptions, Form, Layout,
-    Source, SourceError, Store, StoreOptions,
+    Recheck, Source, SourceError, Store, StoreOptions,
 };
 
 use crate::artifact::{Compression, LayerContent, LayerDescriptor};
@@ -119,7 +119,11 @@ pub fn open_store(root: &TempDir) -> Arc<Store> {
     };
     let cache = CacheOptions { limit: None, min_free: Amount::Bytes(0) };
     let checkpoint_interval = Duration::from_secs(5);
-    Store::open(root.path(), StoreOptions { fetch, cache, checkpoint_interval }).unwrap()
+    Store::open(
+        root.path(),
+        StoreOptions { fetch, cache, checkpoint_interval, recheck: Recheck::AfterCrash },
+    )
+    .unwrap()
 }
 
 /// An empty blob, for trees whose files nobody reads.

@@ -39,7 +39,11 @@ const KEYS: &[(&str, &str)] = &[
     ),
     (
         "cache.checkpoint_interval",
-        "How often what was fetched is synced and recorded, so that it survives a restart.",
+        "How long what was fetched may wait until it is synced and recorded (it survives a crash).",
+    ),
+    (
+        "cache.recheck",
+        "When what is cached is hashed again: \"after-crash\" of the machine, \"always\", \"never\".",
     ),
     ("fetch.deadline", "A read that no source has served within this time fails with EIO."),
     ("fetch.connections", "Requests in flight for one blob at the most."),
@@ -109,9 +113,11 @@ pub struct CacheConfig {
     pub limit: Option<Space>,
     /// Disk space that stays free.
     pub min_free: Space,
-    /// Time between checkpoints.
+    /// What was fetched is recorded within this time.
     #[serde(with = "humantime_serde")]
     pub checkpoint_interval: Duration,
+    /// When it is hashed again.
+    pub recheck: Recheck,
 }
 
 /// Disk space: bytes ("10GiB"), or a percentage of the file system ("10%").
@@ -231,7 +237,9 @@ impl Default for CacheConfig {
             // Less than what makes the kubelet evict (imagefs 15 %, nodefs 10 %): whoever shares
             // the file system with it sets more.
             min_free: Space::Percent(5),
-            checkpoint_interval: Duration::from_secs(5),
+            // Measured: more often costs throughput, less often loses more.
+            checkpoint_interval: Duration::from_millis(250),
+            recheck: Recheck::AfterCrash,
         }
     }
 }
@@ -384,6 +392,7 @@ impl Config {
                 min_free: self.cache.min_free.into(),
             },
             checkpoint_interval: self.cache.checkpoint_interval,
+            recheck: self.cache.recheck,
         }
     }
 

@@ -43,5 +43,5 @@ pub use registry::{MAX_MANIFEST_BYTES, Manifest, Registries, RegistryOptions, Re
 pub use source::{ByteStream, Source};
 pub use store::{
     Amount, Background, BlobId, BlobUsage, CacheOptions, Evicted, FetchOptions, Form, Ingest,
-    Pruned, Store, StoreOptions, Usage,
+    Pruned, Recheck, Store, StoreOptions, Usage,
 };

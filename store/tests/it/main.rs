@@ -20,7 +20,7 @@ use std::time::Duration;
 
 use weightfs_store::{
     Amount, Background, Blob, BlobId, CacheOptions, Digest, FetchOptions, Form, Layout, Read,
-    ReadError, Slice, Store, StoreOptions, Trust,
+    ReadError, Recheck, Slice, Store, StoreOptions, Trust,
 };
 
 use source::TestSource;
@@ -36,8 +36,10 @@ fn noise(len: u64, seed: u64) -> Vec<u8> {
         state ^= state << 17;
         state
     };
-    let mut bytes: Vec<u8> = (0..len.div_ceil(8)).flat_map(|_| next().to_le_bytes()).collect();
-    bytes.truncate(len as usize);
+    let mut bytes = vec![0; len as usize];
+    for piece in bytes.chunks_mut(8) {
+        piece.copy_from_slice(&next().to_le_bytes()[..piece.len()]);
+    }
     bytes
 }
 
@@ -59,6 +61,7 @@ fn options() -> StoreOptions {
         },
         cache: CacheOptions { limit: None, min_free: Amount::Bytes(0) },
         checkpoint_interval: Duration::from_secs(5),
+        recheck: Recheck::AfterCrash,
     }
 }
 
