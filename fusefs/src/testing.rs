@@ -11,7 +11,7 @@ use futures::{FutureExt as _, StreamExt as _, stream};
 use tempfile::TempDir;
 use weightfs_store::{
     Amount, Background, Blob, BlobId, ByteStream, CacheOptions, Digest, FetchOptions, Form, Layout,
-    Source, SourceError, Store, StoreOptions, Verify,
+    Recheck, Source, SourceError, Store, StoreOptions, Verify,
 };
 
 use crate::artifact::{Compression, LayerContent, LayerDescriptor};
@@ -119,8 +119,8 @@ pub fn open_store(root: &TempDir) -> Arc<Store> {
     };
     let cache = CacheOptions { limit: None, min_free: Amount::Bytes(0) };
     let checkpoint_interval = Duration::from_secs(5);
-    let verify = Verify::Background;
-    let options = StoreOptions { fetch, cache, checkpoint_interval, verify };
+    let (verify, recheck) = (Verify::Background, Recheck::AfterCrash);
+    let options = StoreOptions { fetch, cache, checkpoint_interval, verify, recheck };
     Store::open(root.path(), options).unwrap()
 }
 

@@ -11,7 +11,7 @@ use bytesize::ByteSize;
 use serde::{Deserialize, Serialize};
 use toml::{Table, Value};
 use weightfs_store::{
-    Amount, Background, CacheOptions, FetchOptions, RegistryOptions, StoreOptions, Verify,
+    Amount, Background, CacheOptions, FetchOptions, Recheck, RegistryOptions, StoreOptions, Verify,
 };
 
 /// Where the configuration is looked for; its absence means defaults.
@@ -39,7 +39,11 @@ const KEYS: &[(&str, &str)] = &[
     ),
     (
         "cache.checkpoint_interval",
-        "How often what was fetched is synced and recorded, so that it survives a restart.",
+        "How long what was fetched may wait until it is synced and recorded (it survives a crash).",
+    ),
+    (
+        "cache.recheck",
+        "When what is cached is hashed again: \"after-crash\" of the machine, \"always\", \"never\".",
     ),
     (
         "cache.verify",
@@ -113,11 +117,13 @@ pub struct CacheConfig {
     pub limit: Option<Space>,
     /// Disk space that stays free.
     pub min_free: Space,
-    /// Time between checkpoints.
+    /// What was fetched is recorded within this time.
     #[serde(with = "humantime_serde")]
     pub checkpoint_interval: Duration,
     /// When bytes are served.
     pub verify: Verify,
+    /// When it is hashed again.
+    pub recheck: Recheck,
 }
 
 /// Disk space: bytes ("10GiB"), or a percentage of the file system ("10%").
@@ -237,8 +243,10 @@ impl Default for CacheConfig {
             // Less than what makes the kubelet evict (imagefs 15 %, nodefs 10 %): whoever shares
             // the file system with it sets more.
             min_free: Space::Percent(5),
-            checkpoint_interval: Duration::from_secs(5),
+            // Measured: more often costs throughput, less often loses more.
+            checkpoint_interval: Duration::from_millis(250),
             verify: Verify::Background,
+            recheck: Recheck::AfterCrash,
         }
     }
 }
@@ -392,6 +400,7 @@ impl Config {
             },
             checkpoint_interval: self.cache.checkpoint_interval,
             verify: self.cache.verify,
+            recheck: self.cache.recheck,
         }
     }
 

@@ -37,7 +37,7 @@ use crate::presence::{Bits, Presence, ones};
 use crate::rank::Ranks;
 use crate::read_ahead::{Advice, ReadAhead};
 use crate::segment::{Segments, View};
-use crate::shared::{Entered, Shared, lock};
+use crate::shared::{Entered, Epochs, Shared, lock};
 use crate::state::{Record, Verdict};
 use crate::store::{Background, FetchOptions, touch};
 use crate::trust::{Era, Judgement, Settled};
@@ -82,6 +82,8 @@ pub struct Blob {
     judgement: Judgement,
     /// Tells of a judgement.
     judged: Notify,
+    /// The epoch of its records.
+    epoch: AtomicU64,
     hash: RunningHash,
     /// Segments that were written to since they were last synced.
     unsynced: Bits,
@@ -188,7 +190,16 @@ impl Blob {
     ) -> Arc<Self> {
         let segments = Segments::new(dir, table.layout().segments(), Arc::clone(&shared.mappings));
         let presence = Presence::new(table.all().end.0);
-        let verdict = record.and_then(|record| restore(id, &table, &segments, &presence, &record));
+        let Epochs { now, doubt_before } = shared.epochs;
+        let (mut verdict, mut epoch) = (None, now);
+        if let Some(record) = record {
+            verdict = restore(id, &table, &segments, &presence, &record);
+            if record.epoch < doubt_before {
+                // Served, but not called verified before it was hashed again.
+                verdict = verdict.filter(|verdict| *verdict != Verdict::Verified);
+                epoch = record.epoch;
+            }
+        }
         let follow = if presence.bytes() == 0 { Follow::Prefix } else { Follow::Whole };
         let FetchOptions { read_ahead_min, read_ahead_max, .. } = shared.fetch;
         let blob = Arc::new(Self {
@@ -198,6 +209,7 @@ impl Blob {
             extents: Extents::new(table.extents()),
             ranks: Ranks::new(table.extents()),
             presence,
+            epoch: AtomicU64::new(epoch),
             judgement: Judgement::new(verdict),
             judged: Notify::new(),
             hash: RunningHash::new(follow),
@@ -570,7 +582,7 @@ impl Blob {
             self.judgement.replaced();
         }
         self.presence.publish(chunk);
-        self.shared.changed(self, entered);
+        self.shared.changed(self, chunk.len(), entered);
     }
 
     /// The bytes of a chunk, if it is published.
@@ -603,18 +615,21 @@ impl Blob {
         if settled != Settled::Now {
             return settled;
         }
-        if let Verdict::Poisoned { actual } = verdict {
-            self.shared.loose.forget(self.id);
-            tracing::error!(
-                blob = %self.id.digest,
-                %actual,
-                sources = ?self.source_names(),
-                "blob is poisoned: its bytes do not hash to its digest; nothing of it is served any more",
-            );
+        match verdict {
+            Verdict::Verified => self.epoch.store(self.shared.epochs.now, Ordering::Release),
+            Verdict::Poisoned { actual } => {
+                self.shared.loose.forget(self.id);
+                tracing::error!(
+                    blob = %self.id.digest,
+                    %actual,
+                    sources = ?self.source_names(),
+                    "blob is poisoned: its bytes do not hash to its digest; nothing of it is served any more",
+                );
+            }
         }
         // A store that is closed records nothing: the next one hashes the blob again.
         if let Ok(entered) = self.enter() {
-            self.shared.changed(self, &entered);
+            self.shared.changed(self, 0, &entered);
         }
         settled
     }
@@ -629,27 +644,29 @@ fn restore(
     presence: &Presence,
     record: &Record,
 ) -> Option<Verdict> {
-    let mut last = None;
-    let mut lost = false;
+    let mut last: Option<(usize, Vec<Range<u64>>)> = None;
+    let mut lost = 0u64;
     for chunk in ones(record.present.iter().copied()).map(ChunkNo) {
         let Some((segment, bytes)) = table.bytes_of(chunk) else { continue };
-        let (_, whole) = match last {
-            Some((known, whole)) if known == segment => (known, whole),
-            _ => {
-                let len = table.layout().segment(segment).map_or(0, |at| at.end - at.start);
-                let whole = segments.is_whole(segment, len);
-                if !whole {
-                    tracing::warn!(blob = %id.digest, segment, "cache file is gone or cut: fetched again");
-                }
-                *last.insert((segment, whole))
-            }
+        let filled = match last.take() {
+            Some(known) if known.0 == segment => known.1,
+            _ => segments.filled(segment, table.layout()),
         };
-        lost |= !whole;
-        if whole && let Some(verified) = VerifiedChunk::check(table, chunk, &bytes) {
+        let within = table.within_segment(&(chunk..chunk.next()));
+        let is_there = within.is_some_and(|within| {
+            filled.iter().any(|range| range.start <= within.start && within.end <= range.end)
+        });
+        if !is_there {
+            lost += 1;
+        } else if let Some(verified) = VerifiedChunk::check(table, chunk, &bytes) {
             presence.publish(&verified);
         }
+        last = Some((segment, filled));
     }
-    record.verdict.filter(|verdict| !lost || *verdict != Verdict::Verified)
+    if lost > 0 {
+        tracing::warn!(blob = %id.digest, chunks = lost, "cache files are gone or cut: fetched again");
+    }
+    record.verdict.filter(|verdict| lost == 0 || *verdict != Verdict::Verified)
 }
 
 impl Drop for Blob {

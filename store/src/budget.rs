@@ -53,13 +53,22 @@ pub(crate) struct Task {
     pub(crate) unused: u64,
 }
 
-/// What a pass of the evictor has freed, in bytes.
+/// What a pass of the evictor was to free, and what it has freed, in bytes.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub(crate) struct Freed {
+    /// What was missing.
+    pub(crate) wanted: u64,
     /// By blobs that nobody used.
     pub(crate) unused: u64,
     /// By parts of blobs in use.
     pub(crate) parts: u64,
+}
+
+impl Freed {
+    /// Whether there was something to do and nothing could be done.
+    pub(crate) fn is_nothing(self) -> bool {
+        self.wanted > 0 && self.unused == 0 && self.parts == 0
+    }
 }
 
 /// What was measured.
@@ -417,8 +426,7 @@ impl Budget {
         if freed.parts > 0 {
             space.pressed = Some(Instant::now());
         }
-        let freed = freed.unused + freed.parts;
-        space.barren = (freed == 0).then(Instant::now);
+        space.barren = freed.is_nothing().then(Instant::now);
         self.tell(&space);
     }
 
@@ -470,7 +478,7 @@ mod tests {
         let budget = budget(1280 * MIB, 1265 * MIB);
         assert_eq!(lock(&budget.space).headroom(), 10 * MIB);
         assert_eq!(budget.try_reserve(8 * MIB, MIB, Claim::Unused).unwrap().left(), 5 * MIB);
-        budget.passed(Freed { unused: 0, parts: 1 });
+        budget.passed(Freed { wanted: 1, unused: 0, parts: 1 });
         assert!(budget.try_reserve(8 * MIB, MIB, Claim::Unused).is_none(), "others had to go");
     }
 
@@ -509,7 +517,7 @@ mod tests {
         let evictor = async {
             tokio::task::yield_now().await;
             budget.measured(Measured { used: 50 * MIB, free: 1000 * MIB }, budget.written());
-            budget.passed(Freed { unused: 50 * MIB, parts: 0 });
+            budget.passed(Freed { wanted: MIB, unused: 50 * MIB, parts: 0 });
         };
         let waiter = budget.reserve(16 * MIB, MIB, Claim::Anything, until);
         let (room, ()) = tokio::join!(waiter, evictor);
@@ -518,7 +526,7 @@ mod tests {
         let evictor = async {
             for _ in 0..2 {
                 tokio::task::yield_now().await;
-                budget.passed(Freed::default());
+                budget.passed(Freed { wanted: MIB, unused: 0, parts: 0 });
             }
         };
         let waiter = budget.reserve(16 * MIB, MIB, Claim::Anything, until);

@@ -29,6 +29,8 @@ pub(crate) enum Kind {
     State = 2,
     /// Something that the store's user keeps beside a blob.
     Attachment = 3,
+    /// How the owner of the directory stopped.
+    Session = 4,
 }
 
 /// How sure a write must be.

@@ -198,6 +198,11 @@ impl Fetcher {
         pump(blob);
     }
 
+    /// Gives up what is planned inside `chunks`.
+    pub(crate) fn drop_plans(&self, chunks: &Range<ChunkNo>) {
+        lock(&self.queue).drop_plans(chunks);
+    }
+
     /// Whether nothing but what is expected of loaders is to be fetched any more.
     pub(crate) fn is_calm(&self) -> bool {
         lock(&self.queue).is_calm()

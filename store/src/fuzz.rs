@@ -16,7 +16,7 @@ fn table() -> ChunkTable {
 #[test]
 fn records_are_refused_or_speak_of_chunks_that_there_are() {
     let table = table();
-    let sample = Record::complete(&table).encode(table.layout());
+    let sample = Record::complete(&table, 7).encode(table.layout());
     bolero::check!().for_each(|input: &[u8]| {
         let Some(record) = Record::decode(&foreign(&[&sample], input), &table) else { return };
         let presence = Presence::new(table.all().end.0);

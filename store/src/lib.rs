@@ -45,5 +45,5 @@ pub use registry::{MAX_MANIFEST_BYTES, Manifest, Registries, RegistryOptions, Re
 pub use source::{ByteStream, Source};
 pub use store::{
     Amount, Background, BlobId, BlobUsage, CacheOptions, Checked, Evicted, FetchOptions, Form,
-    Ingest, Pruned, Store, StoreOptions, Usage, Verify, VerifyError,
+    Ingest, Pruned, Recheck, Store, StoreOptions, Usage, Verify, VerifyError,
 };

@@ -16,6 +16,9 @@ use std::sync::{Arc, OnceLock};
 
 use memmap2::{MmapOptions, MmapRaw};
 use nix::fcntl::{FallocateFlags, fallocate};
+use nix::unistd::{Whence, lseek};
+
+use crate::Layout;
 
 /// Mappings that a store keeps at the most. The kernel allows a process 65,530 by default
 /// (vm.max_map_count), and others in the process need some. What is not mapped is read by `pread`.
@@ -100,9 +103,26 @@ impl Segments {
         File::open(path(&self.dir, segment))
     }
 
-    /// Whether the file is there and has its full length.
-    pub(crate) fn is_whole(&self, segment: usize, len: u64) -> bool {
-        fs::metadata(path(&self.dir, segment)).is_ok_and(|file| file.len() == len)
+    /// Where the file has blocks, in order and without what touches; nothing if it is not there or
+    /// was cut. A record that claims more was not written by us: a hole reads as zeros.
+    pub(crate) fn filled(&self, segment: usize, layout: &Layout) -> Vec<Range<u64>> {
+        let len = layout.segment(segment).map_or(0, |bytes| bytes.end - bytes.start);
+        let Ok(file) = self.open(segment) else { return vec![] };
+        if !file.metadata().is_ok_and(|found| found.len() == len) {
+            return vec![];
+        }
+        let mut ranges = vec![];
+        let mut at = 0;
+        // Ends with ENXIO behind the last block (lseek(2)).
+        while at < len
+            && let Ok(start) = seek(&file, at, Whence::SeekData)
+            && let Ok(end) = seek(&file, start, Whence::SeekHole)
+            && end > start
+        {
+            ranges.push(start..end);
+            at = end;
+        }
+        ranges
     }
 
     /// Makes what was written to the file so far survive a power loss.
@@ -187,6 +207,12 @@ pub(crate) fn disk_bytes(dir: &Path) -> u64 {
     files.map(|file| file.blocks() * 512).sum()
 }
 
+fn seek(file: &File, from: u64, whence: Whence) -> io::Result<u64> {
+    let from = i64::try_from(from).map_err(io::Error::other)?;
+    let found = lseek(file, from, whence)?;
+    u64::try_from(found).map_err(io::Error::other)
+}
+
 /// The file of a segment.
 pub(crate) fn path(dir: &Path, segment: usize) -> PathBuf {
     dir.join(format!("segment-{segment}"))
@@ -205,12 +231,16 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let segments = segments(dir.path(), &Arc::default());
         let file = segments.open_to_fill(1, 64 << 20).unwrap();
-        assert!(segments.is_whole(1, 64 << 20) && !segments.is_whole(0, 1));
+        let layout = Layout::new(65 << 20, [1 << 20]).unwrap();
+        assert!(segments.filled(1, &layout).is_empty() && segments.filled(0, &layout).is_empty());
         assert!(matches!(segments.view(1, 64 << 20, &(0..5)).unwrap(), View::Mapped));
         file.write_all_at(b"bytes", 1 << 20).unwrap();
         let at = 1 << 20;
         assert_eq!(segments.mapped(1, &(at..at + 5)), b"bytes");
         assert!(segments.disk_bytes() < 1 << 20);
+        let filled = segments.filled(1, &layout);
+        let holds = |at: u64| filled.iter().any(|range| range.contains(&at));
+        assert!(holds(1 << 20) && holds((1 << 20) + 4) && !holds(0) && !holds(3 << 20));
         assert!(segments.mapped(1, &(0..(64 << 20) + 1)).is_empty());
     }
 

@@ -2,6 +2,7 @@
 //!
 //! ```text
 //! lock                                     flock, and the owner's process id
+//! session                                  how the last owner stopped
 //! ingest/<n>/                              what is being written in sequence, or removed
 //! pins/<name>                              blobs that are never evicted
 //! blobs/sha256/<ab>/<hex>/                 a blob as its registry has it
@@ -18,6 +19,7 @@ mod evictor;
 mod ingest;
 mod owner;
 mod pins;
+mod session;
 mod usage;
 mod verify;
 
@@ -43,10 +45,11 @@ use self::evictor::Evictor;
 use self::ingest::IngestArea;
 use self::owner::Owner;
 use self::pins::Pins;
+use self::session::Session;
 use crate::budget::{Budget, Limits};
 use crate::chunk::{ChunkTable, MAX_BLOB_BYTES};
 use crate::document::{self, Durability, Found, Kind};
-use crate::shared::{Shared, lock};
+use crate::shared::{Epochs, Shared, lock};
 use crate::state::{Record, Verdict};
 use crate::{Blob, Digest, Layout, OpenError};
 
@@ -143,6 +146,19 @@ pub struct CacheOptions {
     pub min_free: Amount,
 }
 
+/// When what an earlier owner recorded is hashed again before it counts as verified. It is served
+/// meanwhile.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Recheck {
+    /// Never.
+    Never,
+    /// After a power loss or a crash of the kernel.
+    AfterCrash,
+    /// After each start.
+    Always,
+}
+
 /// What a store needs to know.
 #[derive(Debug, Clone)]
 pub struct StoreOptions {
@@ -150,11 +166,13 @@ pub struct StoreOptions {
     pub fetch: FetchOptions,
     /// How much may be kept.
     pub cache: CacheOptions,
-    /// Time between two checkpoints. What was fetched since the last one is fetched again after a
-    /// power loss; much more often costs throughput (syncing each 4 MiB halves it).
+    /// How long what was fetched may wait until it is synced and recorded; it comes earlier when
+    /// there is much. What is not recorded is fetched again after a kill or a power loss.
     pub checkpoint_interval: Duration,
     /// When bytes are served.
     pub verify: Verify,
+    /// What of an earlier run is hashed again.
+    pub recheck: Recheck,
 }
 
 /// The owner of a state directory's blobs. When it is dropped, it records what is published and
@@ -165,6 +183,7 @@ pub struct Store {
     catalog: Arc<Catalog>,
     evictor: Evictor,
     checkpointer: Checkpointer,
+    session: Session,
     /// Last, so that the directory is given up when all else is done.
     _owner: Owner,
 }
@@ -185,13 +204,20 @@ impl Store {
         make_dir(&blobs)?;
         let ingests = IngestArea::clean(root.join("ingest"))?;
         let pins = Pins::open(root.join("pins"))?;
-        let StoreOptions { fetch, cache, checkpoint_interval, verify } = options;
-        let shared = Arc::new(Shared::new(fetch, verify, budget(root, cache)?, runtime));
+        let StoreOptions { fetch, cache, checkpoint_interval, verify, recheck } = options;
+        let session = Session::begin(root, &Session::current_boot())?;
+        let doubt_before = match recheck {
+            Recheck::Never => 0,
+            Recheck::AfterCrash => session.doubt_before(),
+            Recheck::Always => session.epoch(),
+        };
+        let epochs = Epochs { now: session.epoch(), doubt_before };
+        let shared = Arc::new(Shared::new(fetch, verify, budget(root, cache)?, epochs, runtime));
         let checkpointer = Checkpointer::start(Arc::clone(&shared), checkpoint_interval);
         let checkpointer = checkpointer.map_err(at(root))?;
         let catalog = Arc::new(Catalog::new(blobs, ingests, pins, shared));
         let evictor = Evictor::start(Arc::clone(&catalog)).map_err(at(root))?;
-        Ok(Arc::new(Self { catalog, evictor, checkpointer, _owner: owner }))
+        Ok(Arc::new(Self { catalog, evictor, checkpointer, session, _owner: owner }))
     }
 
     /// Lets go of what is used least from now on, where the limits ask for it. To be called when
@@ -291,7 +317,7 @@ impl Store {
     }
 
     /// Makes what is published survive a restart: syncs data, then writes the records.
-    /// Also done every few seconds in the background and when the store is dropped.
+    /// Also done all the time in the background and when the store is dropped.
     ///
     /// # Errors
     /// The first failure; the other blobs are recorded all the same.
@@ -337,10 +363,12 @@ impl Drop for Store {
     fn drop(&mut self) {
         self.evictor.stop();
         self.checkpointer.stop();
-        if let Err(error) = self.checkpoint() {
+        let recorded = self.checkpoint();
+        self.catalog.shared.close();
+        // Last: nothing changes any more.
+        if let Err(error) = recorded.and_then(|()| self.session.end()) {
             tracing::error!(%error, "what was fetched last is not recorded: it will be fetched again");
         }
-        self.catalog.shared.close();
     }
 }
 

@@ -1,8 +1,9 @@
 //! Waiting until all of a blob is here and judged: what a strict read does, and a repair.
 
 use std::sync::Arc;
+use std::time::Duration;
 
-use tokio::time::{Instant, timeout};
+use tokio::time::{Instant, sleep, timeout};
 
 use super::Blob;
 use crate::ReadError;
@@ -10,6 +11,10 @@ use crate::chunk::ChunkNo;
 use crate::fetch::{Failure, Priority};
 use crate::read_ahead::Access;
 use crate::state::Verdict;
+
+/// Pauses between looks for room, each of which costs fetching a chunk.
+const FIRST_PAUSE: Duration = Duration::from_millis(100);
+const LONGEST_PAUSE: Duration = Duration::from_secs(4);
 
 impl Blob {
     /// Fetches all that is missing and waits until the whole is hashed. Each chunk that is waited
@@ -26,7 +31,12 @@ impl Blob {
         loop {
             match self.verdict() {
                 Some(Verdict::Poisoned { .. }) => return self.check_trust(),
-                _ if !self.presence.is_complete() => self.fill().await?,
+                _ if !self.presence.is_complete() => {
+                    // What is left of the plan would only push others out.
+                    self.fill()
+                        .await
+                        .inspect_err(|_| self.fetcher.drop_plans(&self.table.all()))?;
+                }
                 Some(Verdict::Verified) => return Ok(()),
                 None => self.judgement().await?,
             }
@@ -51,11 +61,17 @@ impl Blob {
     /// Waits for one chunk.
     async fn fetch_one(self: &Arc<Self>, chunk: ChunkNo) -> Result<(), ReadError> {
         let until = Instant::now() + self.shared.fetch.deadline;
+        let mut pause = FIRST_PAUSE;
         loop {
             let chunks = chunk..chunk.next();
             let tickets = self.fetcher.demand(self, &chunks, Access::Sequential, until);
             match self.fetcher.wait(tickets, until).await {
                 Ok(loose) if loose.is_empty() => return Ok(()),
+                // It came, but not into the cache: perhaps something else can go soon.
+                Ok(_) if Instant::now() + pause < until => {
+                    sleep(pause).await;
+                    pause = (2 * pause).min(LONGEST_PAUSE);
+                }
                 Ok(_) => return Err(self.unfinished("the cache has no room for all of it")),
                 // It had joined a request that nobody else waited for.
                 Err(Failure::NoRoom) => {}

@@ -4,6 +4,7 @@
 //! only after a record without it is on disk.
 
 use std::io;
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex};
 
 use super::Blob;
@@ -91,13 +92,14 @@ impl Blob {
             // No room for a new record, and room is what this is about: none says enough. What
             // else it said is said again by the next one.
             state::remove(self.segments.dir())?;
-            self.shared.changed(self, entered);
+            self.shared.changed(self, 0, entered);
             Ok(())
         })
     }
 
     fn write_record(&self, said: &Said) -> io::Result<()> {
-        let record = Record { verdict: self.verdict(), present: said.recorded.clone() };
+        let (verdict, epoch) = (self.verdict(), self.epoch.load(Ordering::Acquire));
+        let record = Record { verdict, epoch, present: said.recorded.clone() };
         record.write(self.segments.dir(), self.layout())
     }
 }

@@ -43,7 +43,7 @@ impl Evictor {
                 });
                 pass.catalog.shared.loose.expire();
                 pass.catalog.shared.budget.passed(freed);
-                if freed == Freed::default() {
+                if freed.is_nothing() {
                     std::thread::sleep(BARREN_PAUSE);
                 }
             }
@@ -81,8 +81,11 @@ impl Pass {
         let budget = &Arc::clone(&self.catalog).shared.budget;
         let written = budget.written();
         let task = budget.measured(self.measure()?, written);
-        if task.unused == 0 || !self.catalog.may_evict() {
+        if task.unused == 0 {
             return Ok(Freed::default());
+        }
+        if !self.catalog.may_evict() {
+            return Ok(Freed { wanted: task.unused, ..Freed::default() });
         }
         let freed = self.make_room(task);
         let written = budget.written();
@@ -122,7 +125,7 @@ impl Pass {
             None | Some(0) => 0,
             Some(missing) => self.evict_parts(missing),
         };
-        Freed { unused, parts }
+        Freed { wanted: task.unused, unused, parts }
     }
 
     fn remove_unused(&self, wanted: u64) -> u64 {

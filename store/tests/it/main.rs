@@ -23,7 +23,7 @@ use std::time::Duration;
 
 use weightfs_store::{
     Amount, Background, Blob, BlobId, CacheOptions, Digest, FetchOptions, Form, Layout, Read,
-    ReadError, Slice, Store, StoreOptions, Trust, Verify,
+    ReadError, Recheck, Slice, Store, StoreOptions, Trust, Verify,
 };
 
 use source::TestSource;
@@ -39,8 +39,10 @@ fn noise(len: u64, seed: u64) -> Vec<u8> {
         state ^= state << 17;
         state
     };
-    let mut bytes: Vec<u8> = (0..len.div_ceil(8)).flat_map(|_| next().to_le_bytes()).collect();
-    bytes.truncate(len as usize);
+    let mut bytes = vec![0; len as usize];
+    for piece in bytes.chunks_mut(8) {
+        piece.copy_from_slice(&next().to_le_bytes()[..piece.len()]);
+    }
     bytes
 }
 
@@ -63,6 +65,7 @@ fn options() -> StoreOptions {
         cache: CacheOptions { limit: None, min_free: Amount::Bytes(0) },
         checkpoint_interval: Duration::from_secs(5),
         verify: Verify::Background,
+        recheck: Recheck::AfterCrash,
     }
 }
 

@@ -3,9 +3,10 @@
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Duration;
 
 use tokio::time::Instant;
-use weightfs_store::{Checked, Layout, Read, ReadError, Store, Trust, Verify};
+use weightfs_store::{Amount, Checked, Layout, Read, ReadError, Store, Trust, Verify};
 
 use super::restart::find;
 use super::source::{Fault, TestSource, status};
@@ -131,4 +132,47 @@ async fn verifying_finds_what_changed_on_disk_and_only_that() {
     let (blob, _) = blob_of(&store, &bad);
     blob.complete().await.unwrap();
     assert_eq!(*read(&blob, 0..3 * MIB).await.unwrap(), bad[..]);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_strict_read_of_what_does_not_fit_into_the_cache_is_an_error_that_says_so() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut options = options();
+    options.verify = Verify::Strict;
+    options.cache.limit = Some(Amount::Bytes(40 * MIB));
+    options.fetch.deadline = Duration::from_secs(2);
+    let store = Store::open(dir.path(), options).unwrap();
+    store.start_evicting();
+    let data = noise(64 * MIB, 17);
+    let (blob, _) = blob_of(&store, &data);
+    let error = read(&blob, 0..10).await.unwrap_err();
+    assert!(error.to_string().contains("no room for all of it"), "{error}");
+    let fits = noise(8 * MIB, 19);
+    let (other, _) = blob_of(&store, &fits);
+    drop(blob);
+    // What does not fit goes when its last record is written; nothing remembers the failures.
+    let slice = loop {
+        match read(&other, 0..10).await {
+            Ok(slice) => break slice,
+            Err(error) => assert!(error.to_string().contains("no room"), "{error}"),
+        }
+    };
+    assert_eq!(*slice, fits[..10]);
+}
+
+#[tokio::test]
+async fn what_was_evicted_is_verified_again_before_it_is_served() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = strict(dir.path());
+    let data = noise(40 * MIB, 21);
+    let (blob, source) = blob_of(&store, &data);
+    drop(read(&blob, 0..10).await.unwrap());
+    // What requests that are just ending hold stays at first.
+    while blob.stats().cached > 0 {
+        store.evict(id(&data)).unwrap();
+        tokio::task::yield_now().await;
+    }
+    source.fail([const { Fault::Flip(3) }; 20]);
+    let result = read(&blob, 30 * MIB..30 * MIB + 10).await;
+    assert!(matches!(result, Err(ReadError::Poisoned { .. })), "{result:?}");
 }
