@@ -46,7 +46,6 @@ fuzz: deps $(BOLERO) ## Fuzz every parser (DURATION=seconds for each, TARGETS=pa
 	PATH="$(TARGET)/tools/bin:$$PATH" packaging/fuzz $(DURATION) $(TARGETS)
 
 bench: test-deps ## Measure it beside a pull (QUICK=1, ROUNDS=n, LOADERS=all)
-	packaging/containerd21 $(TARGET)/containerd21 || true
 	if [ "$(LOADERS)" = all ]; then packaging/loaders-env $(TARGET)/loaders-env; fi
 	$(CARGO) build --profile $(BENCH_PROFILE) --locked -p weightfs -p weightfs-tests \
 	    --bin weightfs --bin bench
@@ -64,6 +63,8 @@ deps: ## Install what building needs (apt; nothing if all is there)
 test-deps: deps ## Install what the tests need (apt; Python packages in target/)
 	packaging/deps test
 	packaging/python-env $(TARGET)/python
+	packaging/containerd-package 1.7 $(TARGET)/containerd17 || true
+	packaging/containerd-package 2.1 $(TARGET)/containerd21 || true
 
 clean: ## Remove what was built
 	$(CARGO) clean

@@ -1,6 +1,7 @@
 //! What the program does for each subcommand.
 
 pub mod cache;
+pub mod image;
 pub mod ls;
 pub mod mount;
 pub mod progress;
@@ -18,7 +19,7 @@ use bytesize::ByteSize;
 use weightfs::config::Config;
 use weightfs::references::References;
 use weightfs::trees::Opener;
-use weightfs_store::{Registries, Store};
+use weightfs_store::{OpenError, Registries, Store};
 
 /// The registries that the configuration speaks of.
 pub fn registries(config: &Config) -> anyhow::Result<Arc<Registries>> {
@@ -32,6 +33,36 @@ pub fn opener(config: &Config, store: Arc<Store>) -> anyhow::Result<Opener> {
     let registries = registries(config)?;
     let references = References::new(&config.root);
     Ok(Opener { registries, store, references, deadline: config.fetch.deadline })
+}
+
+/// Where scratch stores go: not a tmpfs, as /tmp often is.
+const SCRATCH: &str = "/var/tmp";
+
+/// A store for a command that needs nothing to last: the state directory's, if nobody owns it,
+/// else one of its own that ends with it.
+#[derive(Debug)]
+pub struct Scratch {
+    /// The store.
+    pub store: Arc<Store>,
+    /// After the store, so that it is removed when that is closed.
+    _dir: Option<tempfile::TempDir>,
+}
+
+impl Scratch {
+    /// Opens it.
+    pub fn open(config: &Config) -> anyhow::Result<Self> {
+        let own = config.root.exists().then(|| Store::open(&config.root, config.store_options()));
+        match own {
+            Some(Ok(store)) => Ok(Self { store, _dir: None }),
+            // There is none, a daemon owns it, or we may not write to it.
+            None | Some(Err(OpenError::Owned { .. } | OpenError::Io { .. })) => {
+                let dir = tempfile::Builder::new().prefix("weightfs-").tempdir_in(SCRATCH)?;
+                let store = Store::open(dir.path(), config.store_options())?;
+                Ok(Self { store, _dir: Some(dir) })
+            }
+            Some(Err(error)) => Err(error.into()),
+        }
+    }
 }
 
 /// A size for people.
