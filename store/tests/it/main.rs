@@ -2,9 +2,11 @@
 //! server.
 
 mod blobs;
+mod disk;
 mod eviction;
 mod faults;
 mod ingest;
+mod kill;
 mod line;
 mod model;
 mod registry;
