@@ -180,7 +180,8 @@ impl Blob {
         record: Option<Record>,
         shared: Arc<Shared>,
     ) -> Arc<Self> {
-        let segments = Segments::new(dir, table.layout().segments(), Arc::clone(&shared.mappings));
+        let (disk, mappings) = (Arc::clone(&shared.disk), Arc::clone(&shared.mappings));
+        let segments = Segments::new(dir, table.layout().segments(), disk, mappings);
         let presence = Presence::new(table.all().end.0);
         let Epochs { now, doubt_before } = shared.epochs;
         let (mut verdict, mut epoch) = (None, now);

@@ -11,6 +11,7 @@ use tokio::sync::Notify;
 
 use crate::Blob;
 use crate::budget::Budget;
+use crate::disk::Disk;
 use crate::fetch::Scheduler;
 use crate::hash::Hashers;
 use crate::loose::LooseChunks;
@@ -61,6 +62,7 @@ pub(crate) struct Entered<'a>(#[expect(dead_code, reason = "held")] RwLockReadGu
 pub(crate) struct Shared {
     pub(crate) fetch: FetchOptions,
     pub(crate) runtime: Handle,
+    pub(crate) disk: Arc<dyn Disk>,
     pub(crate) mappings: Arc<MappingBudget>,
     pub(crate) scheduler: Scheduler,
     pub(crate) hashers: Arc<Hashers>,
@@ -93,6 +95,7 @@ struct Changes {
 impl Shared {
     pub(crate) fn new(
         fetch: FetchOptions,
+        disk: Arc<dyn Disk>,
         budget: Budget,
         epochs: Epochs,
         runtime: Handle,
@@ -107,6 +110,7 @@ impl Shared {
             hashers: Hashers::new(),
             fetch: FetchOptions { deadline, read_ahead_min, read_ahead_max, ..fetch },
             runtime,
+            disk,
             mappings: Arc::default(),
             clock: Clock::start(),
             epochs,

@@ -19,6 +19,8 @@ mod evictor;
 mod ingest;
 mod owner;
 mod pins;
+#[cfg(test)]
+mod power_loss;
 mod session;
 mod usage;
 
@@ -46,7 +48,8 @@ use self::pins::Pins;
 use self::session::Session;
 use crate::budget::{Budget, Limits};
 use crate::chunk::{ChunkTable, MAX_BLOB_BYTES};
-use crate::document::{self, Durability, Found, Kind};
+use crate::disk::{Disk, Durability, LocalDisk};
+use crate::document::{self, Found, Kind};
 use crate::shared::{Epochs, Shared, lock};
 use crate::state::{Record, Verdict};
 use crate::{Blob, Digest, Layout, OpenError};
@@ -182,6 +185,15 @@ impl Store {
     /// Another owner, an unsuitable file system (tmpfs, overlay, network, FUSE), no permission,
     /// no runtime.
     pub fn open(root: &Path, options: StoreOptions) -> Result<Arc<Self>, OpenError> {
+        Self::open_on(root, options, Arc::new(LocalDisk), &Session::current_boot())
+    }
+
+    fn open_on(
+        root: &Path,
+        options: StoreOptions,
+        disk: Arc<dyn Disk>,
+        boot: &str,
+    ) -> Result<Arc<Self>, OpenError> {
         let runtime = Handle::try_current().map_err(|error| at(root)(io::Error::other(error)))?;
         // Whoever changes the working directory later must not move the cache.
         let root = &std::path::absolute(root).map_err(at(root))?;
@@ -191,14 +203,14 @@ impl Store {
         let ingests = IngestArea::clean(root.join("ingest"))?;
         let pins = Pins::open(root.join("pins"))?;
         let StoreOptions { fetch, cache, checkpoint_interval, recheck } = options;
-        let session = Session::begin(root, &Session::current_boot())?;
+        let session = Session::begin(root, Arc::clone(&disk), boot)?;
         let doubt_before = match recheck {
             Recheck::Never => 0,
             Recheck::AfterCrash => session.doubt_before(),
             Recheck::Always => session.epoch(),
         };
         let epochs = Epochs { now: session.epoch(), doubt_before };
-        let shared = Arc::new(Shared::new(fetch, budget(root, cache)?, epochs, runtime));
+        let shared = Arc::new(Shared::new(fetch, disk, budget(root, cache)?, epochs, runtime));
         let checkpointer = Checkpointer::start(Arc::clone(&shared), checkpoint_interval);
         let checkpointer = checkpointer.map_err(at(root))?;
         let catalog = Arc::new(Catalog::new(blobs, ingests, pins, shared));
@@ -253,7 +265,7 @@ impl Store {
         match read_layout(&dir) {
             Some(known) if known == *layout => {}
             Some(_) => return Err(OpenError::OtherLayout { digest: id.digest }),
-            None => write_layout(&dir, layout).map_err(at(&dir))?,
+            None => write_layout(&*self.catalog.shared.disk, &dir, layout).map_err(at(&dir))?,
         }
         touch(&dir);
         self.catalog.touched(id);
@@ -286,7 +298,9 @@ impl Store {
         let _entered = self.catalog.shared.enter().map_err(&failed)?;
         make_dir(&dir)?;
         self.catalog.touched(id);
-        document::write(&dir, &file, Kind::Attachment, bytes, Durability::Atomic).map_err(&failed)
+        let disk = &*self.catalog.shared.disk;
+        document::write(disk, &dir, &file, Kind::Attachment, bytes, Durability::Atomic)
+            .map_err(&failed)
     }
 
     /// A document kept beside a blob; `None` if there is none or it is damaged.
@@ -408,9 +422,9 @@ fn read_layout(dir: &Path) -> Option<Layout> {
 }
 
 /// Not synced: the blob's record has a fingerprint of the layout, so it stays good without it.
-fn write_layout(dir: &Path, layout: &Layout) -> io::Result<()> {
+fn write_layout(disk: &dyn Disk, dir: &Path, layout: &Layout) -> io::Result<()> {
     let payload = serde_json::to_vec(layout)?;
-    document::write(dir, LAYOUT, Kind::Layout, &payload, Durability::Atomic)
+    document::write(disk, dir, LAYOUT, Kind::Layout, &payload, Durability::Atomic)
 }
 
 /// Removes a directory and what is in it, if it is there.
