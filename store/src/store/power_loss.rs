@@ -49,7 +49,7 @@ struct ForgetfulDisk {
 struct State {
     durable: TempDir,
     unsynced: HashMap<PathBuf, Vec<Unsynced>>,
-    /// Operations until the power goes.
+    /// Syncs, punches and replacements until the power goes.
     left: u64,
     numbers: u64,
 }
@@ -86,7 +86,12 @@ impl ForgetfulDisk {
 
     fn forgettable(&self, path: &Path, what: Unsynced) {
         let mut state = lock(&self.state);
-        if state.has_power() {
+        // There are so many writes that the moments between the others would never come.
+        let powered = match what {
+            Unsynced::Written(_) => state.left > 0,
+            Unsynced::Punched(_) | Unsynced::Replaced(_) => state.has_power(),
+        };
+        if powered {
             state.unsynced.entry(path.to_owned()).or_default().push(what);
         }
     }
@@ -318,14 +323,14 @@ async fn work(root: &Path, truths: &[Truth], round: u64) -> TempDir {
         numbers = numbers.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(99);
         (numbers >> 33) % end
     };
-    let disk = Arc::new(ForgetfulDisk::new(root, 20 + below(600), round));
+    let disk = Arc::new(ForgetfulDisk::new(root, 10 + below(100), round));
     let boot = format!("boot {round}");
     let store = Store::open_on(root, options(), Arc::clone(&disk) as _, &boot).unwrap();
     store.start_evicting();
     let blobs: Vec<_> = truths.iter().map(|truth| truth.open(&store)).collect();
     while lock(&disk.state).left > 0 {
         let which = below(2) as usize;
-        match below(12) {
+        match below(4) {
             0 => drop(store.evict(truths[which].id()).unwrap()),
             _ => truths[which].read_somewhere(&blobs[which], below(u64::from(u32::MAX))).await,
         }
