@@ -5,6 +5,7 @@
 //! blob serves nothing more.
 
 mod evict;
+mod kernel;
 mod recorder;
 mod slice;
 
@@ -20,10 +21,12 @@ use tokio::runtime::Handle;
 use tokio::time::Instant;
 
 pub(crate) use self::evict::Candidate;
+use self::kernel::HandedOut;
+pub use self::kernel::SegmentHold;
 use self::recorder::Recorder;
 pub(crate) use self::slice::Hold;
+pub use self::slice::Slice;
 use self::slice::SliceBytes;
-pub use self::slice::{SegmentHold, Slice};
 use crate::budget::Budget;
 use crate::chunk::{ChunkNo, ChunkTable, Place, VerifiedChunk};
 use crate::extents::Extents;
@@ -76,6 +79,7 @@ pub struct Blob {
     segments: Segments,
     presence: Presence,
     extents: Extents,
+    handed_out: HandedOut,
     ranks: Ranks,
     judgement: Judgement,
     /// The epoch of its records.
@@ -183,6 +187,12 @@ impl Blob {
         let (disk, mappings) = (Arc::clone(&shared.disk), Arc::clone(&shared.mappings));
         let segments = Segments::new(dir, table.layout().segments(), disk, mappings);
         let presence = Presence::new(table.all().end.0);
+        let extents = Extents::new(table.extents());
+        for segment in kernel::still_read(&segments, &shared.boot) {
+            tracing::debug!(blob = %id.digest, segment, "read by the kernel since an earlier run");
+            // Never released: the end of it can't be seen from here.
+            extents.hold(&table.extents_of(&table.of_segment(segment)));
+        }
         let Epochs { now, doubt_before } = shared.epochs;
         let (mut verdict, mut epoch) = (None, now);
         if let Some(record) = record {
@@ -199,7 +209,8 @@ impl Blob {
             id,
             segments,
             recorder: Recorder::new(presence.snapshot()),
-            extents: Extents::new(table.extents()),
+            extents,
+            handed_out: HandedOut::default(),
             ranks: Ranks::new(table.extents()),
             presence,
             epoch: AtomicU64::new(epoch),
@@ -349,7 +360,7 @@ impl Blob {
         }
         extents.for_each(|extent| self.ranks.read(extent, &self.shared.clock));
         let file = self.segments.open(segment)?;
-        Ok(Some((file, SegmentHold { _hold: hold })))
+        Ok(Some((file, SegmentHold::new(self, segment, hold)?)))
     }
 
     fn check_trust(&self) -> Result<(), ReadError> {

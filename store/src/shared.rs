@@ -68,6 +68,8 @@ pub(crate) struct Shared {
     pub(crate) hashers: Arc<Hashers>,
     pub(crate) clock: Clock,
     pub(crate) epochs: Epochs,
+    /// Names the boot of the machine.
+    pub(crate) boot: Box<str>,
     pub(crate) budget: Budget,
     pub(crate) loose: LooseChunks,
     /// Told of each eviction that ended.
@@ -98,6 +100,7 @@ impl Shared {
         disk: Arc<dyn Disk>,
         budget: Budget,
         epochs: Epochs,
+        boot: &str,
         runtime: Handle,
     ) -> Self {
         let deadline = fetch.deadline.min(MAX_DEADLINE);
@@ -114,6 +117,7 @@ impl Shared {
             mappings: Arc::default(),
             clock: Clock::start(),
             epochs,
+            boot: boot.into(),
             budget,
             loose: LooseChunks::default(),
             evicted: Notify::new(),

@@ -7,7 +7,7 @@
 //! pins/<name>                              blobs that are never evicted
 //! blobs/sha256/<ab>/<hex>/                 a blob as its registry has it
 //! blobs/sha256/<ab>/<hex>.decompressed/    what it inflates to
-//!     layout  state  segment-<n>  attachment-<name>
+//!     layout  state  segment-<n>  attachment-<name>  kernel/<n>
 //! ```
 //!
 //! Invariants: one process owns the directory; after the store is closed nothing in it changes,
@@ -210,7 +210,8 @@ impl Store {
             Recheck::Always => session.epoch(),
         };
         let epochs = Epochs { now: session.epoch(), doubt_before };
-        let shared = Arc::new(Shared::new(fetch, disk, budget(root, cache)?, epochs, runtime));
+        let shared =
+            Arc::new(Shared::new(fetch, disk, budget(root, cache)?, epochs, boot, runtime));
         let checkpointer = Checkpointer::start(Arc::clone(&shared), checkpoint_interval);
         let checkpointer = checkpointer.map_err(at(root))?;
         let catalog = Arc::new(Catalog::new(blobs, ingests, pins, shared));
