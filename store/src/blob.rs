@@ -632,7 +632,12 @@ fn restore(
         };
         let within = table.within_segment(&(chunk..chunk.next()));
         let is_there = within.is_some_and(|within| {
-            filled.iter().any(|range| range.start <= within.start && within.end <= range.end)
+            // In order: a fragmented file has many.
+            let after = filled.partition_point(|range| range.start <= within.start);
+            after
+                .checked_sub(1)
+                .and_then(|at| filled.get(at))
+                .is_some_and(|range| within.end <= range.end)
         });
         if !is_there {
             lost += 1;

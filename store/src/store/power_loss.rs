@@ -357,3 +357,54 @@ async fn whenever_the_power_goes_what_is_believed_is_right() {
     }
     assert!(believed > 0, "something was recorded");
 }
+
+#[tokio::test]
+async fn after_a_crash_of_the_machine_what_was_verified_is_hashed_again() {
+    let truth = Truth::new(20 * MIB, 3);
+    let root = tempfile::tempdir().unwrap();
+    let open = |boot, recheck| {
+        let options = StoreOptions { recheck, ..options() };
+        Store::open_on(root.path(), options, Arc::new(LocalDisk), boot).unwrap()
+    };
+    let judged = async |blob: &Blob| {
+        while blob.stats().trust == Trust::Transport {
+            tokio::task::yield_now().await;
+        }
+        blob.stats().trust
+    };
+    {
+        let store = open("one", Recheck::AfterCrash);
+        let blob = truth.open(&store);
+        for start in 0..20 {
+            truth.read_somewhere(&blob, start * MIB + 5).await;
+            truth.read_somewhere(&blob, (start * MIB).saturating_sub(5)).await;
+        }
+        assert_eq!(judged(&blob).await, Trust::Verified);
+        store.checkpoint().unwrap();
+        // Neither a clean stop nor a kill: the session is as a crash leaves it.
+        fs::copy(root.path().join("session"), root.path().join("kept")).unwrap();
+    }
+    let crash = || fs::copy(root.path().join("kept"), root.path().join("session")).unwrap();
+    crash();
+    let segment = truth.layout.segment(1).unwrap();
+    {
+        let store = open("one", Recheck::AfterCrash);
+        assert_eq!(truth.open(&store).stats().trust, Trust::Verified, "only the process died");
+    }
+    crash();
+    {
+        let store = open("two", Recheck::Never);
+        assert_eq!(truth.open(&store).stats().trust, Trust::Verified, "as it was told");
+    }
+    crash();
+    let dir = fs::read_dir(root.path().join("blobs/sha256")).unwrap().next().unwrap().unwrap();
+    let dir = fs::read_dir(dir.path()).unwrap().next().unwrap().unwrap().path();
+    let file = OpenOptions::new().write(true).open(dir.join("segment-1")).unwrap();
+    file.write_all_at(&[!truth.data[segment.start as usize + 100]], 100).unwrap();
+    {
+        let store = open("three", Recheck::AfterCrash);
+        let blob = truth.open(&store);
+        assert_ne!(blob.stats().trust, Trust::Verified, "not before it was hashed again");
+        assert_eq!(judged(&blob).await, Trust::Poisoned, "the disk has lied");
+    }
+}
