@@ -16,7 +16,7 @@ SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
 AS_ROOT := $(if $(SUDO),$(SUDO) --preserve-env env PATH="$$PATH" HOME="$$HOME",)
 export CARGO_TARGET_DIR := $(TARGET)
 
-.PHONY: help build demo test bench check deps test-deps clean
+.PHONY: help build demo test soak soak-store bench check deps test-deps clean
 
 help: ## Say what there is
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -37,6 +37,15 @@ test: test-deps ## All tests, as root: real registry, containerd, runc
 	    --workspace --locked --no-fail-fast --lib --bins --tests 2>&1 | tee $(TARGET)/test.log
 	@awk '/^test result:/ { passed += $$4; failed += $$6 } \
 	    END { print passed " passed, " failed " failed" }' $(TARGET)/test.log
+
+soak: soak-store
+
+soak-store: deps ## The store's random tests, a million operations (SEED=n)
+	$(CARGO) test --locked -p weightfs-store --no-run
+	$(AS_ROOT) env WEIGHTFS_MODEL_OPERATIONS=$(or $(OPERATIONS),1000000) \
+	    $(if $(SEED),WEIGHTFS_MODEL_SEED=$(SEED)) WEIGHTFS_KILL_ROUNDS=200 \
+	    WEIGHTFS_POWER_LOSSES=1000 $(CARGO) test --locked -p weightfs-store --lib --tests -- \
+	    --nocapture power_loss random_operations whenever_it_is_killed
 
 bench: test-deps ## Measure it beside a pull (QUICK=1, ROUNDS=n, LOADERS=all)
 	if [ "$(LOADERS)" = all ]; then packaging/loaders-env $(TARGET)/loaders-env; fi
