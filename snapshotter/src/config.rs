@@ -11,7 +11,7 @@ use bytesize::ByteSize;
 use serde::{Deserialize, Serialize};
 use toml::{Table, Value};
 use weightfs_store::{
-    Amount, Background, CacheOptions, FetchOptions, RegistryOptions, StoreOptions,
+    Amount, Background, CacheOptions, FetchOptions, Recheck, RegistryOptions, StoreOptions,
 };
 
 /// Where the configuration is looked for; its absence means defaults.
