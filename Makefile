@@ -20,7 +20,7 @@ SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
 AS_ROOT := $(if $(SUDO),$(SUDO) --preserve-env env PATH="$$PATH" HOME="$$HOME",)
 export CARGO_TARGET_DIR := $(TARGET)
 
-.PHONY: help build demo test fuzz bench check deps test-deps clean
+.PHONY: help build demo test fuzz sanitize soak soak-store bench check deps test-deps clean
 
 help: ## Say what there is
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -44,6 +44,18 @@ test: test-deps ## All tests, as root: real registry, containerd, runc
 
 fuzz: deps $(BOLERO) ## Fuzz every parser (DURATION=seconds for each, TARGETS=part of a name)
 	PATH="$(TARGET)/tools/bin:$$PATH" packaging/fuzz $(DURATION) $(TARGETS)
+
+sanitize: deps ## The store's tests under Miri and the sanitizers (SANITIZE=miri)
+	packaging/sanitize $(or $(SANITIZE),miri address thread)
+
+soak: soak-store
+
+soak-store: deps ## The store's random tests, a million operations (SEED=n)
+	$(CARGO) test --locked -p weightfs-store --no-run
+	$(AS_ROOT) env WEIGHTFS_MODEL_OPERATIONS=$(or $(OPERATIONS),1000000) \
+	    $(if $(SEED),WEIGHTFS_MODEL_SEED=$(SEED)) WEIGHTFS_KILL_ROUNDS=200 \
+	    WEIGHTFS_POWER_LOSSES=1000 $(CARGO) test --locked -p weightfs-store --lib --tests -- \
+	    --nocapture power_loss random_operations whenever_it_is_killed
 
 bench: test-deps ## Measure it beside a pull (QUICK=1, ROUNDS=n, LOADERS=all)
 	if [ "$(LOADERS)" = all ]; then packaging/loaders-env $(TARGET)/loaders-env; fi

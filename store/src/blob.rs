@@ -6,6 +6,7 @@
 
 mod complete;
 mod evict;
+mod kernel;
 mod recorder;
 mod slice;
 
@@ -22,10 +23,12 @@ use tokio::sync::Notify;
 use tokio::time::Instant;
 
 pub(crate) use self::evict::Candidate;
+use self::kernel::HandedOut;
+pub use self::kernel::SegmentHold;
 use self::recorder::Recorder;
 pub(crate) use self::slice::Hold;
+pub use self::slice::Slice;
 use self::slice::SliceBytes;
-pub use self::slice::{SegmentHold, Slice};
 use crate::budget::Budget;
 use crate::chunk::{ChunkNo, ChunkTable, Place, VerifiedChunk, each};
 use crate::extents::Extents;
@@ -78,6 +81,7 @@ pub struct Blob {
     segments: Segments,
     presence: Presence,
     extents: Extents,
+    handed_out: HandedOut,
     ranks: Ranks,
     judgement: Judgement,
     /// Tells of a judgement.
@@ -188,8 +192,15 @@ impl Blob {
         record: Option<Record>,
         shared: Arc<Shared>,
     ) -> Arc<Self> {
-        let segments = Segments::new(dir, table.layout().segments(), Arc::clone(&shared.mappings));
+        let (disk, mappings) = (Arc::clone(&shared.disk), Arc::clone(&shared.mappings));
+        let segments = Segments::new(dir, table.layout().segments(), disk, mappings);
         let presence = Presence::new(table.all().end.0);
+        let extents = Extents::new(table.extents());
+        for segment in kernel::still_read(&segments, &shared.boot) {
+            tracing::debug!(blob = %id.digest, segment, "read by the kernel since an earlier run");
+            // Never released: the end of it can't be seen from here.
+            extents.hold(&table.extents_of(&table.of_segment(segment)));
+        }
         let Epochs { now, doubt_before } = shared.epochs;
         let (mut verdict, mut epoch) = (None, now);
         if let Some(record) = record {
@@ -206,7 +217,8 @@ impl Blob {
             id,
             segments,
             recorder: Recorder::new(presence.snapshot()),
-            extents: Extents::new(table.extents()),
+            extents,
+            handed_out: HandedOut::default(),
             ranks: Ranks::new(table.extents()),
             presence,
             epoch: AtomicU64::new(epoch),
@@ -369,7 +381,7 @@ impl Blob {
         }
         extents.for_each(|extent| self.ranks.read(extent, &self.shared.clock));
         let file = self.segments.open(segment)?;
-        Ok(Some((file, SegmentHold { _hold: hold })))
+        Ok(Some((file, SegmentHold::new(self, segment, hold)?)))
     }
 
     fn check_trust(&self) -> Result<(), ReadError> {
@@ -654,7 +666,12 @@ fn restore(
         };
         let within = table.within_segment(&(chunk..chunk.next()));
         let is_there = within.is_some_and(|within| {
-            filled.iter().any(|range| range.start <= within.start && within.end <= range.end)
+            // In order: a fragmented file has many.
+            let after = filled.partition_point(|range| range.start <= within.start);
+            after
+                .checked_sub(1)
+                .and_then(|at| filled.get(at))
+                .is_some_and(|range| within.end <= range.end)
         });
         if !is_there {
             lost += 1;

@@ -9,6 +9,7 @@ pub mod blob;
 mod budget;
 mod chunk;
 pub mod digest;
+mod disk;
 mod document;
 pub mod error;
 mod extents;

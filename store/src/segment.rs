@@ -15,10 +15,10 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock};
 
 use memmap2::{MmapOptions, MmapRaw};
-use nix::fcntl::{FallocateFlags, fallocate};
 use nix::unistd::{Whence, lseek};
 
 use crate::Layout;
+use crate::disk::Disk;
 
 /// Mappings that a store keeps at the most. The kernel allows a process 65,530 by default
 /// (vm.max_map_count), and others in the process need some. What is not mapped is read by `pread`.
@@ -68,13 +68,35 @@ pub(crate) enum View {
 #[derive(Debug)]
 pub(crate) struct Segments {
     dir: PathBuf,
+    disk: Arc<dyn Disk>,
     mappings: Box<[OnceLock<Mapping>]>,
     budget: Arc<MappingBudget>,
 }
 
 impl Segments {
-    pub(crate) fn new(dir: PathBuf, count: usize, budget: Arc<MappingBudget>) -> Self {
-        Self { dir, mappings: (0..count).map(|_| OnceLock::new()).collect(), budget }
+    pub(crate) fn new(
+        dir: PathBuf,
+        count: usize,
+        disk: Arc<dyn Disk>,
+        budget: Arc<MappingBudget>,
+    ) -> Self {
+        Self { dir, disk, mappings: (0..count).map(|_| OnceLock::new()).collect(), budget }
+    }
+
+    /// The disk that they are on.
+    pub(crate) fn disk(&self) -> &dyn Disk {
+        &*self.disk
+    }
+
+    /// Writes to the file of a segment, which [`Segments::open_to_fill`] gave.
+    pub(crate) fn write(
+        &self,
+        file: &File,
+        segment: usize,
+        bytes: &[u8],
+        offset: u64,
+    ) -> io::Result<()> {
+        self.disk.write_at(file, &path(&self.dir, segment), bytes, offset)
     }
 
     /// The directory that they are in.
@@ -127,20 +149,15 @@ impl Segments {
 
     /// Makes what was written to the file so far survive a power loss.
     pub(crate) fn sync(&self, segment: usize) -> io::Result<()> {
-        self.open(segment)?.sync_data()
+        self.disk.sync_data(&path(&self.dir, segment))
     }
 
     /// Gives back the disk space of the bytes `range` of a file. Nobody may be reading them: they
     /// are zeros from here on.
     pub(crate) fn punch(&self, segment: usize, range: Range<u64>) -> io::Result<()> {
-        let file = OpenOptions::new().write(true).open(path(&self.dir, segment))?;
-        let offset = i64::try_from(range.start).map_err(io::Error::other)?;
         // With the rest of the last block, which is freed only as a whole (ext4_punch_hole).
-        let len = (range.end - range.start).next_multiple_of(MAX_BLOCK_BYTES);
-        let len = i64::try_from(len).map_err(io::Error::other)?;
-        let mode = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
-        fallocate(&file, mode, offset, len)?;
-        Ok(())
+        let end = range.start + (range.end - range.start).next_multiple_of(MAX_BLOCK_BYTES);
+        self.disk.punch(&path(&self.dir, segment), range.start..end)
     }
 
     /// Readies the bytes `range` of a segment of `len` bytes, counted from its start; they must
@@ -221,9 +238,10 @@ pub(crate) fn path(dir: &Path, segment: usize) -> PathBuf {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::disk::LocalDisk;
 
     fn segments(dir: &Path, budget: &Arc<MappingBudget>) -> Segments {
-        Segments::new(dir.to_owned(), 2, Arc::clone(budget))
+        Segments::new(dir.to_owned(), 2, Arc::new(LocalDisk), Arc::clone(budget))
     }
 
     #[test]

@@ -11,6 +11,7 @@ use tokio::sync::Notify;
 
 use crate::Blob;
 use crate::budget::Budget;
+use crate::disk::Disk;
 use crate::fetch::Scheduler;
 use crate::hash::Hashers;
 use crate::loose::LooseChunks;
@@ -62,11 +63,14 @@ pub(crate) struct Shared {
     pub(crate) fetch: FetchOptions,
     pub(crate) verify: Verify,
     pub(crate) runtime: Handle,
+    pub(crate) disk: Arc<dyn Disk>,
     pub(crate) mappings: Arc<MappingBudget>,
     pub(crate) scheduler: Scheduler,
     pub(crate) hashers: Arc<Hashers>,
     pub(crate) clock: Clock,
     pub(crate) epochs: Epochs,
+    /// Names the boot of the machine.
+    pub(crate) boot: Box<str>,
     pub(crate) budget: Budget,
     pub(crate) loose: LooseChunks,
     /// Told of each eviction that ended.
@@ -95,8 +99,10 @@ impl Shared {
     pub(crate) fn new(
         fetch: FetchOptions,
         verify: Verify,
+        disk: Arc<dyn Disk>,
         budget: Budget,
         epochs: Epochs,
+        boot: &str,
         runtime: Handle,
     ) -> Self {
         let deadline = fetch.deadline.min(MAX_DEADLINE);
@@ -110,9 +116,11 @@ impl Shared {
             fetch: FetchOptions { deadline, read_ahead_min, read_ahead_max, ..fetch },
             verify,
             runtime,
+            disk,
             mappings: Arc::default(),
             clock: Clock::start(),
             epochs,
+            boot: boot.into(),
             budget,
             loose: LooseChunks::default(),
             evicted: Notify::new(),

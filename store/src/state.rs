@@ -9,15 +9,16 @@ use std::path::Path;
 
 use crate::Digest;
 use crate::chunk::ChunkTable;
-use crate::document::{self, Durability, Found, Kind};
+use crate::disk::{Disk, Durability};
+use crate::document::{self, Found, Kind};
 use crate::layout::Layout;
 
 /// The file that holds it.
 const FILE: &str = "state";
 
 /// Removes the record in `dir`; it is gone from the disk when the call returns.
-pub(crate) fn remove(dir: &Path) -> io::Result<()> {
-    document::remove(dir, FILE)
+pub(crate) fn remove(disk: &dyn Disk, dir: &Path) -> io::Result<()> {
+    disk.remove(&dir.join(FILE))
 }
 
 /// The judgement of a whole blob.
@@ -56,8 +57,8 @@ impl Record {
     }
 
     /// Replaces the record in `dir`; it is on disk when the call returns.
-    pub(crate) fn write(&self, dir: &Path, layout: &Layout) -> io::Result<()> {
-        document::write(dir, FILE, Kind::State, &self.encode(layout), Durability::Synced)
+    pub(crate) fn write(&self, disk: &dyn Disk, dir: &Path, layout: &Layout) -> io::Result<()> {
+        document::write(disk, dir, FILE, Kind::State, &self.encode(layout), Durability::Synced)
     }
 
     /// The record in `dir`. A damaged or foreign one is said once, here, and is `None`.
@@ -128,6 +129,7 @@ mod tests {
     use std::fs;
 
     use super::*;
+    use crate::disk::LocalDisk;
     use crate::layout::CHUNK_BYTES;
 
     fn table(cuts: &[u64]) -> ChunkTable {
@@ -142,7 +144,7 @@ mod tests {
         let actual = Digest::of(b"other");
         for verdict in [None, Some(Verdict::Verified), Some(Verdict::Poisoned { actual })] {
             let record = Record { verdict, epoch: 7, present: vec![5, 1 << 35] };
-            record.write(dir.path(), table.layout()).unwrap();
+            record.write(&LocalDisk, dir.path(), table.layout()).unwrap();
             assert_eq!(Record::read(dir.path(), &table), Some(record));
         }
     }
@@ -160,7 +162,7 @@ mod tests {
     fn a_record_of_other_cuts_means_nothing_is_cached() {
         let dir = tempfile::tempdir().unwrap();
         let one = table(&[CHUNK_BYTES]);
-        Record::complete(&one, 1).write(dir.path(), one.layout()).unwrap();
+        Record::complete(&one, 1).write(&LocalDisk, dir.path(), one.layout()).unwrap();
         assert_eq!(Record::read(dir.path(), &table(&[2 * CHUNK_BYTES])), None);
         assert_eq!(Record::read(dir.path(), &table(&[])), None);
     }
@@ -170,7 +172,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let table = table(&[]);
         assert_eq!(Record::read(dir.path(), &table), None, "no record at all");
-        Record::complete(&table, 1).write(dir.path(), table.layout()).unwrap();
+        Record::complete(&table, 1).write(&LocalDisk, dir.path(), table.layout()).unwrap();
         let good = fs::read(dir.path().join(FILE)).unwrap();
         for bad in [&good[..good.len() - 1], &[], &[0xaa; 4096]] {
             fs::write(dir.path().join(FILE), bad).unwrap();

@@ -7,7 +7,7 @@
 //! pins/<name>                              blobs that are never evicted
 //! blobs/sha256/<ab>/<hex>/                 a blob as its registry has it
 //! blobs/sha256/<ab>/<hex>.decompressed/    what it inflates to
-//!     layout  state  segment-<n>  attachment-<name>
+//!     layout  state  segment-<n>  attachment-<name>  kernel/<n>
 //! ```
 //!
 //! Invariants: one process owns the directory; after the store is closed nothing in it changes,
@@ -19,6 +19,8 @@ mod evictor;
 mod ingest;
 mod owner;
 mod pins;
+#[cfg(test)]
+mod power_loss;
 mod session;
 mod usage;
 mod verify;
@@ -48,7 +50,8 @@ use self::pins::Pins;
 use self::session::Session;
 use crate::budget::{Budget, Limits};
 use crate::chunk::{ChunkTable, MAX_BLOB_BYTES};
-use crate::document::{self, Durability, Found, Kind};
+use crate::disk::{Disk, Durability, LocalDisk};
+use crate::document::{self, Found, Kind};
 use crate::shared::{Epochs, Shared, lock};
 use crate::state::{Record, Verdict};
 use crate::{Blob, Digest, Layout, OpenError};
@@ -196,6 +199,15 @@ impl Store {
     /// Another owner, an unsuitable file system (tmpfs, overlay, network, FUSE), no permission,
     /// no runtime.
     pub fn open(root: &Path, options: StoreOptions) -> Result<Arc<Self>, OpenError> {
+        Self::open_on(root, options, Arc::new(LocalDisk), &Session::current_boot())
+    }
+
+    fn open_on(
+        root: &Path,
+        options: StoreOptions,
+        disk: Arc<dyn Disk>,
+        boot: &str,
+    ) -> Result<Arc<Self>, OpenError> {
         let runtime = Handle::try_current().map_err(|error| at(root)(io::Error::other(error)))?;
         // Whoever changes the working directory later must not move the cache.
         let root = &std::path::absolute(root).map_err(at(root))?;
@@ -205,14 +217,16 @@ impl Store {
         let ingests = IngestArea::clean(root.join("ingest"))?;
         let pins = Pins::open(root.join("pins"))?;
         let StoreOptions { fetch, cache, checkpoint_interval, verify, recheck } = options;
-        let session = Session::begin(root, &Session::current_boot())?;
+        let session = Session::begin(root, Arc::clone(&disk), boot)?;
         let doubt_before = match recheck {
             Recheck::Never => 0,
             Recheck::AfterCrash => session.doubt_before(),
             Recheck::Always => session.epoch(),
         };
         let epochs = Epochs { now: session.epoch(), doubt_before };
-        let shared = Arc::new(Shared::new(fetch, verify, budget(root, cache)?, epochs, runtime));
+        let budget = budget(root, cache)?;
+        let shared = Shared::new(fetch, verify, disk, budget, epochs, boot, runtime);
+        let shared = Arc::new(shared);
         let checkpointer = Checkpointer::start(Arc::clone(&shared), checkpoint_interval);
         let checkpointer = checkpointer.map_err(at(root))?;
         let catalog = Arc::new(Catalog::new(blobs, ingests, pins, shared));
@@ -267,7 +281,7 @@ impl Store {
         match read_layout(&dir) {
             Some(known) if known == *layout => {}
             Some(_) => return Err(OpenError::OtherLayout { digest: id.digest }),
-            None => write_layout(&dir, layout).map_err(at(&dir))?,
+            None => write_layout(&*self.catalog.shared.disk, &dir, layout).map_err(at(&dir))?,
         }
         touch(&dir);
         self.catalog.touched(id);
@@ -300,7 +314,9 @@ impl Store {
         let _entered = self.catalog.shared.enter().map_err(&failed)?;
         make_dir(&dir)?;
         self.catalog.touched(id);
-        document::write(&dir, &file, Kind::Attachment, bytes, Durability::Atomic).map_err(&failed)
+        let disk = &*self.catalog.shared.disk;
+        document::write(disk, &dir, &file, Kind::Attachment, bytes, Durability::Atomic)
+            .map_err(&failed)
     }
 
     /// A document kept beside a blob; `None` if there is none or it is damaged.
@@ -422,9 +438,9 @@ fn read_layout(dir: &Path) -> Option<Layout> {
 }
 
 /// Not synced: the blob's record has a fingerprint of the layout, so it stays good without it.
-fn write_layout(dir: &Path, layout: &Layout) -> io::Result<()> {
+fn write_layout(disk: &dyn Disk, dir: &Path, layout: &Layout) -> io::Result<()> {
     let payload = serde_json::to_vec(layout)?;
-    document::write(dir, LAYOUT, Kind::Layout, &payload, Durability::Atomic)
+    document::write(disk, dir, LAYOUT, Kind::Layout, &payload, Durability::Atomic)
 }
 
 /// Removes a directory and what is in it, if it is there.

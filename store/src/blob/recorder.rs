@@ -91,7 +91,7 @@ impl Blob {
             }
             // No room for a new record, and room is what this is about: none says enough. What
             // else it said is said again by the next one.
-            state::remove(self.segments.dir())?;
+            state::remove(self.segments.disk(), self.segments.dir())?;
             self.shared.changed(self, 0, entered);
             Ok(())
         })
@@ -100,7 +100,7 @@ impl Blob {
     fn write_record(&self, said: &Said) -> io::Result<()> {
         let (verdict, epoch) = (self.verdict(), self.epoch.load(Ordering::Acquire));
         let record = Record { verdict, epoch, present: said.recorded.clone() };
-        record.write(self.segments.dir(), self.layout())
+        record.write(self.segments.disk(), self.segments.dir(), self.layout())
     }
 }
 

@@ -126,13 +126,6 @@ impl Blob {
     }
 }
 
-/// Keeps the cache file of a segment as it is, for readers that the store can't see (FUSE
-/// passthrough): nothing of it is evicted until this is dropped.
-#[derive(Debug)]
-pub struct SegmentHold {
-    pub(super) _hold: Hold,
-}
-
 /// Published bytes, straight from the cache file's mapping; they stay as long as this is held.
 #[derive(Debug)]
 pub struct Slice {

@@ -7,7 +7,6 @@
 use std::fs::File;
 use std::io;
 use std::ops::Range;
-use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 
 use tokio::time::Instant;
@@ -33,6 +32,7 @@ pub(super) struct Filler<'a> {
     request: &'a Request,
     room: Reservation<'a>,
     file: File,
+    segment: usize,
     /// First byte of the segment.
     origin: u64,
     /// What follows `position` and is not written yet; less than a block.
@@ -72,6 +72,7 @@ impl<'a> Filler<'a> {
             request,
             room,
             file,
+            segment,
             origin: whole.start,
             gathered: Vec::with_capacity(block),
             position: covers.start,
@@ -140,7 +141,8 @@ impl<'a> Filler<'a> {
 
     fn write(&mut self, blob: &Arc<Blob>, block: &[u8]) -> io::Result<()> {
         let entered = blob.enter()?;
-        self.file.write_all_at(block, self.position - self.origin)?;
+        let offset = self.position - self.origin;
+        blob.segments().write(&self.file, self.segment, block, offset)?;
         self.room.spend(block.len() as u64);
         self.position += block.len() as u64;
         if self.position == self.covers.end {

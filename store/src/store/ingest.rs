@@ -172,9 +172,13 @@ impl Ingest {
         let _entered = self.store.catalog.shared.enter()?;
         let table = ChunkTable::new(layout.clone())
             .ok_or_else(|| io::Error::other(format!("more than {MAX_BLOB_BYTES} bytes")))?;
-        write_layout(&self.draft.0, layout)?;
-        Record::complete(&table, self.store.catalog.shared.epochs.now)
-            .write(&self.draft.0, layout)?;
+        let disk = &*self.store.catalog.shared.disk;
+        write_layout(disk, &self.draft.0, layout)?;
+        Record::complete(&table, self.store.catalog.shared.epochs.now).write(
+            disk,
+            &self.draft.0,
+            layout,
+        )?;
         // The draft is invisible until the rename, so the order within it does not matter. One
         // call for all: a sync for each of thousands of segments would take minutes.
         nix::unistd::syncfs(File::open(&self.draft.0)?)?;

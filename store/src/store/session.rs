@@ -8,12 +8,14 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
 use super::at;
 use crate::OpenError;
-use crate::document::{self, Durability, Found, Kind};
+use crate::disk::{Disk, Durability};
+use crate::document::{self, Found, Kind};
 
 /// The file that tells it.
 const FILE: &str = "session";
@@ -40,12 +42,13 @@ enum Stopped {
 #[derive(Debug)]
 pub(super) struct Session {
     root: PathBuf,
+    disk: Arc<dyn Disk>,
     note: Note,
 }
 
 impl Session {
     /// Begins a new epoch. `boot` names the boot of the machine.
-    pub(super) fn begin(root: &Path, boot: &str) -> Result<Self, OpenError> {
+    pub(super) fn begin(root: &Path, disk: Arc<dyn Disk>, boot: &str) -> Result<Self, OpenError> {
         let note = match Self::earlier(root) {
             Some(Note { epoch, doubt_before, boot: old, stopped }) => {
                 let lost_nothing = stopped == Stopped::Cleanly || old == boot;
@@ -56,7 +59,7 @@ impl Session {
             // A directory without this note: whatever is there is in doubt.
             None => Note { epoch: 1, doubt_before: 1, boot: boot.into(), stopped: Stopped::NotYet },
         };
-        let session = Self { root: root.to_owned(), note };
+        let session = Self { root: root.to_owned(), disk, note };
         session.write(&session.note)?;
         Ok(session)
     }
@@ -96,7 +99,7 @@ impl Session {
 
     fn write(&self, note: &Note) -> Result<(), OpenError> {
         let payload = serde_json::to_vec(note).unwrap_or_default();
-        document::write(&self.root, FILE, Kind::Session, &payload, Durability::Synced)
+        document::write(&*self.disk, &self.root, FILE, Kind::Session, &payload, Durability::Synced)
             .map_err(at(&self.root))
     }
 }
@@ -104,11 +107,12 @@ impl Session {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::disk::LocalDisk;
 
     #[test]
     fn only_a_crash_of_the_machine_casts_doubt() {
         let dir = tempfile::tempdir().unwrap();
-        let begin = |boot| Session::begin(dir.path(), boot).unwrap();
+        let begin = |boot| Session::begin(dir.path(), Arc::new(LocalDisk), boot).unwrap();
         begin("a").end().unwrap();
         let after_clean_stop = begin("b");
         assert_eq!((after_clean_stop.epoch(), after_clean_stop.doubt_before()), (2, 1));

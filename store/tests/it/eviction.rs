@@ -7,6 +7,7 @@ use std::sync::Arc;
 
 use weightfs_store::{Amount, Background, Blob, Evicted, Layout, Read, Store, StoreOptions, Trust};
 
+use super::restart::find;
 use super::source::TestSource;
 use super::{MIB, blob_of, id, judged, noise, open, options, read};
 
@@ -277,4 +278,41 @@ async fn a_blob_made_here_that_does_not_fit_is_refused_and_leaves_nothing() {
     assert!(written.unwrap_err().to_string().contains("cache.limit"));
     drop(ingest);
     assert!(on_disk(dir.path()) < MIB);
+}
+
+#[tokio::test]
+async fn a_file_that_outlived_its_daemon_in_a_reader_is_not_touched_by_the_next() {
+    use std::os::unix::fs::FileExt;
+    let dir = tempfile::tempdir().unwrap();
+    let data = noise(20 * MIB, 17);
+    let layout = Layout::new(20 * MIB, [4 * MIB]).unwrap();
+    let open_blob = |store: &Arc<Store>| {
+        let blob = store.blob(id(&data), &layout).unwrap();
+        blob.add_source(TestSource::new("test", data.clone()));
+        blob
+    };
+    let store = open(dir.path());
+    let blob = open_blob(&store);
+    read_all(&blob, &data, MIB).await;
+    judged(&blob).await;
+    let (file, hold) = blob.segment_file(1).unwrap().unwrap();
+    let note = find(dir.path(), "kernel").join("1");
+    let noted = fs::read(&note).unwrap();
+    drop(hold);
+    assert!(!note.exists());
+    drop((blob, store));
+    // As a process leaves it that is killed; the reader has the file still open.
+    fs::write(&note, noted).unwrap();
+    let store = open(dir.path());
+    let blob = open_blob(&store);
+    store.evict(id(&data)).unwrap();
+    assert_eq!(blob.stats().cached, 16 * MIB);
+    let mut bytes = vec![0; 16 * MIB as usize];
+    file.read_exact_at(&mut bytes, 0).unwrap();
+    assert!(bytes == data[4 * MIB as usize..], "the reader sees no hole");
+    drop((blob, store, file));
+    let store = open(dir.path());
+    let blob = open_blob(&store);
+    store.evict(id(&data)).unwrap();
+    assert_eq!(blob.stats().cached, 0, "its last reader is gone");
 }

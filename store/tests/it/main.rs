@@ -2,10 +2,12 @@
 //! server.
 
 mod blobs;
+mod disk;
 mod eviction;
 mod faults;
 mod hedging;
 mod ingest;
+mod kill;
 mod line;
 mod model;
 mod outages;
