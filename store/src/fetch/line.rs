@@ -37,8 +37,14 @@ pub(crate) const PRIORITIES: [Priority; 4] =
     [Priority::Demand, Priority::ReadAhead, Priority::Profile, Priority::Background];
 
 /// Requests that a host is sent at once before it is known what it gives: enough for a fast one
-/// nearby, and few enough for a small one.
-const FIRST_LIMIT: usize = 16;
+/// nearby, and few enough for a small one. They share the line: the more there are, the later the
+/// first of them is complete, for which a stream waits.
+const FIRST_LIMIT: usize = 8;
+
+/// A host whose first answer takes a multiple of this is sent that multiple of [`FIRST_LIMIT`] at
+/// once from then on, up to the largest one: from far away it takes more requests to fill a line.
+const FAR: Duration = Duration::from_millis(25);
+const FARTHEST: usize = 4;
 
 /// How much more throughput twice as many requests must bring to be worth their memory.
 const WORTH_DOUBLING: f64 = 1.3;
@@ -157,7 +163,12 @@ impl Line {
         let rate = bytes as f64 / times.body.as_secs_f64().max(1e-6);
         let mix = |old: f64, new: f64| old + (new - old) * NEWEST;
         self.usual = Some(match self.usual {
-            None => Usual { wait, rate },
+            None => {
+                let far = (wait / FAR.as_secs_f64()) as usize;
+                let first = FIRST_LIMIT * far.clamp(1, FARTHEST);
+                self.limit = self.limit.max(first.min(self.largest));
+                Usual { wait, rate }
+            }
             Some(old) => Usual { wait: mix(old.wait, wait), rate: mix(old.rate, rate) },
         });
     }
@@ -320,7 +331,7 @@ mod tests {
     fn the_limit_grows_while_that_brings_throughput() {
         let mut now = Instant::now();
         let mut far = Line::new(64, now);
-        rounds(&mut far, &mut now, 1.0, 1e9, 5);
+        rounds(&mut far, &mut now, 1.0, 1e9, 8);
         assert_eq!(far.limit, 64, "latency bound");
         let mut near = Line::new(64, now);
         rounds(&mut near, &mut now, 0.001, 1e8, 40);
@@ -331,7 +342,7 @@ mod tests {
     fn a_host_that_complains_is_asked_half_and_then_carefully_more() {
         let mut now = Instant::now();
         let mut line = Line::new(64, now);
-        rounds(&mut line, &mut now, 1.0, 1e9, 5);
+        rounds(&mut line, &mut now, 1.0, 1e9, 8);
         line.refused(now);
         line.refused(now);
         assert_eq!(line.limit, 32, "complaints of one moment count once");
@@ -419,6 +430,19 @@ mod tests {
         }
         let near = line.request_bytes() as f64 / mib;
         assert!((39.0..41.0).contains(&near), "160 MiB a second for 250 ms: {near}");
+    }
+
+    #[test]
+    fn a_host_far_away_is_sent_more_at_once() {
+        for (wait, limit) in [(3, 8), (30, 8), (60, 16), (1000, 32)] {
+            let mut line = Line::new(64, Instant::now());
+            let (wait, body) = (Duration::from_millis(wait), Duration::from_millis(10));
+            line.note(MIB, Times { wait, body });
+            assert_eq!(line.limit, limit, "{wait:?}");
+        }
+        let mut small = Line::new(4, Instant::now());
+        small.note(MIB, Times { wait: Duration::from_secs(1), body: Duration::ZERO });
+        assert_eq!(small.limit, 4, "never over the configured bound");
     }
 
     #[test]
