@@ -12,6 +12,7 @@ pub mod images;
 pub mod metadata;
 pub mod models;
 pub mod owner;
+pub mod profiles;
 pub mod rpull;
 pub mod snapshots;
 pub mod socket;
