@@ -71,6 +71,9 @@ const FLOOR_EVERY: u32 = 8;
 /// Chunks of a request that nobody has asked for: it must not hold its place for long.
 const PLANNED_CHUNKS: u32 = 8;
 
+/// The same of background, while a reader waits.
+const PLANNED_BESIDE_DEMAND: u32 = 4;
+
 /// How the limit changes at the end of an epoch.
 #[derive(Debug, Clone, Copy, PartialEq)]
 enum Growth {
@@ -193,14 +196,16 @@ impl Line {
         self.epoch.full |= self.running_requests() + self.kept_free() >= self.limit;
     }
 
-    /// Chunks of a planned request at the most. Beside demand, background takes hardly anything
-    /// of the line.
+    /// Chunks of a planned request at the most.
     pub(super) fn planned_chunks(&self, priority: Priority) -> u32 {
-        if priority == Priority::Background && self.running(Priority::Demand) > 0 {
-            return 1;
-        }
+        let beside_demand = self.running(Priority::Demand) > 0;
+        let most = if priority == Priority::Background && beside_demand {
+            PLANNED_BESIDE_DEMAND
+        } else {
+            PLANNED_CHUNKS
+        };
         let usual = u32::try_from(self.request_bytes() / CHUNK_BYTES).unwrap_or(u32::MAX);
-        usual.clamp(1, PLANNED_CHUNKS)
+        usual.clamp(1, most)
     }
 
     fn is_background_alone(&self) -> bool {
@@ -282,10 +287,11 @@ impl Line {
             Priority::Profile => (self.limit / 2).max(1),
             // Alone it may use what the others may. Beside streams it takes what they leave over:
             // their windows grow in steps, and the line is never idle between two. Beside readers
-            // who wait it only trickles.
+            // who wait it takes a quarter: random reads all over a file end soonest when the whole
+            // of it comes soon.
             Priority::Background if self.is_background_alone() => shared,
             Priority::Background if self.running(Priority::Demand) == 0 => (self.limit / 2).max(1),
-            Priority::Background => (self.limit / 8).max(1),
+            Priority::Background => (self.limit / 4).max(1),
         };
         total < self.limit && unhurried < shared && self.running(priority) < own
     }
@@ -382,15 +388,15 @@ mod tests {
     }
 
     #[test]
-    fn background_takes_what_streams_leave_over_and_trickles_beside_demand() {
+    fn background_takes_what_streams_leave_over_and_less_beside_demand() {
         let mut line = Line::new(8, Instant::now());
         line.started(Priority::ReadAhead);
         assert_eq!(starts(&mut line, Priority::Background), 4);
         assert_eq!(line.planned_chunks(Priority::Background), PLANNED_CHUNKS);
         let mut line = Line::new(8, Instant::now());
         line.started(Priority::Demand);
-        assert_eq!(starts(&mut line, Priority::Background), 1);
-        assert_eq!(line.planned_chunks(Priority::Background), 1);
+        assert_eq!(starts(&mut line, Priority::Background), 2);
+        assert_eq!(line.planned_chunks(Priority::Background), PLANNED_BESIDE_DEMAND);
     }
 
     #[test]
