@@ -4,10 +4,11 @@
 //! the page cache keeps what they wrote in small folios, which halves the speed of every later
 //! read. So pieces are gathered to aligned blocks, and each block is one `pwrite`.
 //!
-//! Folios of 2 MiB, which one entry of the page table maps, would make random reads of a mapping
-//! half as fast again. Tried: having the page cache take them before they are written (populating
-//! a mapping with MADV_HUGEPAGE) doubles the CPU time of a load; blocks of 2 MiB take eight times the
-//! memory and hold back what has come.
+//! Blocks are of 256 KiB. A few requests at a time have blocks of 2 MiB: such folios are mapped by
+//! one entry of the page table, and random reads of a mapping are half as fast again. They take
+//! memory, and hold back the first of their two chunks, so only quick hosts' bytes have them.
+//! (Tried instead: having the page cache take folios of 2 MiB before they are written, by
+//! populating a mapping with MADV_HUGEPAGE. It doubles the CPU time of a load.)
 
 use std::fs::File;
 use std::io;
@@ -28,8 +29,13 @@ use crate::shared::Entered;
 /// blocks of 256 KiB is read as fast as what came from the disk.
 const BLOCK_BYTES: u64 = 256 << 10;
 
-// Blocks never straddle the end of a chunk.
+/// Bytes of a large block: the largest folio (PMD_SIZE on x86-64), and two chunks.
+const LARGE_BLOCK_BYTES: u64 = 2 << 20;
+
+// Blocks never straddle the end of a chunk. Of a running request, the chunk that is being written
+// and the one after it stay its own (`Queue::overtake`), so a large block can't be cut short.
 const _: () = assert!(CHUNK_BYTES.is_multiple_of(BLOCK_BYTES));
+const _: () = assert!(LARGE_BLOCK_BYTES == 2 * CHUNK_BYTES);
 
 /// Writes bytes in sequence to a cache file and publishes each chunk that is whole.
 pub(super) struct Filler<'a> {
@@ -37,6 +43,8 @@ pub(super) struct Filler<'a> {
     file: File,
     /// First byte of the segment.
     origin: u64,
+    /// Leave to write large blocks.
+    large: Option<LargeBlock>,
     /// What follows `position` and is not written yet; less than a block.
     gathered: Vec<u8>,
     /// Next byte of the blob to write.
@@ -54,7 +62,7 @@ pub(super) struct Filler<'a> {
 
 impl<'a> Filler<'a> {
     /// For the chunks of a request from `first` on.
-    pub(super) fn open(blob: &Blob, request: &'a Request, first: ChunkNo) -> io::Result<Self> {
+    pub(super) fn open(blob: &Arc<Blob>, request: &'a Request, first: ChunkNo) -> io::Result<Self> {
         let _entered = blob.enter()?;
         let outside = || io::Error::other("no such chunk");
         let table = blob.table();
@@ -68,6 +76,9 @@ impl<'a> Filler<'a> {
             request,
             file,
             origin: whole.start,
+            large: (last.end - covers.start >= 2 * LARGE_BLOCK_BYTES)
+                .then(|| LargeBlock::take(blob))
+                .flatten(),
             gathered: Vec::with_capacity(block),
             position: covers.start,
             end: last.end,
@@ -129,15 +140,23 @@ impl<'a> Filler<'a> {
 
     /// Bytes from the next one to write up to the end of its block, or of its chunk.
     fn block_room(&self) -> usize {
-        let block = BLOCK_BYTES - (self.position - self.origin) % BLOCK_BYTES;
-        usize::try_from(block.min(self.covers.end - self.position)).unwrap_or(usize::MAX)
+        let offset = self.position - self.origin;
+        let large = self.large.is_some()
+            && offset.is_multiple_of(LARGE_BLOCK_BYTES)
+            && self.end - self.position >= LARGE_BLOCK_BYTES;
+        let room = if large {
+            LARGE_BLOCK_BYTES
+        } else {
+            (BLOCK_BYTES - offset % BLOCK_BYTES).min(self.covers.end - self.position)
+        };
+        usize::try_from(room).unwrap_or(usize::MAX)
     }
 
     fn write(&mut self, blob: &Arc<Blob>, block: &[u8]) -> io::Result<()> {
         let entered = blob.enter()?;
         self.file.write_all_at(block, self.position - self.origin)?;
         self.position += block.len() as u64;
-        if self.position == self.covers.end {
+        while self.began < self.position && self.covers.end <= self.position {
             self.land(blob, &entered)?;
             self.request.patience.extend(Instant::now() + blob.fetch_options().deadline);
         }
@@ -146,20 +165,36 @@ impl<'a> Filler<'a> {
 
     /// Publishes the chunk that was just completed and goes on to the next.
     fn land(&mut self, blob: &Arc<Blob>, entered: &Entered<'_>) -> io::Result<()> {
-        let written = self.began..self.position;
+        let written = self.began..self.covers.end;
         let verified = VerifiedChunk::check(blob.table(), self.chunk, &written)
             .ok_or_else(|| io::Error::other("not a whole chunk"))?;
         blob.fetcher().publish(blob, &verified, entered);
         self.chunk = self.chunk.next();
-        self.began = self.position;
-        if self.chunk >= self.request.end() {
+        self.began = self.covers.end;
+        if self.began == self.position && self.chunk >= self.request.end() {
             // The rest has become another request's.
             self.end = self.position;
         }
-        if !self.is_done() {
+        if self.began < self.end {
             let next = blob.table().bytes_of(self.chunk);
             (_, self.covers) = next.ok_or_else(|| io::Error::other("no such chunk"))?;
         }
         Ok(())
+    }
+}
+
+/// One of the few large blocks of a store; given back when it is dropped.
+struct LargeBlock(Arc<Blob>);
+
+impl LargeBlock {
+    fn take(blob: &Arc<Blob>) -> Option<Self> {
+        let taken = blob.scheduler().take_large_block(&blob.host());
+        taken.then(|| Self(Arc::clone(blob)))
+    }
+}
+
+impl Drop for LargeBlock {
+    fn drop(&mut self) {
+        self.0.scheduler().give_large_block_back();
     }
 }

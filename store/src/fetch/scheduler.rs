@@ -25,6 +25,13 @@ const BUFFER_BUDGET_BYTES: usize = 64 << 20;
 /// Requests in flight at the most, over all hosts.
 const MAX_REQUESTS: usize = BUFFER_BUDGET_BYTES / REQUEST_BUFFER_BYTES;
 
+/// Requests at a time that gather large blocks: 16 MiB of memory.
+const MAX_LARGE_BLOCKS: usize = 8;
+
+/// What a request of a quick host has at the least: a large block of it is there within a
+/// sixteenth of a second.
+const QUICK_REQUEST_BYTES: u64 = 8 << 20;
+
 /// Hosts that are remembered while nothing is fetched from them.
 const MAX_IDLE_HOSTS: usize = 256;
 
@@ -36,6 +43,7 @@ pub(crate) struct Scheduler {
     /// As in the state, for those who must not take its lock.
     running: AtomicUsize,
     planned: AtomicU64,
+    large_blocks: AtomicUsize,
 }
 
 #[derive(Debug, Default)]
@@ -67,7 +75,20 @@ impl Scheduler {
             state: Mutex::default(),
             running: AtomicUsize::new(0),
             planned: AtomicU64::new(0),
+            large_blocks: AtomicUsize::new(0),
         }
+    }
+
+    /// Whether a request of that host may gather a large block, as long as it runs.
+    pub(super) fn take_large_block(&self, host: &str) -> bool {
+        let more = |taken| (taken < MAX_LARGE_BLOCKS).then_some(taken + 1);
+        let bytes = self.request_bytes(host);
+        (QUICK_REQUEST_BYTES..u64::MAX).contains(&bytes)
+            && self.large_blocks.fetch_update(Ordering::Relaxed, Ordering::Relaxed, more).is_ok()
+    }
+
+    pub(super) fn give_large_block_back(&self) {
+        self.large_blocks.fetch_sub(1, Ordering::Relaxed);
     }
 
     /// A number for what is planned next.
