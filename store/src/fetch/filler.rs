@@ -4,11 +4,11 @@
 //! the page cache keeps what they wrote in small folios, which halves the speed of every later
 //! read. So pieces are gathered to aligned blocks, and each block is one `pwrite`.
 //!
-//! Blocks are of 256 KiB. A few requests at a time have blocks of 2 MiB: such folios are mapped by
-//! one entry of the page table, and random reads of a mapping are half as fast again. They take
-//! memory, and hold back the first of their two chunks, so only quick hosts' bytes have them.
-//! (Tried instead: having the page cache take folios of 2 MiB before they are written, by
-//! populating a mapping with MADV_HUGEPAGE. It doubles the CPU time of a load.)
+//! Blocks are of 256 KiB; for some requests at a time, of a whole chunk, which takes more memory
+//! and makes larger folios. Folios of 2 MiB, which one entry of the page table maps, would make
+//! later reads as fast as what comes from the disk. Tried, by blocks of 2 MiB and by populating a
+//! mapping with MADV_HUGEPAGE first: either doubles the CPU time of a load in a virtual machine
+//! that gives free memory back to its host, since its host takes exactly such pages away.
 
 use std::fs::File;
 use std::io;
@@ -29,13 +29,8 @@ use crate::shared::Entered;
 /// blocks of 256 KiB is read as fast as what came from the disk.
 const BLOCK_BYTES: u64 = 256 << 10;
 
-/// Bytes of a large block: the largest folio (PMD_SIZE on x86-64), and two chunks.
-const LARGE_BLOCK_BYTES: u64 = 2 << 20;
-
-// Blocks never straddle the end of a chunk. Of a running request, the chunk that is being written
-// and the one after it stay its own (`Queue::overtake`), so a large block can't be cut short.
+// Blocks never straddle the end of a chunk.
 const _: () = assert!(CHUNK_BYTES.is_multiple_of(BLOCK_BYTES));
-const _: () = assert!(LARGE_BLOCK_BYTES == 2 * CHUNK_BYTES);
 
 /// Writes bytes in sequence to a cache file and publishes each chunk that is whole.
 pub(super) struct Filler<'a> {
@@ -43,7 +38,7 @@ pub(super) struct Filler<'a> {
     file: File,
     /// First byte of the segment.
     origin: u64,
-    /// Leave to write large blocks.
+    /// Leave to write whole chunks.
     large: Option<LargeBlock>,
     /// What follows `position` and is not written yet; less than a block.
     gathered: Vec<u8>,
@@ -76,9 +71,7 @@ impl<'a> Filler<'a> {
             request,
             file,
             origin: whole.start,
-            large: (last.end - covers.start >= 2 * LARGE_BLOCK_BYTES)
-                .then(|| LargeBlock::take(blob))
-                .flatten(),
+            large: LargeBlock::take(blob),
             gathered: Vec::with_capacity(block),
             position: covers.start,
             end: last.end,
@@ -138,17 +131,11 @@ impl<'a> Filler<'a> {
         Ok(())
     }
 
-    /// Bytes from the next one to write up to the end of its block, or of its chunk.
+    /// Bytes from the next one to write up to the end of its block.
     fn block_room(&self) -> usize {
-        let offset = self.position - self.origin;
-        let large = self.large.is_some()
-            && offset.is_multiple_of(LARGE_BLOCK_BYTES)
-            && self.end - self.position >= LARGE_BLOCK_BYTES;
-        let room = if large {
-            LARGE_BLOCK_BYTES
-        } else {
-            (BLOCK_BYTES - offset % BLOCK_BYTES).min(self.covers.end - self.position)
-        };
+        let block = if self.large.is_some() { CHUNK_BYTES } else { BLOCK_BYTES };
+        let left = block - (self.position - self.origin) % block;
+        let room = left.min(self.covers.end - self.position);
         usize::try_from(room).unwrap_or(usize::MAX)
     }
 
@@ -156,7 +143,7 @@ impl<'a> Filler<'a> {
         let entered = blob.enter()?;
         self.file.write_all_at(block, self.position - self.origin)?;
         self.position += block.len() as u64;
-        while self.began < self.position && self.covers.end <= self.position {
+        if self.position == self.covers.end {
             self.land(blob, &entered)?;
             self.request.patience.extend(Instant::now() + blob.fetch_options().deadline);
         }
@@ -165,17 +152,17 @@ impl<'a> Filler<'a> {
 
     /// Publishes the chunk that was just completed and goes on to the next.
     fn land(&mut self, blob: &Arc<Blob>, entered: &Entered<'_>) -> io::Result<()> {
-        let written = self.began..self.covers.end;
+        let written = self.began..self.position;
         let verified = VerifiedChunk::check(blob.table(), self.chunk, &written)
             .ok_or_else(|| io::Error::other("not a whole chunk"))?;
         blob.fetcher().publish(blob, &verified, entered);
         self.chunk = self.chunk.next();
-        self.began = self.covers.end;
-        if self.began == self.position && self.chunk >= self.request.end() {
+        self.began = self.position;
+        if self.chunk >= self.request.end() {
             // The rest has become another request's.
             self.end = self.position;
         }
-        if self.began < self.end {
+        if !self.is_done() {
             let next = blob.table().bytes_of(self.chunk);
             (_, self.covers) = next.ok_or_else(|| io::Error::other("no such chunk"))?;
         }
@@ -188,7 +175,7 @@ struct LargeBlock(Arc<Blob>);
 
 impl LargeBlock {
     fn take(blob: &Arc<Blob>) -> Option<Self> {
-        let taken = blob.scheduler().take_large_block(&blob.host());
+        let taken = blob.scheduler().take_large_block();
         taken.then(|| Self(Arc::clone(blob)))
     }
 }

@@ -25,12 +25,8 @@ const BUFFER_BUDGET_BYTES: usize = 64 << 20;
 /// Requests in flight at the most, over all hosts.
 const MAX_REQUESTS: usize = BUFFER_BUDGET_BYTES / REQUEST_BUFFER_BYTES;
 
-/// Requests at a time that gather large blocks: 16 MiB of memory.
-const MAX_LARGE_BLOCKS: usize = 8;
-
-/// What a request of a quick host has at the least: a large block of it is there within a
-/// sixteenth of a second.
-const QUICK_REQUEST_BYTES: u64 = 8 << 20;
+/// Requests at a time that gather whole chunks: 16 MiB of memory.
+const MAX_LARGE_BLOCKS: usize = 16;
 
 /// Hosts that are remembered while nothing is fetched from them.
 const MAX_IDLE_HOSTS: usize = 256;
@@ -79,12 +75,10 @@ impl Scheduler {
         }
     }
 
-    /// Whether a request of that host may gather a large block, as long as it runs.
-    pub(super) fn take_large_block(&self, host: &str) -> bool {
+    /// Whether one more request may gather whole chunks, as long as it runs.
+    pub(super) fn take_large_block(&self) -> bool {
         let more = |taken| (taken < MAX_LARGE_BLOCKS).then_some(taken + 1);
-        let bytes = self.request_bytes(host);
-        (QUICK_REQUEST_BYTES..u64::MAX).contains(&bytes)
-            && self.large_blocks.fetch_update(Ordering::Relaxed, Ordering::Relaxed, more).is_ok()
+        self.large_blocks.fetch_update(Ordering::Relaxed, Ordering::Relaxed, more).is_ok()
     }
 
     pub(super) fn give_large_block_back(&self) {
