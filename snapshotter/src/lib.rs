@@ -10,6 +10,7 @@ pub mod daemon;
 pub mod filter;
 pub mod images;
 pub mod metadata;
+pub mod model_image;
 pub mod models;
 pub mod owner;
 pub mod profiles;

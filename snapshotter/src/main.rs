@@ -46,6 +46,7 @@ fn run(cli: Cli) -> anyhow::Result<()> {
         Command::Ls { reference, json } => {
             runtime.block_on(commands::ls::run(&config, &reference, json))
         }
+        Command::Image(arguments) => runtime.block_on(commands::image::run(&config, arguments)),
         Command::Serve => runtime.block_on(commands::serve::run(&config)),
         Command::Rpull(arguments) => runtime.block_on(commands::rpull::run(&config, arguments)),
         Command::Status { json } => runtime.block_on(commands::status::run(&config, json)),

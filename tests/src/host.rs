@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use crate::bed::Bed;
-use crate::containerd::{Containerd, ContainerdOptions, CriOptions};
+use crate::containerd::{Containerd, ContainerdOptions, CriOptions, Version};
 use crate::image::{busybox_layer, image};
 use crate::layer::{Attributes, Compression, Layer, LayerBuilder};
 use crate::proxy::Target;
@@ -28,21 +28,31 @@ pub struct Host {
 impl Host {
     /// Starts everything, without CRI.
     pub fn new() -> Self {
-        Self::start(Bed::new(), None)
+        Self::start(Bed::new(), None, Version::Installed)
+    }
+
+    /// Starts everything around that containerd, without CRI.
+    pub fn on(version: Version) -> Self {
+        Self::start(Bed::new(), None, version)
     }
 
     /// Starts everything, with CRI on the snapshotter. The sandbox image is the small one.
     pub fn with_cri() -> Self {
+        Self::with_cri_on(Version::Installed)
+    }
+
+    /// Starts everything around that containerd, with CRI.
+    pub fn with_cri_on(version: Version) -> Self {
         let bed = Bed::new();
         let small = image(&[busybox_layer(bed.area.path(), Compression::Plain)]);
         let sandbox_image = bed.push(&small, "small");
-        Self::start(bed, Some(CriOptions { snapshotter: SNAPSHOTTER, sandbox_image }))
+        Self::start(bed, Some(CriOptions { snapshotter: SNAPSHOTTER, sandbox_image }), version)
     }
 
-    fn start(bed: Bed, cri: Option<CriOptions>) -> Self {
+    fn start(bed: Bed, cri: Option<CriOptions>, version: Version) -> Self {
         let daemon = bed.weightfs.serve(&bed.area);
         let weightfs = Some(bed.weightfs.snapshotter_socket());
-        let options = ContainerdOptions { weightfs, cri, ..ContainerdOptions::default() };
+        let options = ContainerdOptions { weightfs, cri, version, ..ContainerdOptions::default() };
         let containerd = Containerd::start(&bed.area, &options);
         Self { containerd, daemon, bed }
     }
