@@ -4,11 +4,11 @@
 //! the page cache keeps what they wrote in small folios, which halves the speed of every later
 //! read. So pieces are gathered to aligned blocks, and each block is one `pwrite`.
 //!
-//! Blocks are of 256 KiB; for some requests at a time, of a whole chunk, which takes more memory
-//! and makes larger folios. Folios of 2 MiB, which one entry of the page table maps, would make
-//! later reads as fast as what comes from the disk. Tried, by blocks of 2 MiB and by populating a
-//! mapping with MADV_HUGEPAGE first: either doubles the CPU time of a load in a virtual machine
-//! that gives free memory back to its host, since its host takes exactly such pages away.
+//! Larger blocks make larger folios, and those of 2 MiB, which one entry of the page table maps,
+//! make later reads as fast as what comes from the disk. Tried with blocks of 1 and 2 MiB, and by
+//! populating a mapping with MADV_HUGEPAGE first. Each up to doubles the CPU time of a load in a
+//! virtual machine that reports free memory to its host (large free blocks are what the host takes
+//! away), so that a load takes longer than a pull; and they take more memory.
 
 use std::fs::File;
 use std::io;
@@ -38,8 +38,6 @@ pub(super) struct Filler<'a> {
     file: File,
     /// First byte of the segment.
     origin: u64,
-    /// Leave to write whole chunks.
-    large: Option<LargeBlock>,
     /// What follows `position` and is not written yet; less than a block.
     gathered: Vec<u8>,
     /// Next byte of the blob to write.
@@ -57,7 +55,7 @@ pub(super) struct Filler<'a> {
 
 impl<'a> Filler<'a> {
     /// For the chunks of a request from `first` on.
-    pub(super) fn open(blob: &Arc<Blob>, request: &'a Request, first: ChunkNo) -> io::Result<Self> {
+    pub(super) fn open(blob: &Blob, request: &'a Request, first: ChunkNo) -> io::Result<Self> {
         let _entered = blob.enter()?;
         let outside = || io::Error::other("no such chunk");
         let table = blob.table();
@@ -71,7 +69,6 @@ impl<'a> Filler<'a> {
             request,
             file,
             origin: whole.start,
-            large: LargeBlock::take(blob),
             gathered: Vec::with_capacity(block),
             position: covers.start,
             end: last.end,
@@ -131,12 +128,10 @@ impl<'a> Filler<'a> {
         Ok(())
     }
 
-    /// Bytes from the next one to write up to the end of its block.
+    /// Bytes from the next one to write up to the end of its block, or of its chunk.
     fn block_room(&self) -> usize {
-        let block = if self.large.is_some() { CHUNK_BYTES } else { BLOCK_BYTES };
-        let left = block - (self.position - self.origin) % block;
-        let room = left.min(self.covers.end - self.position);
-        usize::try_from(room).unwrap_or(usize::MAX)
+        let block = BLOCK_BYTES - (self.position - self.origin) % BLOCK_BYTES;
+        usize::try_from(block.min(self.covers.end - self.position)).unwrap_or(usize::MAX)
     }
 
     fn write(&mut self, blob: &Arc<Blob>, block: &[u8]) -> io::Result<()> {
@@ -167,21 +162,5 @@ impl<'a> Filler<'a> {
             (_, self.covers) = next.ok_or_else(|| io::Error::other("no such chunk"))?;
         }
         Ok(())
-    }
-}
-
-/// One of the few large blocks of a store; given back when it is dropped.
-struct LargeBlock(Arc<Blob>);
-
-impl LargeBlock {
-    fn take(blob: &Arc<Blob>) -> Option<Self> {
-        let taken = blob.scheduler().take_large_block();
-        taken.then(|| Self(Arc::clone(blob)))
-    }
-}
-
-impl Drop for LargeBlock {
-    fn drop(&mut self) {
-        self.0.scheduler().give_large_block_back();
     }
 }

@@ -25,9 +25,6 @@ const BUFFER_BUDGET_BYTES: usize = 64 << 20;
 /// Requests in flight at the most, over all hosts.
 const MAX_REQUESTS: usize = BUFFER_BUDGET_BYTES / REQUEST_BUFFER_BYTES;
 
-/// Requests at a time that gather whole chunks: 16 MiB of memory.
-const MAX_LARGE_BLOCKS: usize = 16;
-
 /// Hosts that are remembered while nothing is fetched from them.
 const MAX_IDLE_HOSTS: usize = 256;
 
@@ -39,7 +36,6 @@ pub(crate) struct Scheduler {
     /// As in the state, for those who must not take its lock.
     running: AtomicUsize,
     planned: AtomicU64,
-    large_blocks: AtomicUsize,
 }
 
 #[derive(Debug, Default)]
@@ -71,18 +67,7 @@ impl Scheduler {
             state: Mutex::default(),
             running: AtomicUsize::new(0),
             planned: AtomicU64::new(0),
-            large_blocks: AtomicUsize::new(0),
         }
-    }
-
-    /// Whether one more request may gather whole chunks, as long as it runs.
-    pub(super) fn take_large_block(&self) -> bool {
-        let more = |taken| (taken < MAX_LARGE_BLOCKS).then_some(taken + 1);
-        self.large_blocks.fetch_update(Ordering::Relaxed, Ordering::Relaxed, more).is_ok()
-    }
-
-    pub(super) fn give_large_block_back(&self) {
-        self.large_blocks.fetch_sub(1, Ordering::Relaxed);
     }
 
     /// A number for what is planned next.
