@@ -15,12 +15,13 @@ use std::fs::File;
 use std::io;
 use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+use std::sync::{Arc, OnceLock, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use serde::{Deserialize, Serialize};
 use weightfs_store::{Blob, Read, ReadError, SegmentHold};
 
 use crate::loader::Loader;
+use crate::profile::Recorder;
 use crate::tree::{Content, Node, NodeId, NodeKind, Tree};
 
 /// The root directory's inode (`FUSE_ROOT_ID`).
@@ -101,6 +102,7 @@ struct MountedTree {
     number: TreeNumber,
     tree: Tree,
     loader: Loader,
+    recorder: OnceLock<Arc<Recorder>>,
     lookups: AtomicU64,
 }
 
@@ -149,6 +151,7 @@ impl Filesystem {
             number,
             loader: Loader::of(&tree),
             tree,
+            recorder: OnceLock::new(),
             lookups: AtomicU64::new(0),
         });
         write(&self.trees).insert(number, Arc::clone(&mounted));
@@ -162,6 +165,15 @@ impl Filesystem {
         let Some(mounted) = removed else { return false };
         self.drop_if_forgotten(&mounted);
         true
+    }
+
+    /// Has all reads of a tree recorded from now on. None of its files is passed through: such
+    /// reads can't be seen.
+    pub fn record(&self, number: TreeNumber, recorder: Arc<Recorder>) {
+        if let Some(mounted) = read(&self.shown).get(&number) {
+            // One recorder is enough: the first stays.
+            let _ = mounted.recorder.set(recorder);
+        }
     }
 
     /// Runs `look` on a tree that is shown.
@@ -269,6 +281,9 @@ impl Filesystem {
         let node = self.node(inode)?;
         let content = node.content().ok_or(FsError::NotAFile(inode))?;
         let Some(range) = clip(&content.range, offset, size) else { return Ok(None) };
+        if let Some(recorder) = node.mounted.recorder.get() {
+            recorder.note(content.blob.id(), &range);
+        }
         Ok(Some(content.blob.read(range)?))
     }
 
@@ -350,13 +365,16 @@ impl NodeRef {
     }
 
     /// The cache file that holds the bytes of a regular file, all of them and nothing else;
-    /// `None` if some are missing or the file shares its segment with others. It stays as it is
-    /// until the hold is dropped.
+    /// `None` if some are missing, the file shares its segment with others, or its reads are
+    /// recorded. It stays as it is until the hold is dropped.
     ///
     /// # Errors
     /// When the cache file can't be opened.
     pub fn cache_file(&self) -> io::Result<Option<(File, SegmentHold)>> {
         let Some(Content { blob, range }) = self.content() else { return Ok(None) };
+        if self.mounted.recorder.get().is_some() {
+            return Ok(None);
+        }
         let layout = blob.layout();
         match layout.segment_at(range.start) {
             Some(segment) if layout.segment(segment).as_ref() == Some(range) => {

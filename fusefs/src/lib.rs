@@ -14,6 +14,7 @@ pub mod listing;
 mod loader;
 mod open_files;
 pub mod path;
+mod profile;
 pub mod session;
 #[cfg(test)]
 mod testing;
@@ -26,5 +27,6 @@ pub use artifact::{
 pub use filesystem::{Filesystem, FsError, Inode, TreeNumber};
 pub use layer::{LayerError, OpenLayer, Progress, Quiet, blob_id, open_layer, reopen_layer};
 pub use listing::Listing;
+pub use profile::{MAX_PROFILE_BYTES, Profile, ProfileError, Recorder};
 pub use session::{Session, SpecialFiles};
 pub use tree::{Base, Content, DeviceNumber, Node, NodeId, NodeKind, Timestamp, Tree, TreeError};

@@ -148,6 +148,13 @@ pub struct MountArgs {
     /// Return once the mount is up
     #[arg(long)]
     pub daemon: bool,
+    /// Record in which order the model is read: the next mount fetches it so. Into FILE, or the
+    /// state directory
+    #[arg(long, value_name = "FILE", num_args = 0..=1, require_equals = true)]
+    pub record: Option<Option<PathBuf>>,
+    /// A recorded profile: what it has is fetched in its order
+    #[arg(long, value_name = "FILE")]
+    pub profile: Option<PathBuf>,
     /// Set by `--daemon` for the process that it starts: say when the mount is up
     #[arg(long, hide = true)]
     pub detached: bool,

@@ -12,7 +12,7 @@ use tokio::sync::mpsc;
 use tokio_stream::wrappers::{ReceiverStream, UnixListenerStream};
 use tonic::transport::{Channel, Endpoint, Server};
 use tonic::{Request, Response, Status};
-use weightfs_fusefs::{LayerDescriptor, Progress, TreeNumber};
+use weightfs_fusefs::{LayerDescriptor, Profile, Progress, TreeNumber};
 use weightfs_proto::control::control_client::ControlClient;
 use weightfs_proto::control::control_server::{Control, ControlServer};
 use weightfs_proto::control::{
@@ -109,10 +109,13 @@ impl Control for ControlService {
         &self,
         request: Request<MountRequest>,
     ) -> Result<Response<Self::MountStream>, Status> {
-        let MountRequest { reference, target } = request.into_inner();
+        let MountRequest { reference, target, profile } = request.into_inner();
         let reference = self::reference(&reference)?;
+        let profile = (!profile.is_empty()).then(|| Profile::parse(&profile)).transpose();
+        let profile = profile.map_err(|error| Status::invalid_argument(error.to_string()))?;
         let (sender, events) = mpsc::channel(EVENTS);
-        tokio::spawn(mount(Arc::clone(&self.models), reference, target.into(), sender));
+        let asked = Asked { reference, target: target.into(), profile };
+        tokio::spawn(mount(Arc::clone(&self.models), asked, sender));
         let events: BoxStream<'static, _> = ReceiverStream::new(events).boxed();
         Ok(Response::new(events))
     }
@@ -223,16 +226,24 @@ impl ControlService {
     }
 }
 
+/// What a caller wants mounted.
+#[derive(Debug)]
+struct Asked {
+    reference: Reference,
+    target: PathBuf,
+    profile: Option<Profile>,
+}
+
 /// Mounts a model for a caller, and takes it away again if the caller is gone by then.
 async fn mount(
     models: Arc<Models>,
-    reference: Reference,
-    target: PathBuf,
+    asked: Asked,
     sender: mpsc::Sender<Result<MountEvent, Status>>,
 ) {
+    let Asked { reference, target, profile } = asked;
     let progress = SendProgress(sender.clone());
     let opened = tokio::select! {
-        opened = models.open(&reference, &target, &progress) => opened,
+        opened = models.open(&reference, &target, profile, &progress) => opened,
         () = sender.closed() => return,
     };
     // A task of its own: once begun, it is shown and remembered, or neither.

@@ -15,6 +15,7 @@ pub mod metadata;
 pub mod model_image;
 pub mod models;
 pub mod owner;
+pub mod profiles;
 pub mod references;
 pub mod rpull;
 pub mod snapshots;

@@ -7,11 +7,12 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use serde::{Deserialize, Serialize};
 use tracing::{error, info};
-use weightfs_fusefs::{Progress, TreeNumber};
+use weightfs_fusefs::{Profile, Progress, TreeNumber};
 use weightfs_store::{Digest, Reference};
 
 use crate::bind::{Bound, bound, rebind};
 use crate::metadata::{Metadata, MetadataError};
+use crate::profiles::{self, ProfileUseError};
 use crate::trees::{OpenTree, Opener, TreeRecord, TreeStats, Trees, TreesError};
 
 /// Why a model can't be shown.
@@ -20,6 +21,9 @@ pub enum ModelError {
     /// It can't be opened.
     #[error(transparent)]
     Trees(#[from] TreesError),
+    /// Its profile can't be used.
+    #[error(transparent)]
+    Profile(#[from] ProfileUseError),
     /// It can't be remembered.
     #[error(transparent)]
     Metadata(#[from] MetadataError),
@@ -54,6 +58,7 @@ pub struct ModelRecord {
 pub struct OpenModel {
     record: ModelRecord,
     tree: OpenTree,
+    profile: Option<Profile>,
 }
 
 /// A model that is shown.
@@ -88,8 +93,9 @@ impl Models {
         Self { opener, trees, metadata, shown: Mutex::default() }
     }
 
-    /// Opens what `reference` names; `target` is where the caller is going to bind it. Nothing
-    /// is shown yet, and nothing is left behind if this is given up.
+    /// Opens what `reference` names; `target` is where the caller is going to bind it, `profile`
+    /// the order in which it is going to be read, if that is not known from earlier. Nothing is
+    /// shown yet, and nothing but the profile is left behind if this is given up.
     ///
     /// # Errors
     /// When it can't be opened.
@@ -97,9 +103,11 @@ impl Models {
         &self,
         reference: &Reference,
         target: &Path,
+        profile: Option<Profile>,
         progress: &dyn Progress,
     ) -> Result<OpenModel, ModelError> {
         let artifact = self.opener.resolve(reference).await?;
+        let profile = profiles::choose(&self.opener.store, artifact.manifest_digest, profile)?;
         let tree = self.opener.open(&artifact, progress).await?;
         let record = ModelRecord {
             reference: reference.whole(),
@@ -108,7 +116,7 @@ impl Models {
             tree: tree.record.clone(),
         };
         self.opener.remember(&record.reference, record.manifest_digest, &tree.record).await;
-        Ok(OpenModel { record, tree })
+        Ok(OpenModel { record, tree, profile })
     }
 
     /// Shows an open model. Blocks on the disk.
@@ -116,8 +124,11 @@ impl Models {
     /// # Errors
     /// When it can't be remembered; then it is not shown.
     pub fn show(&self, model: OpenModel) -> Result<ShownModel, ModelError> {
-        let OpenModel { record, tree } = model;
+        let OpenModel { record, tree, profile } = model;
         let number = self.metadata.allocate_tree()?;
+        if let Some(profile) = profile {
+            profile.expect(&tree.layers);
+        }
         self.trees.show(number, tree).map_err(TreesError::from)?;
         let remembered = serde_json::to_value(&record)
             .map_err(ModelError::from)

@@ -194,7 +194,8 @@ impl Fetcher {
 
     /// Fetches `chunks`, of several segments if need be, when there is room.
     pub(crate) fn plan(&self, blob: &Arc<Blob>, priority: Priority, chunks: Range<ChunkNo>) {
-        lock(&self.queue).plan(priority, chunks);
+        let order = blob.scheduler().next_order();
+        lock(&self.queue).plan(priority, order, chunks);
         pump(blob);
     }
 
@@ -213,6 +214,11 @@ impl Fetcher {
         let (limits, until, presence) = (limits(blob), patience(blob), blob.presence());
         let mut queue = lock(&self.queue);
         queue.start_next(priority, planned, presence, blob.table(), limits, until)
+    }
+
+    /// For the scheduler: when the first of what is expected was planned.
+    fn first_expected(&self) -> Option<u64> {
+        lock(&self.queue).first_expected()
     }
 
     /// For the scheduler: whether the blob is to be put into the ring.

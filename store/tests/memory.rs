@@ -13,7 +13,7 @@ use futures::stream;
 use tokio::time::sleep;
 use weightfs_store::{
     Amount, Background, Blob, BlobId, ByteStream, CacheOptions, Digest, FetchOptions, Form, Layout,
-    Read, Source, SourceError, Store, StoreOptions, Verify,
+    Read, Recheck, Source, SourceError, Store, StoreOptions, Verify,
 };
 
 const MIB: u64 = 1 << 20;
@@ -89,6 +89,7 @@ fn options() -> StoreOptions {
         cache: CacheOptions { limit: None, min_free: Amount::Bytes(0) },
         checkpoint_interval: Duration::from_secs(5),
         verify: Verify::Background,
+        recheck: Recheck::AfterCrash,
     }
 }
 

@@ -99,8 +99,17 @@ impl Weightfs {
     /// # Panics
     /// When the program ends instead.
     pub fn mount(&self, area: &Area, reference: &str, dir: &Path) -> Mounted {
-        let mut service =
-            Service::start(area, "weightfs-mount", self.mount_command(reference, dir));
+        self.mount_with(area, reference, dir, &[])
+    }
+
+    /// As [`Weightfs::mount`], with more arguments.
+    ///
+    /// # Panics
+    /// When the program ends instead.
+    pub fn mount_with(&self, area: &Area, reference: &str, dir: &Path, more: &[String]) -> Mounted {
+        let mut command = self.mount_command(reference, dir);
+        command.args(more);
+        let mut service = Service::start(area, "weightfs-mount", command);
         service.wait_ready(|_| is_mount_point(dir).then_some(()));
         Mounted { service, dir: dir.to_owned() }
     }

@@ -17,13 +17,17 @@ use weightfs::cli::MountArgs;
 use weightfs::config::Config;
 use weightfs::control;
 use weightfs::owner;
+use weightfs::profiles;
 use weightfs::trees::TreesError;
 use weightfs_fusefs::session::detach;
-use weightfs_fusefs::{Filesystem, Session, SpecialFiles, TreeNumber};
+use weightfs_fusefs::{Filesystem, Recorder, Session, SpecialFiles, TreeNumber};
 use weightfs_proto::control::{MountRequest, Mounted, ReleaseRequest, StatusRequest};
-use weightfs_store::{OpenError, Store};
+use weightfs_store::{Digest, OpenError, Store};
 
 use super::progress::{Downloads, Fetched, MountLine, REFRESH};
+
+/// The one tree of a mount without a daemon.
+const TREE: TreeNumber = TreeNumber(1);
 
 /// What a background mount prints when it is up.
 const READY: &str = "ready";
@@ -97,23 +101,36 @@ async fn serve_here(
     mut stop: Stop<'_>,
 ) -> anyhow::Result<()> {
     let opener = super::opener(config, Arc::clone(&store))?;
+    let given = arguments.profile.as_deref().map(profiles::read).transpose()?;
     let downloads = Downloads::new("unpacking compressed layers");
-    let tree = async {
+    let opened = async {
         let artifact = opener.resolve(&arguments.reference).await?;
         let tree = opener.open(&artifact, &downloads).await?;
         let (name, digest) = (arguments.reference.whole(), artifact.manifest_digest);
         opener.remember(&name, digest, &tree.record).await;
-        Ok::<_, TreesError>(tree)
+        Ok::<_, TreesError>((digest, tree))
     };
-    let tree = tokio::select! {
-        tree = tree => tree?,
+    let (manifest, tree) = tokio::select! {
+        opened = opened => opened?,
         () = &mut stop => return Ok(()),
     };
     downloads.finish();
     store.start_evicting();
+    if let Some(profile) = profiles::choose(&store, manifest, given)? {
+        info!(bytes = profile.bytes(), "fetching in the order of an earlier load");
+        profile.expect(&tree.layers);
+    }
     let merged = tree.merge()?;
     let files = merged.files();
-    let filesystem = Arc::new(Filesystem::of_one(TreeNumber(1), merged));
+    let filesystem = Arc::new(Filesystem::of_one(TREE, merged));
+    let recording = arguments.record.as_ref().map(|file| Recording {
+        file: file.as_deref(),
+        recorder: Recorder::new(&tree.layers),
+        manifest,
+    });
+    if let Some(recording) = &recording {
+        filesystem.record(TREE, Arc::clone(&recording.recorder));
+    }
     let session = Session::mount(filesystem, target, SpecialFiles::Inert, Handle::current())
         .with_context(|| format!("can't mount on {}", target.display()))?;
     info!(reference = %arguments.reference, dir = %target.display(), files, "mounted");
@@ -138,7 +155,27 @@ async fn serve_here(
         .await?
         .with_context(|| format!("can't unmount {}", target.display()))?;
     store.checkpoint().context("the cache was not recorded")?;
-    Ok(())
+    recording.map_or(Ok(()), |recording| recording.write(&store))
+}
+
+/// A load that is recorded.
+struct Recording<'a> {
+    /// Where to write it, if not into the store.
+    file: Option<&'a Path>,
+    recorder: Arc<Recorder>,
+    manifest: Digest,
+}
+
+impl Recording<'_> {
+    fn write(&self, store: &Store) -> anyhow::Result<()> {
+        let profile = self.recorder.profile(self.manifest);
+        info!(bytes = profile.bytes(), manifest = %self.manifest, "load recorded");
+        match self.file {
+            None => profiles::keep(store, &profile).context("the recorded profile"),
+            Some(path) => std::fs::write(path, profile.encode())
+                .with_context(|| format!("the recorded profile, {}", path.display())),
+        }
+    }
 }
 
 async fn ask_daemon(
@@ -150,9 +187,17 @@ async fn ask_daemon(
     let mut daemon = control::connect(address)
         .await
         .with_context(|| format!("the daemon's control socket {}", address.display()))?;
+    if arguments.record.is_some() {
+        bail!(
+            "a daemon owns the state directory, and only a mount of its own is recorded: \
+             give --root an empty directory and --record a file, and mount with --profile then"
+        );
+    }
+    let profile = arguments.profile.as_deref().map(profiles::read).transpose()?;
     let request = MountRequest {
         reference: arguments.reference.whole(),
         target: target.display().to_string(),
+        profile: profile.map(|profile| profile.encode()).unwrap_or_default(),
     };
     let downloads = Downloads::new("unpacking compressed layers");
     let mounted = async {

@@ -37,8 +37,14 @@ pub(crate) const PRIORITIES: [Priority; 4] =
     [Priority::Demand, Priority::ReadAhead, Priority::Profile, Priority::Background];
 
 /// Requests that a host is sent at once before it is known what it gives: enough for a fast one
-/// nearby, and few enough for a small one.
-const FIRST_LIMIT: usize = 16;
+/// nearby, and few enough for a small one. They share the line: the more there are, the later the
+/// first of them is complete, for which a stream waits.
+const FIRST_LIMIT: usize = 8;
+
+/// A host whose first answer takes a multiple of this is sent that multiple of [`FIRST_LIMIT`] at
+/// once from then on, up to the largest one: from far away it takes more requests to fill a line.
+const FAR: Duration = Duration::from_millis(25);
+const FARTHEST: usize = 4;
 
 /// How much more throughput twice as many requests must bring to be worth their memory.
 const WORTH_DOUBLING: f64 = 1.3;
@@ -64,6 +70,9 @@ const FLOOR_EVERY: u32 = 8;
 
 /// Chunks of a request that nobody has asked for: it must not hold its place for long.
 const PLANNED_CHUNKS: u32 = 8;
+
+/// The same of background, while a reader waits.
+const PLANNED_BESIDE_DEMAND: u32 = 4;
 
 /// How the limit changes at the end of an epoch.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -157,7 +166,12 @@ impl Line {
         let rate = bytes as f64 / times.body.as_secs_f64().max(1e-6);
         let mix = |old: f64, new: f64| old + (new - old) * NEWEST;
         self.usual = Some(match self.usual {
-            None => Usual { wait, rate },
+            None => {
+                let far = (wait / FAR.as_secs_f64()) as usize;
+                let first = FIRST_LIMIT * far.clamp(1, FARTHEST);
+                self.limit = self.limit.max(first.min(self.largest));
+                Usual { wait, rate }
+            }
             Some(old) => Usual { wait: mix(old.wait, wait), rate: mix(old.rate, rate) },
         });
     }
@@ -182,14 +196,16 @@ impl Line {
         self.epoch.full |= self.running_requests() + self.kept_free() >= self.limit;
     }
 
-    /// Chunks of a planned request at the most. Beside demand, background takes hardly anything
-    /// of the line.
+    /// Chunks of a planned request at the most.
     pub(super) fn planned_chunks(&self, priority: Priority) -> u32 {
-        if priority == Priority::Background && self.running(Priority::Demand) > 0 {
-            return 1;
-        }
+        let beside_demand = self.running(Priority::Demand) > 0;
+        let most = if priority == Priority::Background && beside_demand {
+            PLANNED_BESIDE_DEMAND
+        } else {
+            PLANNED_CHUNKS
+        };
         let usual = u32::try_from(self.request_bytes() / CHUNK_BYTES).unwrap_or(u32::MAX);
-        usual.clamp(1, PLANNED_CHUNKS)
+        usual.clamp(1, most)
     }
 
     fn is_background_alone(&self) -> bool {
@@ -271,10 +287,11 @@ impl Line {
             Priority::Profile => (self.limit / 2).max(1),
             // Alone it may use what the others may. Beside streams it takes what they leave over:
             // their windows grow in steps, and the line is never idle between two. Beside readers
-            // who wait it only trickles.
+            // who wait it takes a quarter: random reads all over a file end soonest when the whole
+            // of it comes soon.
             Priority::Background if self.is_background_alone() => shared,
             Priority::Background if self.running(Priority::Demand) == 0 => (self.limit / 2).max(1),
-            Priority::Background => (self.limit / 8).max(1),
+            Priority::Background => (self.limit / 4).max(1),
         };
         total < self.limit && unhurried < shared && self.running(priority) < own
     }
@@ -320,7 +337,7 @@ mod tests {
     fn the_limit_grows_while_that_brings_throughput() {
         let mut now = Instant::now();
         let mut far = Line::new(64, now);
-        rounds(&mut far, &mut now, 1.0, 1e9, 5);
+        rounds(&mut far, &mut now, 1.0, 1e9, 8);
         assert_eq!(far.limit, 64, "latency bound");
         let mut near = Line::new(64, now);
         rounds(&mut near, &mut now, 0.001, 1e8, 40);
@@ -331,7 +348,7 @@ mod tests {
     fn a_host_that_complains_is_asked_half_and_then_carefully_more() {
         let mut now = Instant::now();
         let mut line = Line::new(64, now);
-        rounds(&mut line, &mut now, 1.0, 1e9, 5);
+        rounds(&mut line, &mut now, 1.0, 1e9, 8);
         line.refused(now);
         line.refused(now);
         assert_eq!(line.limit, 32, "complaints of one moment count once");
@@ -371,15 +388,15 @@ mod tests {
     }
 
     #[test]
-    fn background_takes_what_streams_leave_over_and_trickles_beside_demand() {
+    fn background_takes_what_streams_leave_over_and_less_beside_demand() {
         let mut line = Line::new(8, Instant::now());
         line.started(Priority::ReadAhead);
         assert_eq!(starts(&mut line, Priority::Background), 4);
         assert_eq!(line.planned_chunks(Priority::Background), PLANNED_CHUNKS);
         let mut line = Line::new(8, Instant::now());
         line.started(Priority::Demand);
-        assert_eq!(starts(&mut line, Priority::Background), 1);
-        assert_eq!(line.planned_chunks(Priority::Background), 1);
+        assert_eq!(starts(&mut line, Priority::Background), 2);
+        assert_eq!(line.planned_chunks(Priority::Background), PLANNED_BESIDE_DEMAND);
     }
 
     #[test]
@@ -419,6 +436,19 @@ mod tests {
         }
         let near = line.request_bytes() as f64 / mib;
         assert!((39.0..41.0).contains(&near), "160 MiB a second for 250 ms: {near}");
+    }
+
+    #[test]
+    fn a_host_far_away_is_sent_more_at_once() {
+        for (wait, limit) in [(3, 8), (30, 8), (60, 16), (1000, 32)] {
+            let mut line = Line::new(64, Instant::now());
+            let (wait, body) = (Duration::from_millis(wait), Duration::from_millis(10));
+            line.note(MIB, Times { wait, body });
+            assert_eq!(line.limit, limit, "{wait:?}");
+        }
+        let mut small = Line::new(4, Instant::now());
+        small.note(MIB, Times { wait: Duration::from_secs(1), body: Duration::ZERO });
+        assert_eq!(small.limit, 4, "never over the configured bound");
     }
 
     #[test]

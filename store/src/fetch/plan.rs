@@ -13,21 +13,37 @@ const MAX_RANGES: usize = 4096;
 /// What is still to be looked at, in order.
 #[derive(Debug, Default)]
 pub(super) struct Plan {
-    ranges: VecDeque<Range<ChunkNo>>,
+    ranges: VecDeque<Step>,
+}
+
+/// Chunks, and when they were planned: a number that grows over all blobs.
+#[derive(Debug)]
+struct Step {
+    order: u64,
+    chunks: Range<ChunkNo>,
 }
 
 impl Plan {
     /// Adds chunks at the end, unless they are in one of its ranges.
-    pub(super) fn add(&mut self, chunks: Range<ChunkNo>) {
-        let known = |range: &Range<ChunkNo>| range.start <= chunks.start && chunks.end <= range.end;
+    pub(super) fn add(&mut self, order: u64, chunks: Range<ChunkNo>) {
+        let known = |Step { chunks: range, .. }: &Step| {
+            range.start <= chunks.start && chunks.end <= range.end
+        };
         if !self.ranges.iter().any(known) && self.ranges.len() < MAX_RANGES {
-            self.ranges.push_back(chunks);
+            self.ranges.push_back(Step { order, chunks });
         }
+    }
+
+    /// When the first of them was planned.
+    pub(super) fn first_order(&self) -> Option<u64> {
+        self.ranges.front().map(|step| step.order)
     }
 
     /// Drops what lies in `chunks`.
     pub(super) fn drop_within(&mut self, chunks: &Range<ChunkNo>) {
-        self.ranges.retain(|range| !(chunks.start <= range.start && range.end <= chunks.end));
+        let within =
+            |range: &Range<ChunkNo>| chunks.start <= range.start && range.end <= chunks.end;
+        self.ranges.retain(|step| !within(&step.chunks));
     }
 
     pub(super) fn is_empty(&self) -> bool {
@@ -42,7 +58,7 @@ impl Plan {
         cut: impl Fn(ChunkNo) -> ChunkNo,
         most: u32,
     ) -> Option<Range<ChunkNo>> {
-        while let Some(range) = self.ranges.front_mut() {
+        while let Some(Step { chunks: range, .. }) = self.ranges.front_mut() {
             while range.start < range.end && !wanted(range.start) {
                 range.start = range.start.next();
             }
@@ -80,9 +96,9 @@ mod tests {
     #[test]
     fn ranges_are_taken_in_order_up_to_cuts_and_gaps() {
         let mut plan = Plan::default();
-        plan.add(chunks(30..33));
-        plan.add(chunks(4..14));
-        plan.add(chunks(31..33));
+        plan.add(0, chunks(30..33));
+        plan.add(0, chunks(4..14));
+        plan.add(0, chunks(31..33));
         let expected = [chunks(30..33), chunks(4..6), chunks(7..10), chunks(10..14)];
         assert_eq!(all(&mut plan, |chunk| chunk != 6), expected);
         assert!(plan.is_empty());
@@ -91,11 +107,11 @@ mod tests {
     #[test]
     fn what_is_dropped_or_not_wanted_is_never_taken() {
         let mut plan = Plan::default();
-        plan.add(chunks(0..2));
-        plan.add(chunks(8..10));
+        plan.add(0, chunks(0..2));
+        plan.add(0, chunks(8..10));
         plan.drop_within(&chunks(8..10));
         assert_eq!(all(&mut plan, |_| true), [chunks(0..2)]);
-        plan.add(chunks(3..9));
+        plan.add(0, chunks(3..9));
         assert_eq!(all(&mut plan, |_| false), []);
     }
 
@@ -103,7 +119,7 @@ mod tests {
     fn a_plan_is_bounded() {
         let mut plan = Plan::default();
         for start in 0..10_000 {
-            plan.add(chunks(2 * start..2 * start + 1));
+            plan.add(0, chunks(2 * start..2 * start + 1));
         }
         assert_eq!(plan.ranges.len(), MAX_RANGES);
     }

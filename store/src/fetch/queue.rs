@@ -159,13 +159,19 @@ impl Queue {
     }
 
     /// Adds chunks to what is fetched when there is room; they may lie in several segments.
-    pub(super) fn plan(&mut self, priority: Priority, chunks: Range<ChunkNo>) {
+    /// `order` grows with each call, over all blobs.
+    pub(super) fn plan(&mut self, priority: Priority, order: u64, chunks: Range<ChunkNo>) {
         match priority {
-            Priority::Profile => self.profile.add(chunks),
+            Priority::Profile => self.profile.add(order, chunks),
             Priority::Demand | Priority::ReadAhead | Priority::Background => {
-                self.background.add(chunks);
+                self.background.add(order, chunks);
             }
         }
+    }
+
+    /// When the first of what is expected was planned.
+    pub(super) fn first_expected(&self) -> Option<u64> {
+        self.profile.first_order()
     }
 
     /// Gives up what is planned inside `chunks`.
@@ -563,8 +569,8 @@ mod tests {
     fn plans_are_carried_out_in_order_without_what_others_fetch() {
         let mut world = World::new();
         world.limits = Limits::new(100, 64 * CHUNK_BYTES);
-        world.queue.plan(Priority::Background, chunks(390..410));
-        world.queue.plan(Priority::Profile, chunks(700..702));
+        world.queue.plan(Priority::Background, 0, chunks(390..410));
+        world.queue.plan(Priority::Profile, 0, chunks(700..702));
         assert!(world.queue.flights.is_empty(), "a plan takes no memory");
         publish(&world.presence, 393);
         world.demand(395..397);

@@ -5,7 +5,7 @@
 //! order: the scheduler's state, then a blob's queue.
 
 use std::collections::{HashMap, VecDeque};
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, Weak};
 
 use tokio::time::Instant;
@@ -37,6 +37,7 @@ pub(crate) struct Scheduler {
     /// As in the state, for those who must not take its lock.
     running: AtomicUsize,
     hedging: Hedging,
+    planned: AtomicU64,
 }
 
 #[derive(Debug, Default)]
@@ -63,9 +64,18 @@ pub(super) struct Next {
 
 impl Scheduler {
     pub(crate) fn new(connections_per_host: usize) -> Self {
-        let running = AtomicUsize::new(0);
-        let hedging = Hedging::default();
-        Self { connections_per_host, state: Mutex::default(), running, hedging }
+        Self {
+            connections_per_host,
+            state: Mutex::default(),
+            running: AtomicUsize::new(0),
+            hedging: Hedging::default(),
+            planned: AtomicU64::new(0),
+        }
+    }
+
+    /// A number for what is planned next.
+    pub(super) fn next_order(&self) -> u64 {
+        self.planned.fetch_add(1, Ordering::Relaxed)
     }
 
     /// Whether anything is being fetched, from any host. Takes no lock.
@@ -184,6 +194,9 @@ impl Host {
     /// The next request of that priority, from the blobs in turn.
     fn start(&mut self, priority: Priority) -> Option<(Arc<Blob>, Request)> {
         let planned = self.line.planned_chunks(priority);
+        if priority == Priority::Profile {
+            return self.start_expected(planned);
+        }
         for _ in 0..self.ring.len() {
             let blob = self.ring.pop_front()?;
             let Some(open) = blob.upgrade() else { continue };
@@ -193,6 +206,18 @@ impl Host {
             }
         }
         None
+    }
+
+    /// What was expected first, whichever blob it is of: loads have an order.
+    fn start_expected(&mut self, planned: u32) -> Option<(Arc<Blob>, Request)> {
+        let open = self.ring.iter().filter_map(Weak::upgrade);
+        let mut first: Vec<_> =
+            open.filter_map(|blob| Some((blob.fetcher().first_expected()?, blob))).collect();
+        first.sort_by_key(|(order, _)| *order);
+        first.into_iter().find_map(|(_, blob)| {
+            let request = blob.fetcher().start_next(&blob, Priority::Profile, planned)?;
+            Some((blob, request))
+        })
     }
 
     /// Takes out who has nothing to fetch any more.
