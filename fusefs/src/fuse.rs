@@ -5,11 +5,11 @@
 
 use std::ffi::OsStr;
 use std::io;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use fuser::{
-    BackingId, Errno, FileAttr, FileHandle, FileType, FopenFlags, Generation, INodeNo, InitFlags,
+    Errno, FileAttr, FileHandle, FileType, FopenFlags, Generation, INodeNo, InitFlags,
     KernelConfig, LockOwner, OpenFlags, ReplyAttr, ReplyData, ReplyDirectory, ReplyDirectoryPlus,
     ReplyEmpty, ReplyEntry, ReplyOpen, ReplyStatfs, ReplyXattr, Request,
 };
@@ -18,8 +18,10 @@ use tokio::sync::watch;
 use tracing::{debug, warn};
 use weightfs_store::{Read, ReadError};
 
+use crate::device::Device;
 use crate::filesystem::{Filesystem, FsError, Inode, NodeRef};
-use crate::open_files::{Mode, OpenFiles};
+use crate::ledger::Negotiated;
+use crate::open_files::{BackingNumber, Mode, OpenFiles};
 use crate::tree::{DeviceNumber, NodeKind, Timestamp};
 
 /// How long the kernel may keep what it was told of a tree: it never changes.
@@ -39,6 +41,23 @@ const MAX_REQUEST_BYTES: u32 = 1 << 20;
 /// read-ahead of one stalled source hold up the hits of everybody else.
 const MAX_BACKGROUND: u16 = 512;
 
+/// What is asked of the kernel besides passthrough.
+const WANTED: [InitFlags; 5] = [
+    InitFlags::FUSE_PARALLEL_DIROPS,
+    InitFlags::FUSE_CACHE_SYMLINKS,
+    InitFlags::FUSE_ASYNC_DIO,
+    InitFlags::FUSE_DO_READDIRPLUS,
+    InitFlags::FUSE_READDIRPLUS_AUTO,
+];
+
+/// What else a successor has to find as it is: what fuser asks for, passthrough, and whether the
+/// kernel sends requests again.
+const KEPT: InitFlags = InitFlags::FUSE_ASYNC_READ
+    .union(InitFlags::FUSE_BIG_WRITES)
+    .union(InitFlags::FUSE_MAX_PAGES)
+    .union(InitFlags::FUSE_PASSTHROUGH)
+    .union(InitFlags::FUSE_HAS_RESEND);
+
 /// Block size reported by stat and statfs, in bytes.
 const BLOCK_BYTES: u32 = 4096;
 
@@ -46,7 +65,9 @@ const BLOCK_BYTES: u32 = 4096;
 #[derive(Debug)]
 pub(crate) struct Adapter {
     pub(crate) filesystem: Arc<Filesystem>,
-    pub(crate) open_files: OpenFiles<BackingId>,
+    pub(crate) open_files: OpenFiles,
+    /// Set when the session runs.
+    pub(crate) device: Arc<OnceLock<Device>>,
     /// Whether the kernel can serve complete files by itself.
     pub(crate) passthrough: bool,
     /// Where misses wait.
@@ -65,12 +86,13 @@ impl Adapter {
     }
 
     /// The cache file of a complete file, made known to the kernel.
-    fn backing(&self, ino: INodeNo, node: &NodeRef, reply: &ReplyOpen) -> Option<BackingId> {
+    fn backing(&self, ino: INodeNo, node: &NodeRef, reply: &ReplyOpen) -> Option<BackingNumber> {
         if !self.passthrough {
             return None;
         }
         let backing = match node.cache_file() {
-            Ok(Some(file)) => reply.open_backing(&file),
+            // Raw: dropped, it would be closed, and a successor needs it.
+            Ok(Some(file)) => reply.open_backing(&file).map(|id| BackingNumber(id.into_raw())),
             Ok(None) => return None,
             Err(error) => Err(error),
         };
@@ -100,13 +122,7 @@ impl fuser::Filesystem for Adapter {
         // Each setting falls back to what the kernel offers: an older one is only slower.
         let _ = config.set_max_write(MAX_REQUEST_BYTES);
         let _ = config.set_max_background(MAX_BACKGROUND);
-        for flag in [
-            InitFlags::FUSE_PARALLEL_DIROPS,
-            InitFlags::FUSE_CACHE_SYMLINKS,
-            InitFlags::FUSE_ASYNC_DIO,
-            InitFlags::FUSE_DO_READDIRPLUS,
-            InitFlags::FUSE_READDIRPLUS_AUTO,
-        ] {
+        for flag in WANTED {
             if let Err(missing) = config.add_capabilities(flag) {
                 debug!(?missing, "the kernel does not offer a FUSE capability");
             }
@@ -114,7 +130,12 @@ impl fuser::Filesystem for Adapter {
         // A depth of exactly 1: with 2, overlayfs refuses the mount as a lower layer.
         self.passthrough = config.add_capabilities(InitFlags::FUSE_PASSTHROUGH).is_ok()
             && config.set_max_stack_depth(1).is_ok();
-        Ok(())
+        let known = WANTED.into_iter().fold(KEPT, InitFlags::union);
+        let version = config.kernel_abi();
+        self.filesystem.ledger().set_negotiated(Negotiated {
+            version: (version.0, version.1),
+            capabilities: (config.capabilities() & known).bits(),
+        })
     }
 
     fn lookup(&self, _request: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
@@ -145,18 +166,23 @@ impl fuser::Filesystem for Adapter {
         }
     }
 
-    fn open(&self, _request: &Request, ino: INodeNo, _flags: OpenFlags, reply: ReplyOpen) {
+    fn open(&self, request: &Request, ino: INodeNo, _flags: OpenFlags, reply: ReplyOpen) {
         let node = self.filesystem.node(ino.0);
         let node = match &node {
             Ok(node) if node.content().is_some() => node,
             Ok(_) => return reply.error(errno(&FsError::NotAFile(ino.0))),
             Err(error) => return reply.error(errno(error)),
         };
-        let mode = self.open_files.open(ino.0, || self.backing(ino, node, &reply));
+        let backing = || self.backing(ino, node, &reply);
+        let mode = self.open_files.open(ino.0, request.unique().0, backing);
         let flags = FopenFlags::FOPEN_NOFLUSH;
         match mode {
-            Mode::Served => reply.opened(FileHandle(0), flags | FopenFlags::FOPEN_KEEP_CACHE),
-            Mode::Passthrough(backing) => reply.opened_passthrough(FileHandle(0), flags, &backing),
+            Ok(Mode::Served) => reply.opened(FileHandle(0), flags | FopenFlags::FOPEN_KEEP_CACHE),
+            Ok(Mode::Passthrough(backing)) => reply_passthrough(reply, flags, backing),
+            Err(error) => {
+                warn!(inode = format_args!("{:#x}", ino.0), %error, "an open can't be recorded");
+                reply.error(Errno::ENOMEM);
+            }
         }
     }
 
@@ -170,8 +196,13 @@ impl fuser::Filesystem for Adapter {
         _flush: bool,
         reply: ReplyEmpty,
     ) {
-        self.open_files.release(ino.0);
+        // In this order: see `open_files`.
         reply.ok();
+        self.open_files.release(ino.0, |backing| {
+            if let Some(device) = self.device.get() {
+                device.close_backing(backing);
+            }
+        });
     }
 
     fn read(
@@ -286,6 +317,15 @@ impl fuser::Filesystem for Adapter {
             Err(error) => reply.error(errno(&error)),
         }
     }
+}
+
+fn reply_passthrough(reply: ReplyOpen, flags: FopenFlags, BackingNumber(raw): BackingNumber) {
+    // SAFETY: the id is open: `OpenFiles` has counted this open and closes it after the last
+    // release. It is not closed here, since it is made raw again.
+    #[expect(unsafe_code, reason = "the id's life is that of all opens of the file")]
+    let backing = unsafe { reply.wrap_backing(raw) };
+    reply.opened_passthrough(FileHandle(0), flags, &backing);
+    backing.into_raw();
 }
 
 /// Answers a size question (`size` 0), or the value if it fits (getxattr(2)).

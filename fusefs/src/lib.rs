@@ -6,9 +6,11 @@
 
 pub mod archive;
 pub mod artifact;
+mod device;
 pub mod filesystem;
 mod fuse;
 pub mod layer;
+pub mod ledger;
 pub mod listing;
 mod loader;
 mod open_files;
@@ -24,6 +26,7 @@ pub use artifact::{
 };
 pub use filesystem::{Filesystem, FsError, Inode, TreeNumber};
 pub use layer::{LayerError, OpenLayer, Progress, Quiet, open_layer, reopen_layer};
+pub use ledger::{Ledger, LedgerError};
 pub use listing::Listing;
 pub use session::{Session, SpecialFiles};
 pub use tree::{Base, Content, DeviceNumber, Node, NodeId, NodeKind, Timestamp, Tree, TreeError};

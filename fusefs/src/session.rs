@@ -1,18 +1,26 @@
-//! The mount itself: set up, its read-ahead raised, and taken down.
+//! The mount itself: set up, its read-ahead raised, taken over from a process that died, and
+//! taken down or left to a successor.
 
+mod take_over;
+
+use std::fs::File;
 use std::io;
+use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
-use fuser::{BackgroundSession, Config, INodeNo, MountOption, Notifier, SessionACL};
+use fuser::{BackgroundSession, Config, INodeNo, InitFlags, MountOption, Notifier, SessionACL};
 use nix::sys::stat::{major, minor, stat};
 use tokio::runtime::Handle;
 use tokio::sync::watch;
 use tracing::warn;
 
+use crate::device::Device;
+pub use crate::device::is_connected;
 use crate::filesystem::{Filesystem, ROOT_INODE, TreeNumber};
 use crate::fuse::Adapter;
-use crate::open_files::OpenFiles;
+use crate::ledger::Negotiated;
+use crate::open_files::{BackingNumber, OpenFiles};
 
 /// The source that the mount table shows. (fuser mounts without a subtype.)
 pub const SOURCE_NAME: &str = "weightfs";
@@ -38,6 +46,7 @@ pub enum SpecialFiles {
 pub struct Session {
     filesystem: Arc<Filesystem>,
     mountpoint: PathBuf,
+    device: OwnedFd,
     notifier: Notifier,
     /// `None` once it was unmounted.
     background: Mutex<Option<BackgroundSession>>,
@@ -57,39 +66,76 @@ impl Session {
         special: SpecialFiles,
         runtime: Handle,
     ) -> io::Result<Self> {
-        let mut config = Config::default();
-        config.acl = SessionACL::All;
-        config.n_threads = Some(THREADS);
-        config.mount_options = vec![
-            MountOption::FSName(SOURCE_NAME.into()),
-            MountOption::RO,
-            MountOption::NoAtime,
-            MountOption::DefaultPermissions,
-        ];
-        config.mount_options.extend(match special {
-            SpecialFiles::Honoured => [MountOption::Suid, MountOption::Dev],
-            SpecialFiles::Inert => [MountOption::NoSuid, MountOption::NoDev],
-        });
-        let (serving, ended) = watch::channel(());
-        let adapter = Adapter {
-            filesystem: Arc::clone(&filesystem),
-            open_files: OpenFiles::default(),
-            passthrough: false,
-            runtime,
-            _serving: serving,
-        };
-        let background = fuser::Session::new(adapter, mountpoint, &config)?.spawn()?;
+        let device = Arc::new(OnceLock::new());
+        let open_files = OpenFiles::new(Arc::clone(filesystem.ledger()), |_| {})?;
+        let (adapter, ended) = adapter(&filesystem, open_files, Arc::clone(&device), runtime);
+        let session = fuser::Session::new(adapter, mountpoint, &config(special))?;
+        // Nobody asks for it before the session runs.
+        let _ = device.set(Device::new(session.as_fd().try_clone_to_owned()?));
+        let session = Self::run(filesystem, mountpoint, session, ended)?;
+        session.filesystem.ledger().set_device(stat(mountpoint)?.st_dev)?;
         if let Err(error) = raise_read_ahead(mountpoint) {
             let mountpoint = mountpoint.display();
             warn!(%mountpoint, %error, "could not raise the mount's read-ahead: loads will be slower");
         }
+        Ok(session)
+    }
+
+    /// Goes on where the last server of a mount was killed: `device` is its /dev/fuse descriptor,
+    /// and the filesystem's ledger the one that it wrote. Readers waited all the time; what they
+    /// had asked for is asked again.
+    ///
+    /// # Errors
+    /// When the session can't be begun; then the mount is as it was.
+    pub fn take_over(
+        filesystem: Arc<Filesystem>,
+        mountpoint: &Path,
+        device: OwnedFd,
+        runtime: Handle,
+    ) -> io::Result<Self> {
+        let ledger = filesystem.ledger();
+        let device = Device::new(device);
+        let open_files = OpenFiles::new(Arc::clone(ledger), |id| device.close_backing(id))?;
+        let any = File::from(ledger.descriptor().try_clone_to_owned()?);
+        device.close_unrecorded(BackingNumber(ledger.highest_backing()), &any);
+        let negotiated = ledger.negotiated();
+        let kept = Arc::new(OnceLock::from(Device::new(device.as_fd().try_clone_to_owned()?)));
+        let (adapter, ended) = adapter(&filesystem, open_files, kept, runtime);
+        // Of a mount that is there the options don't matter.
+        let config = config(SpecialFiles::Honoured);
+        let session = take_over::take_over(adapter, device.as_fd(), negotiated, config)?;
+        Self::run(filesystem, mountpoint, session, ended)
+    }
+
+    fn run(
+        filesystem: Arc<Filesystem>,
+        mountpoint: &Path,
+        session: fuser::Session<Adapter>,
+        ended: watch::Receiver<()>,
+    ) -> io::Result<Self> {
+        let device = session.as_fd().try_clone_to_owned()?;
+        let background = session.spawn()?;
         Ok(Self {
             filesystem,
             mountpoint: mountpoint.to_owned(),
+            device,
             notifier: background.notifier(),
             background: Mutex::new(Some(background)),
             ended,
         })
+    }
+
+    /// Whether a successor can take the mount over from whoever keeps [`Session::device`] and the
+    /// filesystem's ledger. Not before Linux 6.9: requests that a killed server had taken would
+    /// wait for ever.
+    pub fn can_be_taken_over(&self) -> bool {
+        let Negotiated { capabilities, .. } = self.filesystem.ledger().negotiated();
+        capabilities & InitFlags::FUSE_HAS_RESEND.bits() != 0
+    }
+
+    /// Its /dev/fuse descriptor: while somebody holds one, the mount lives.
+    pub fn device(&self) -> BorrowedFd<'_> {
+        self.device.as_fd()
     }
 
     /// Where it is mounted.
@@ -118,6 +164,14 @@ impl Session {
         }
     }
 
+    /// Leaves the mount as it is when this process ends: to a successor, if somebody keeps its
+    /// descriptor till then. It is served until the end.
+    pub fn leave(&self) {
+        let background = self.background.lock().unwrap_or_else(PoisonError::into_inner).take();
+        // Dropped, it would unmount.
+        std::mem::forget(background);
+    }
+
     /// Takes the mount away. Whoever still uses it (a container, a bind mount) goes on until this
     /// process ends; for everybody else it vanishes at once.
     ///
@@ -135,6 +189,37 @@ impl Session {
             other => other,
         }
     }
+}
+
+fn config(special: SpecialFiles) -> Config {
+    let mut config = Config::default();
+    config.acl = SessionACL::All;
+    config.n_threads = Some(THREADS);
+    config.mount_options = vec![
+        MountOption::FSName(SOURCE_NAME.into()),
+        MountOption::RO,
+        MountOption::NoAtime,
+        MountOption::DefaultPermissions,
+    ];
+    config.mount_options.extend(match special {
+        SpecialFiles::Honoured => [MountOption::Suid, MountOption::Dev],
+        SpecialFiles::Inert => [MountOption::NoSuid, MountOption::NoDev],
+    });
+    config
+}
+
+/// An adapter, and what is closed when the session has ended.
+fn adapter(
+    filesystem: &Arc<Filesystem>,
+    open_files: OpenFiles,
+    device: Arc<OnceLock<Device>>,
+    runtime: Handle,
+) -> (Adapter, watch::Receiver<()>) {
+    let (serving, ended) = watch::channel(());
+    let filesystem = Arc::clone(filesystem);
+    let adapter =
+        Adapter { filesystem, open_files, device, passthrough: false, runtime, _serving: serving };
+    (adapter, ended)
 }
 
 /// Detaches whatever is mounted at `mountpoint`, in use or dead.
