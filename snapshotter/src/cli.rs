@@ -1,5 +1,6 @@
 //! The command line: what can be asked, and nothing of how it is done.
 
+use std::ffi::OsString;
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
@@ -42,6 +43,16 @@ pub enum Command {
     },
     /// Run the daemon: containerd's snapshotter, and one mount for everything
     Serve,
+    /// Run a daemon, start it again when it ends, and keep its mount meanwhile
+    ///
+    /// For nodes without systemd: what systemd's file descriptor store does for a unit, this does
+    /// for one command. Running containers wait while the daemon is replaced. SIGHUP starts the
+    /// daemon again, maybe as a new version; SIGTERM and SIGINT end it and take the mount away.
+    Keeper {
+        /// The command: weightfs serve, with its options
+        #[arg(required = true, trailing_var_arg = true, value_name = "COMMAND")]
+        command: Vec<OsString>,
+    },
     /// Pull an image into containerd without its lazy layers
     Rpull(RpullArgs),
     /// Show what the daemon serves

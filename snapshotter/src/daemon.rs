@@ -2,9 +2,18 @@
 //! apart in the right order, and does nothing else.
 //!
 //! Order of a start: the directory's lock, the metadata, the mount, what was mounted before, and
-//! only then the sockets: whoever can connect finds everything in place. A stop is the reverse.
+//! only then the sockets: whoever can connect finds everything in place. A mount that a keeper
+//! held is taken over instead, and only when everything that it showed is in place again; nothing
+//! before that may ask it for a file, since nobody would answer.
+//!
+//! An end leaves the mount to the keeper, or takes it away. What is left ends as if it were
+//! killed, only that what is cached is recorded: there is one way to take over, and it is used
+//! every time.
+
+mod mount;
 
 use std::io;
+use std::os::fd::AsFd as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -12,26 +21,23 @@ use std::time::Duration;
 use futures::FutureExt as _;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use tokio::net::UnixListener;
-use tokio::runtime::Handle;
 use tokio::sync::watch;
 use tracing::{info, warn};
-use weightfs_fusefs::session::detach;
-use weightfs_fusefs::{Filesystem, Session, SpecialFiles};
 use weightfs_store::{OpenError, SourceError, Store};
 
 use crate::config::Config;
+use crate::containerd;
 use crate::control::{self, ControlService};
+use crate::handover::{Inherited, Keeper, Name};
 use crate::images::ImageLayers;
 use crate::metadata::{Metadata, MetadataError};
-use crate::models::Models;
+use crate::models::{Models, MountState};
 use crate::owner::Announcement;
 use crate::snapshots::{SnapshotError, Snapshots};
-use crate::socket::{SocketError, bind_socket};
+use crate::socket::{Origin, SocketError, listen_at};
 use crate::trees::{Opener, Trees};
-use crate::{containerd, owner};
 
-/// Directory of the mount, below the root.
-const MOUNT_DIRECTORY: &str = "mnt";
+use mount::{Mount, forget, unmount};
 
 /// How long connections may take to end at a stop.
 const SHUTDOWN_DEADLINE: Duration = Duration::from_secs(5);
@@ -76,6 +82,25 @@ pub enum DaemonError {
     Join(#[from] tokio::task::JoinError),
 }
 
+/// How a daemon is asked to end.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Stop {
+    /// Another one comes: the mount is left to the keeper, if there is one.
+    Restart,
+    /// For good: the mount is taken away.
+    End,
+}
+
+/// How a daemon has ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Ended {
+    /// Its mount is gone.
+    Unmounted,
+    /// Its mount waits for a successor. This process must end at once and take nothing down: a
+    /// request that is dropped is answered, with an error.
+    Left,
+}
+
 /// A daemon whose parts are in place.
 #[derive(Debug)]
 pub struct Daemon {
@@ -86,31 +111,57 @@ pub struct Daemon {
     snapshotter_socket: UnixListener,
     control_socket: UnixListener,
     announcement: Announcement,
+    keeper: Keeper,
 }
 
 impl Daemon {
-    /// Takes the state directory, mounts, shows what was mounted before, and listens.
+    /// Takes the state directory, takes over the mount or makes one, shows what was mounted
+    /// before, and listens.
     ///
     /// # Errors
     /// When a part can't be had; what was taken before is given back.
-    pub async fn start(config: &Config) -> Result<Self, DaemonError> {
+    pub async fn start(config: &Config, mut inherited: Inherited) -> Result<Self, DaemonError> {
         raise_file_limit();
         warn_of_private_mounts();
         let store = Store::open(&config.root, config.store_options())?;
         let metadata = Arc::new(Metadata::open(&config.root)?);
-        let trees = Arc::new(Trees::new(mount(&config.root.join(MOUNT_DIRECTORY))?));
         let opener = opener(config, Arc::clone(&store))?;
+        let mount = Mount::find(&config.root, &mut inherited)?;
+        let trees = Arc::new(mount.trees(&config.root)?);
         let models =
             Arc::new(Models::new(opener.clone(), Arc::clone(&trees), Arc::clone(&metadata)));
-        models.restore()?;
         let min_layer_bytes = config.snapshotter.min_layer_size.as_u64();
-        let layers =
-            ImageLayers::new(opener, Arc::clone(&trees), Arc::clone(&metadata), min_layer_bytes);
-        layers.restore().await;
-        let snapshots = Snapshots::open(&config.root, Arc::clone(&metadata), Arc::new(layers))?;
+        let layers = ImageLayers::new(
+            opener.clone(),
+            Arc::clone(&trees),
+            Arc::clone(&metadata),
+            min_layer_bytes,
+        );
+        let layers = Arc::new(layers);
+        let restore = |state| {
+            models.restore(state)?;
+            Ok::<_, DaemonError>(layers.restore())
+        };
+        let (keeper, missing) = match mount.state() {
+            MountState::New => (mount.serve(&trees)?, restore(MountState::New)?),
+            MountState::TakenOver => {
+                let missing = restore(MountState::TakenOver)?;
+                trees.restore_removed(&opener);
+                // From here on there are requests under way, and what can't be finished must be
+                // left to a successor. A store that is closed would fail them.
+                std::mem::forget(Arc::clone(&store));
+                (mount.serve(&trees)?, missing)
+            }
+        };
+        if !missing.is_empty() {
+            let layers = Arc::clone(&layers);
+            tokio::spawn(async move { layers.mend(missing).await });
+        }
+        let snapshots = Snapshots::open(&config.root, Arc::clone(&metadata), layers)?;
+        let mut listen = |name, path| listen(&mut inherited, keeper, name, path);
         let snapshotter_address = config.snapshotter.address.clone();
-        let snapshotter_socket = bind_socket(&snapshotter_address)?;
-        let control_socket = bind_socket(&config.control.address)?;
+        let snapshotter_socket = listen(Name::Snapshotter, &snapshotter_address)?;
+        let control_socket = listen(Name::Control, &config.control.address)?;
         let announcement = Announcement::new(&config.root, &config.control.address)
             .map_err(|source| OpenError::Io { path: config.root.clone(), source })?;
         let root = config.root.clone();
@@ -120,6 +171,7 @@ impl Daemon {
             metadata,
             root,
             snapshotter_address,
+            keeper,
         };
         Ok(Self {
             store,
@@ -129,15 +181,16 @@ impl Daemon {
             snapshotter_socket,
             control_socket,
             announcement,
+            keeper,
         })
     }
 
-    /// Serves until `stop`, then unmounts and records what is cached.
+    /// Serves until `stop`, records what is cached, and leaves the mount or takes it away.
     ///
     /// # Errors
     /// When a socket breaks or somebody takes the mount away.
-    pub async fn run(self, stop: impl Future<Output = ()>) -> Result<(), DaemonError> {
-        let Self { store, trees, snapshots, control, .. } = self;
+    pub async fn run(self, stop: impl Future<Output = Stop>) -> Result<Ended, DaemonError> {
+        let Self { store, trees, snapshots, control, keeper, .. } = self;
         let (stopping, stopped) = watch::channel(());
         let wait = || {
             let mut stopped = stopped.clone();
@@ -147,18 +200,22 @@ impl Daemon {
         info!(
             snapshotter = %control.snapshotter_address.display(),
             root = %control.root.display(),
+            %keeper,
             "serving"
         );
-        let mountpoint = trees.session().mountpoint().to_owned();
         let mut snapshotter =
             tokio::spawn(containerd::serve(snapshots, self.snapshotter_socket, wait()));
         let mut controller = tokio::spawn(control::serve(control, self.control_socket, wait()));
+        keeper.tell_ready();
         let (result, running) = tokio::select! {
-            () = stop => (Ok(()), true),
-            () = trees.session().ended() => (Err(DaemonError::Unmounted(mountpoint)), true),
+            stop = stop => (Ok(stop), true),
+            () = ended(&trees) => {
+                (Err(DaemonError::Unmounted(trees.mountpoint().to_owned())), true)
+            }
             ended = &mut snapshotter => (flatten(ended), false),
             ended = &mut controller => (flatten(ended), false),
         };
+        keeper.tell_stopping();
         drop(stopping);
         if running {
             let servers = futures::future::join(&mut snapshotter, &mut controller);
@@ -168,18 +225,39 @@ impl Daemon {
         }
         snapshotter.abort();
         controller.abort();
+        let for_good = matches!(result, Ok(Stop::End) | Err(DaemonError::Unmounted(_)));
+        if keeper != Keeper::Nobody && !for_good {
+            return leave(&store, self.announcement, result);
+        }
         drop(self.announcement);
-        let unmounted = tokio::task::spawn_blocking(move || unmount(&trees)).await?;
+        let unmounted = tokio::task::spawn_blocking(move || unmount(&trees, keeper)).await?;
         store.checkpoint()?;
-        result.and(unmounted)
+        result?;
+        unmounted.map(|()| Ended::Unmounted)
     }
 }
 
-fn flatten<E>(ended: Result<Result<(), E>, tokio::task::JoinError>) -> Result<(), DaemonError>
+/// Leaves everything to a successor, also after an error: readers wait for it.
+fn leave(
+    store: &Arc<Store>,
+    announcement: Announcement,
+    result: Result<Stop, DaemonError>,
+) -> Result<Ended, DaemonError> {
+    announcement.leave();
+    // Not closed: reads go on till the end of this process.
+    std::mem::forget(Arc::clone(store));
+    store.checkpoint()?;
+    info!("the mount is left to the next daemon");
+    result.map(|_| Ended::Left)
+}
+
+/// A server that ends by itself: the next daemon may do better.
+fn flatten<E>(ended: Result<Result<(), E>, tokio::task::JoinError>) -> Result<Stop, DaemonError>
 where
     DaemonError: From<E>,
 {
-    Ok(ended??)
+    ended??;
+    Ok(Stop::Restart)
 }
 
 fn opener(config: &Config, store: Arc<Store>) -> Result<Opener, DaemonError> {
@@ -190,22 +268,29 @@ fn opener(config: &Config, store: Arc<Store>) -> Result<Opener, DaemonError> {
     Ok(Opener { registries, store, deadline })
 }
 
-/// Mounts at `path`. What a dead daemon left there is detached first.
-fn mount(path: &Path) -> Result<Session, DaemonError> {
-    let failed = |source| DaemonError::Mount { path: path.to_owned(), source };
-    // Several daemons may have died on top of each other.
-    while owner::is_mountpoint(path).map_err(failed)? {
-        warn!(path = %path.display(), "detaching the mount of an earlier daemon");
-        detach(path).map_err(failed)?;
+/// Waits until somebody takes the mount away.
+async fn ended(trees: &Trees) {
+    match trees.session() {
+        Some(session) => session.ended().await,
+        None => std::future::pending().await,
     }
-    std::fs::create_dir_all(path).map_err(failed)?;
-    let filesystem = Arc::new(Filesystem::of_trees());
-    Session::mount(filesystem, path, SpecialFiles::Honoured, Handle::current()).map_err(failed)
 }
 
-fn unmount(trees: &Trees) -> Result<(), DaemonError> {
-    let path = trees.session().mountpoint();
-    trees.session().unmount().map_err(|source| DaemonError::Mount { path: path.to_owned(), source })
+/// Listens at `path`; a new socket is given to the keeper.
+fn listen(
+    inherited: &mut Inherited,
+    keeper: Keeper,
+    name: Name,
+    path: &Path,
+) -> Result<UnixListener, DaemonError> {
+    let (listener, origin) = listen_at(inherited.get(name), path)?;
+    if origin == Origin::New && keeper != Keeper::Nobody {
+        forget(keeper, name);
+        if let Err(error) = keeper.keep(name, listener.as_fd()) {
+            warn!(%keeper, %error, path = %path.display(), "the keeper did not take a socket");
+        }
+    }
+    Ok(listener)
 }
 
 /// Each blob that is read keeps its cache files open.

@@ -17,7 +17,7 @@ fn main() -> ExitCode {
     let cli = Cli::parse();
     start_log(&cli.command);
     match run(cli) {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(code) => code,
         Err(error) => {
             eprintln!("weightfs: {}", describe(&error));
             ExitCode::FAILURE
@@ -25,7 +25,11 @@ fn main() -> ExitCode {
     }
 }
 
-fn run(cli: Cli) -> anyhow::Result<()> {
+fn run(cli: Cli) -> anyhow::Result<ExitCode> {
+    if let Command::Keeper { command } = &cli.command {
+        // Before there are threads: it forks.
+        return Ok(weightfs::keeper::run(command)?);
+    }
     let mut config = Config::load(cli.config.as_deref())?;
     if let Some(root) = &cli.root {
         config.root = std::path::absolute(root).context("--root")?;
@@ -35,7 +39,8 @@ fn run(cli: Cli) -> anyhow::Result<()> {
         .thread_name("weightfs")
         .build()
         .context("can't start threads")?;
-    match cli.command {
+    let done = match cli.command {
+        Command::Keeper { .. } => Ok(()),
         Command::Config => {
             print!("{}", config.to_commented_toml());
             Ok(())
@@ -46,10 +51,17 @@ fn run(cli: Cli) -> anyhow::Result<()> {
         Command::Ls { reference, json } => {
             runtime.block_on(commands::ls::run(&config, &reference, json))
         }
-        Command::Serve => runtime.block_on(commands::serve::run(&config)),
+        Command::Serve => {
+            let ended = runtime.block_on(commands::serve::run(&config));
+            // Taken down, it would drop the requests under way, and a dropped request is answered
+            // with an error. Nobody takes it down, and a successor is asked for them again.
+            std::mem::forget(runtime);
+            return ended.map(|()| ExitCode::SUCCESS);
+        }
         Command::Rpull(arguments) => runtime.block_on(commands::rpull::run(&config, arguments)),
         Command::Status { json } => runtime.block_on(commands::status::run(&config, json)),
-    }
+    };
+    done.map(|()| ExitCode::SUCCESS)
 }
 
 /// The error and its causes, those left out that an error has in its own text already.
@@ -66,7 +78,7 @@ fn describe(error: &anyhow::Error) -> String {
 /// Logs to stderr: a daemon's life in full, of a command only what went wrong.
 fn start_log(command: &Command) {
     let default = match command {
-        Command::Serve | Command::Mount(_) => "info",
+        Command::Serve | Command::Keeper { .. } | Command::Mount(_) => "info",
         _ => "warn",
     };
     let filter = EnvFilter::builder()

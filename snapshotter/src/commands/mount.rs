@@ -9,6 +9,7 @@ use std::process::{Command, Stdio};
 use std::sync::Arc;
 
 use anyhow::{Context as _, bail};
+use tokio::net::UnixStream;
 use tokio::runtime::Handle;
 use tokio::signal::unix::{SignalKind, signal};
 use tracing::info;
@@ -61,6 +62,12 @@ pub async fn run(config: &Config, arguments: &MountArgs) -> anyhow::Result<()> {
     let stop = asked_to_stop();
     tokio::pin!(stop);
     let target = check_mountpoint(&arguments.dir)?;
+    // Asked first: while a daemon is replaced nobody has the lock, but its socket is there.
+    if let Some(address) = owner::control_address(&config.root)
+        && UnixStream::connect(&address).await.is_ok()
+    {
+        return ask_daemon(&address, arguments, &target, stop).await;
+    }
     match Store::open(&config.root, config.store_options()) {
         Ok(store) => serve_here(config, arguments, &target, store, stop).await,
         Err(OpenError::Owned { root, pid }) => {
@@ -108,7 +115,8 @@ async fn serve_here(
     downloads.finish();
     let merged = tree.merge()?;
     let files = merged.files();
-    let filesystem = Arc::new(Filesystem::of_one(TreeNumber(1), merged));
+    let filesystem = Filesystem::of_one(TreeNumber(1), merged).context("no memory")?;
+    let filesystem = Arc::new(filesystem);
     let session = Session::mount(filesystem, target, SpecialFiles::Inert, Handle::current())
         .with_context(|| format!("can't mount on {}", target.display()))?;
     info!(reference = %arguments.reference, dir = %target.display(), files, "mounted");
@@ -174,7 +182,7 @@ async fn ask_daemon(
         println!("{READY}");
         return Ok(());
     }
-    let watched = watch(&mut daemon, &mounted, target, stop).await;
+    let watched = watch(&mut daemon, address, &mounted, target, stop).await;
     if owner::is_mountpoint(target).unwrap_or(true) {
         detach(target).with_context(|| format!("can't unmount {}", target.display()))?;
     }
@@ -183,9 +191,11 @@ async fn ask_daemon(
     Ok(())
 }
 
-/// Shows how the mount goes until a signal, an unmount, or the daemon's end.
+/// Shows how the mount goes until a signal, an unmount, or the daemon's end. A daemon that is
+/// replaced has not ended: its socket is there all the time.
 async fn watch(
     daemon: &mut weightfs_proto::control::control_client::ControlClient<tonic::transport::Channel>,
+    address: &Path,
     mounted: &Mounted,
     target: &Path,
     mut stop: Stop<'_>,
@@ -198,6 +208,9 @@ async fn watch(
         }
         let status = daemon.status(StatusRequest {}).await;
         let Ok(status) = status.map(tonic::Response::into_inner) else {
+            if UnixStream::connect(address).await.is_ok() {
+                continue;
+            }
             line.finish();
             bail!("the daemon went away; {} is unmounted", target.display());
         };
@@ -230,7 +243,7 @@ fn detach_output(root: &Path) -> anyhow::Result<()> {
 type Stop<'a> = Pin<&'a mut dyn Future<Output = ()>>;
 
 /// Waits for SIGINT, SIGTERM or SIGHUP; counts them from the call on.
-pub fn asked_to_stop() -> impl Future<Output = ()> {
+fn asked_to_stop() -> impl Future<Output = ()> {
     let kinds = [SignalKind::interrupt(), SignalKind::terminate(), SignalKind::hangup()];
     let mut signals: Vec<_> = kinds.into_iter().filter_map(|kind| signal(kind).ok()).collect();
     async move {
