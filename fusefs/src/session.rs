@@ -7,9 +7,9 @@ use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
-use fuser::{BackgroundSession, Config, INodeNo, InitFlags, MountOption, Notifier, SessionACL};
+use fuser::{Config, INodeNo, InitFlags, MountOption, Notifier, SessionACL};
 use nix::sys::stat::{major, minor, stat};
 use tokio::runtime::Handle;
 use tokio::sync::watch;
@@ -41,15 +41,22 @@ pub enum SpecialFiles {
     Inert,
 }
 
-/// A mount that is being served. Dropped, it is unmounted.
+/// What becomes of a mount when its [`Session`] is dropped.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum OnDrop {
+    Unmount,
+    Leave,
+}
+
+/// A mount that is being served. Dropped, it is unmounted, unless it is another's to go on with
+/// ([`Session::leave`]).
 #[derive(Debug)]
 pub struct Session {
     filesystem: Arc<Filesystem>,
     mountpoint: PathBuf,
     device: OwnedFd,
     notifier: Notifier,
-    /// `None` once it was unmounted.
-    background: Mutex<Option<BackgroundSession>>,
+    on_drop: Mutex<OnDrop>,
     /// Closed when the kernel ends the session.
     ended: watch::Receiver<()>,
 }
@@ -104,7 +111,9 @@ impl Session {
         // Of a mount that is there the options don't matter.
         let config = config(SpecialFiles::Honoured);
         let session = take_over::take_over(adapter, device.as_fd(), negotiated, config)?;
-        Self::run(filesystem, mountpoint, session, ended)
+        let session = Self::run(filesystem, mountpoint, session, ended)?;
+        session.leave();
+        Ok(session)
     }
 
     fn run(
@@ -115,14 +124,12 @@ impl Session {
     ) -> io::Result<Self> {
         let device = session.as_fd().try_clone_to_owned()?;
         let background = session.spawn()?;
-        Ok(Self {
-            filesystem,
-            mountpoint: mountpoint.to_owned(),
-            device,
-            notifier: background.notifier(),
-            background: Mutex::new(Some(background)),
-            ended,
-        })
+        let notifier = background.notifier();
+        // Its threads end with the last user of the mount, which may be never: nobody waits for
+        // them. And dropped, it would unmount, maybe what a successor has mounted there.
+        std::mem::forget(background);
+        let on_drop = Mutex::new(OnDrop::Unmount);
+        Ok(Self { filesystem, mountpoint: mountpoint.to_owned(), device, notifier, on_drop, ended })
     }
 
     /// Whether a successor can take the mount over from whoever keeps [`Session::device`] and the
@@ -167,9 +174,7 @@ impl Session {
     /// Leaves the mount as it is when this process ends: to a successor, if somebody keeps its
     /// descriptor till then. It is served until the end.
     pub fn leave(&self) {
-        let background = self.background.lock().unwrap_or_else(PoisonError::into_inner).take();
-        // Dropped, it would unmount.
-        std::mem::forget(background);
+        *self.on_drop() = OnDrop::Leave;
     }
 
     /// Takes the mount away. Whoever still uses it (a container, a bind mount) goes on until this
@@ -178,15 +183,25 @@ impl Session {
     /// # Errors
     /// When the kernel refuses.
     pub fn unmount(&self) -> io::Result<()> {
-        let background = self.background.lock().unwrap_or_else(PoisonError::into_inner).take();
-        let Some(background) = background else { return Ok(()) };
-        // Its threads end with the last user, which may be never: nobody waits for them. And
-        // dropped, it would unmount once more, maybe what a successor has mounted here.
-        std::mem::forget(background);
+        self.leave();
         match detach(&self.mountpoint) {
             // Somebody else has unmounted it.
             Err(error) if error.raw_os_error() == Some(nix::libc::EINVAL) => Ok(()),
             other => other,
+        }
+    }
+
+    fn on_drop(&self) -> MutexGuard<'_, OnDrop> {
+        self.on_drop.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Drop for Session {
+    fn drop(&mut self) {
+        if *self.on_drop() == OnDrop::Unmount
+            && let Err(error) = self.unmount()
+        {
+            warn!(mountpoint = %self.mountpoint.display(), %error, "could not unmount");
         }
     }
 }

@@ -28,19 +28,40 @@ pub struct Host {
 impl Host {
     /// Starts everything, without CRI.
     pub fn new() -> Self {
-        Self::start(Bed::new(), None)
+        let bed = Bed::new();
+        let daemon = bed.weightfs.serve(&bed.area);
+        Self::start(bed, daemon, None)
+    }
+
+    /// Starts everything, with a keeper and without CRI.
+    pub fn with_keeper() -> Self {
+        let bed = Bed::new();
+        let daemon = bed.weightfs.serve_kept(&bed.area);
+        Self::start(bed, daemon, None)
     }
 
     /// Starts everything, with CRI on the snapshotter. The sandbox image is the small one.
     pub fn with_cri() -> Self {
         let bed = Bed::new();
-        let small = image(&[busybox_layer(bed.area.path(), Compression::Plain)]);
-        let sandbox_image = bed.push(&small, "small");
-        Self::start(bed, Some(CriOptions { snapshotter: SNAPSHOTTER, sandbox_image }))
+        let daemon = bed.weightfs.serve(&bed.area);
+        let cri = cri(&bed);
+        Self::start(bed, daemon, Some(cri))
     }
 
-    fn start(bed: Bed, cri: Option<CriOptions>) -> Self {
-        let daemon = bed.weightfs.serve(&bed.area);
+    /// Starts everything, with a keeper and with CRI.
+    pub fn with_keeper_and_cri() -> Self {
+        let bed = Bed::new();
+        let daemon = bed.weightfs.serve_kept(&bed.area);
+        let cri = cri(&bed);
+        Self::start(bed, daemon, Some(cri))
+    }
+
+    /// Starts containerd beside a daemon, without CRI.
+    pub fn beside(bed: Bed, daemon: Daemon) -> Self {
+        Self::start(bed, daemon, None)
+    }
+
+    fn start(bed: Bed, daemon: Daemon, cri: Option<CriOptions>) -> Self {
         let weightfs = Some(bed.weightfs.snapshotter_socket());
         let options = ContainerdOptions { weightfs, cri, ..ContainerdOptions::default() };
         let containerd = Containerd::start(&bed.area, &options);
@@ -108,6 +129,11 @@ impl Host {
         daemon.stop();
         bed.area.assert_no_mounts();
     }
+}
+
+fn cri(bed: &Bed) -> CriOptions {
+    let small = image(&[busybox_layer(bed.area.path(), Compression::Plain)]);
+    CriOptions { snapshotter: SNAPSHOTTER, sandbox_image: bed.push(&small, "small") }
 }
 
 impl Default for Host {

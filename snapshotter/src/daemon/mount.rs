@@ -129,7 +129,10 @@ fn keep(keeper: Keeper, session: &Session, ledger: &Ledger) -> Keeper {
         .and_then(|()| keeper.keep(Name::Mount, session.device()))
         .and_then(|()| keeper.settle());
     match kept {
-        Ok(()) => keeper,
+        Ok(()) => {
+            session.leave();
+            keeper
+        }
         Err(error) => {
             warn!(%keeper, %error, "the keeper did not take the mount: {consequence}");
             Keeper::Nobody
