@@ -63,26 +63,19 @@ impl Containerd {
 
     /// Stops the process, leaving its containers running, and starts it again.
     pub fn restart(&mut self, area: &Area) {
-        self.service.signal(Signal::SIGTERM);
-        self.service.wait();
-        let command = command(self.programs.as_deref(), &self.dir.join("config.toml"));
-        self.service = Service::start(area, "containerd", command);
-        self.wait_ready();
+        self.restart_and(area, || {});
     }
 
-    /// Restarts it as [`Containerd::restart`] does, and shows its log to `watch` while it starts.
-    ///
-    /// # Panics
-    /// When it does not come to answer.
-    pub fn restart_when(&mut self, area: &Area, watch: impl Fn(&str)) {
+    /// Restarts it as [`Containerd::restart`] does, and calls `begun` as soon as the new one has
+    /// begun to start.
+    pub fn restart_and(&mut self, area: &Area, begun: impl FnOnce()) {
         self.service.signal(Signal::SIGTERM);
         self.service.wait();
         let command = command(self.programs.as_deref(), &self.dir.join("config.toml"));
         self.service = Service::start(area, "containerd", command);
-        wait_until("containerd answers", || {
-            watch(&self.service.log());
-            run(&mut self.ctr_command("default", &["version"])).code == 0
-        });
+        self.service.wait_ready(|service| service.log().contains("loading plugin").then_some(()));
+        begun();
+        self.wait_ready();
     }
 
     /// Its socket.
