@@ -16,6 +16,9 @@ use nix::fcntl::{PosixFadviseAdvice, posix_fadvise};
 /// Bytes of one read at the most.
 const READ_BYTES: u64 = 1 << 20;
 
+/// Time between two questions for the daemon's pulse.
+const BETWEEN_PULSES: Duration = Duration::from_millis(2);
+
 /// How a file is read.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Way {
@@ -71,6 +74,41 @@ impl Readers {
             reads: all.reads + one.reads,
             longest: all.longest.max(one.longest),
         })
+    }
+}
+
+/// Asks the daemon for something small again and again: the longest answer is its longest pause.
+#[derive(Debug)]
+pub struct Pulse {
+    stop: Arc<AtomicBool>,
+    thread: JoinHandle<Duration>,
+}
+
+impl Pulse {
+    /// Starts asking for the attributes of a daemon's mount, which the kernel never remembers.
+    pub fn start(mount: PathBuf) -> Self {
+        let stop = Arc::new(AtomicBool::new(false));
+        let stopped = Arc::clone(&stop);
+        let thread = thread::spawn(move || {
+            let mut longest = Duration::ZERO;
+            while !stopped.load(Ordering::Relaxed) {
+                let begin = Instant::now();
+                std::fs::metadata(&mount).unwrap();
+                longest = longest.max(begin.elapsed());
+                thread::sleep(BETWEEN_PULSES);
+            }
+            longest
+        });
+        Self { stop, thread }
+    }
+
+    /// Ends it, and gives the longest pause.
+    ///
+    /// # Panics
+    /// When there was no answer.
+    pub fn finish(self) -> Duration {
+        self.stop.store(true, Ordering::Relaxed);
+        self.thread.join().expect("the daemon answers")
     }
 }
 

@@ -15,7 +15,7 @@ use weightfs_tests::layer::{Attributes, Compression, Layer, LayerBuilder};
 use weightfs_tests::model::{SMALL_MODEL, noise, write_safetensors};
 use weightfs_tests::modelpack::Dialect;
 use weightfs_tests::process::{Service, run};
-use weightfs_tests::readers::{Readers, Way};
+use weightfs_tests::readers::{Figures, Pulse, Readers, Way};
 use weightfs_tests::tree::{self, Scope};
 use weightfs_tests::weightfs::{binary, umount};
 use weightfs_tests::{Bed, Fault, Host, Target, digest, wait_until};
@@ -77,6 +77,10 @@ impl Files {
     }
 }
 
+fn report(what: &str, pause: Duration, Figures { reads, longest }: Figures) {
+    eprintln!("{what}: longest pause {pause:?}; {reads} reads, the longest {longest:?}");
+}
+
 /// A container's commands that read all the time, to be started beside a container.
 fn reading_forever() -> [&'static str; 3] {
     let script = "while sha256sum /models/small && sha256sum /models/large; do :; done";
@@ -94,6 +98,7 @@ fn kills_at_any_moment_lose_no_read() {
     let container = host.containerd.start_container(SNAPSHOTTER, &reference, "killed");
     let mut inside = container.start(&host.bed.area, &reading_forever());
     let readers = files.read(&container.root());
+    let pulse = Pulse::start(host.bed.weightfs.root().join("mnt"));
     for round in 1..=rounds() {
         // Not to hide a race but to be anywhere in one.
         std::thread::sleep(BETWEEN_KILLS.mul_f64(fastrand::f64()));
@@ -104,11 +109,11 @@ fn kills_at_any_moment_lose_no_read() {
         wait_until("readers go on", || readers.reads() > reads + 20);
         assert_eq!(host.daemon.starts(), starts + 1, "it died by itself in round {round}");
     }
+    let pause = pulse.finish();
     let figures = readers.finish();
     inside.kill();
     files.assert_sums(&inside.log());
-    let figures = format!("{} reads, the longest {:?}", figures.reads, figures.longest);
-    eprintln!("{} kills, {figures}", rounds());
+    report(&format!("{} kills", rounds()), pause, figures);
     container.remove();
     host.containerd.remove_image(&reference);
     host.assert_nothing_left();
@@ -145,6 +150,7 @@ fn another_build_takes_over() {
     host.rpull(&reference);
     let container = host.containerd.start_container(SNAPSHOTTER, &reference, "upgraded");
     let readers = files.read(&container.root());
+    let pulse = Pulse::start(host.bed.weightfs.root().join("mnt"));
     let first = fs::metadata(&program).unwrap().ino();
     // Other bytes, by the name of the old ones.
     let next = host.bed.area.path().join("weightfs.new");
@@ -156,8 +162,7 @@ fn another_build_takes_over() {
     let running = fs::metadata(format!("/proc/{}/exe", host.daemon.child().unwrap())).unwrap();
     assert!(running.ino() == fs::metadata(&program).unwrap().ino() && running.ino() != first);
     wait_until("readers go on", || readers.reads() > reads + 20);
-    let figures = readers.finish();
-    eprintln!("an upgrade: {} reads, the longest {:?}", figures.reads, figures.longest);
+    report("an upgrade", pulse.finish(), readers.finish());
     container.remove();
     host.containerd.remove_image(&reference);
     host.assert_nothing_left();
@@ -351,15 +356,7 @@ fn a_removed_image_is_served_on_to_who_has_it_open() {
         assert!(small == fs::read(&files.small).unwrap());
     }
     drop((open, directory));
-    let removed = host.bed.weightfs.root().join("removed");
-    host.daemon.kill_kept().unwrap();
-    host.daemon.wait_starts(4);
-    wait_until("nothing of it is remembered", || {
-        // Looked at again at each start and each removal.
-        host.daemon.kill_kept();
-        host.daemon.wait_starts(host.daemon.starts());
-        fs::read_dir(&removed).unwrap().next().is_none()
-    });
+    host.assert_nothing_left();
 }
 
 #[test]
