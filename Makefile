@@ -39,7 +39,6 @@ test: test-deps ## All tests, as root: real registry, containerd, runc
 	    END { print passed " passed, " failed " failed" }' $(TARGET)/test.log
 
 bench: test-deps ## Measure it beside a pull (QUICK=1, ROUNDS=n, LOADERS=all)
-	packaging/containerd21 $(TARGET)/containerd21 || true
 	if [ "$(LOADERS)" = all ]; then packaging/loaders-env $(TARGET)/loaders-env; fi
 	$(CARGO) build --profile $(BENCH_PROFILE) --locked -p weightfs -p weightfs-tests \
 	    --bin weightfs --bin bench
@@ -57,6 +56,8 @@ deps: ## Install what building needs (apt; nothing if all is there)
 test-deps: deps ## Install what the tests need (apt; Python packages in target/)
 	packaging/deps test
 	packaging/python-env $(TARGET)/python
+	packaging/containerd-package 1.7 $(TARGET)/containerd17 || true
+	packaging/containerd-package 2.1 $(TARGET)/containerd21 || true
 
 clean: ## Remove what was built
 	$(CARGO) clean

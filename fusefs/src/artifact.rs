@@ -6,6 +6,7 @@
 mod image;
 mod manifest;
 mod model;
+pub mod model_image;
 mod platform;
 
 use std::path::PathBuf;
@@ -320,6 +321,9 @@ fn layers_of(
 const MAX_SHOWN_CHARS: usize = 135;
 
 fn image_layer(layer: &Descriptor) -> Result<(Compression, LayerContent), String> {
+    if let Some(content) = model_image::layer(layer) {
+        return content;
+    }
     let unknown = || format!("its type {:?} is no tar of an image", layer.media_type);
     image::layer(&layer.media_type).ok_or_else(unknown)
 }

@@ -55,6 +55,8 @@ pub enum Command {
     },
     /// Pull an image into containerd without its lazy layers
     Rpull(RpullArgs),
+    /// Push an image of the model beside it, for containers; uploads no weights
+    Image(ImageArgs),
     /// Show what the daemon serves
     Status {
         /// Print JSON
@@ -99,6 +101,20 @@ pub struct RpullArgs {
     /// The name that containerd knows the snapshotter by
     #[arg(long, value_name = "NAME", default_value = "weightfs")]
     pub snapshotter: String,
+    /// Print JSON
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// `weightfs image`
+#[derive(Debug, Args)]
+pub struct ImageArgs {
+    /// The artifact: host/repository:tag or host/repository@digest
+    #[arg(value_name = "REF")]
+    pub reference: Reference,
+    /// Tag of the image [default: the artifact's tag with `-image`]
+    #[arg(long, value_name = "TAG")]
+    pub tag: Option<String>,
     /// Print JSON
     #[arg(long)]
     pub json: bool,

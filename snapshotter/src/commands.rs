@@ -1,5 +1,6 @@
 //! What the program does for each subcommand.
 
+pub mod image;
 pub mod ls;
 pub mod mount;
 pub mod progress;
@@ -14,7 +15,7 @@ use anyhow::Context as _;
 use bytesize::ByteSize;
 use weightfs::config::Config;
 use weightfs::trees::Opener;
-use weightfs_store::{Registries, Store};
+use weightfs_store::{OpenError, Registries, Store};
 
 /// The registries that the configuration speaks of.
 pub fn registries(config: &Config) -> anyhow::Result<Arc<Registries>> {
@@ -27,6 +28,36 @@ pub fn registries(config: &Config) -> anyhow::Result<Arc<Registries>> {
 pub fn opener(config: &Config, store: Arc<Store>) -> anyhow::Result<Opener> {
     let registries = registries(config)?;
     Ok(Opener { registries, store, deadline: config.fetch.deadline })
+}
+
+/// Where scratch stores go: not a tmpfs, as /tmp often is.
+const SCRATCH: &str = "/var/tmp";
+
+/// A store for a command that needs nothing to last: the state directory's, if nobody owns it,
+/// else one of its own that ends with it.
+#[derive(Debug)]
+pub struct Scratch {
+    /// The store.
+    pub store: Arc<Store>,
+    /// After the store, so that it is removed when that is closed.
+    _dir: Option<tempfile::TempDir>,
+}
+
+impl Scratch {
+    /// Opens it.
+    pub fn open(config: &Config) -> anyhow::Result<Self> {
+        let own = config.root.exists().then(|| Store::open(&config.root, config.store_options()));
+        match own {
+            Some(Ok(store)) => Ok(Self { store, _dir: None }),
+            // There is none, a daemon owns it, or we may not write to it.
+            None | Some(Err(OpenError::Owned { .. } | OpenError::Io { .. })) => {
+                let dir = tempfile::Builder::new().prefix("weightfs-").tempdir_in(SCRATCH)?;
+                let store = Store::open(dir.path(), config.store_options())?;
+                Ok(Self { store, _dir: Some(dir) })
+            }
+            Some(Err(error)) => Err(error.into()),
+        }
+    }
 }
 
 /// A size for people.

@@ -154,9 +154,11 @@ impl ImageLayers {
     /// Whether a layer of that kind is worth mounting.
     fn check(&self, layer: &LayerDescriptor) -> Result<(), String> {
         match (&layer.content, layer.compression) {
-            (LayerContent::Raw(_), _) => Err("a raw layer has no place in an image".into()),
             (_, Compression::Gzip) => Err("compressed with gzip".into()),
             (_, Compression::Zstd) => Err("compressed with zstd".into()),
+            // A model's, whatever its size: above one that is downloaded, raw layers would have to
+            // be, too, and only we can unpack those.
+            (LayerContent::Raw(_) | LayerContent::ModelTar { .. }, Compression::None) => Ok(()),
             (_, Compression::None) if layer.size < self.min_layer_bytes => {
                 let (size, least) = (layer.size, self.min_layer_bytes);
                 Err(format!("{size} bytes are fewer than snapshotter.min_layer_size ({least})"))

@@ -12,6 +12,7 @@ pub mod handover;
 pub mod images;
 pub mod keeper;
 pub mod metadata;
+pub mod model_image;
 pub mod models;
 pub mod owner;
 pub mod rpull;

@@ -51,6 +51,7 @@ fn run(cli: Cli) -> anyhow::Result<ExitCode> {
         Command::Ls { reference, json } => {
             runtime.block_on(commands::ls::run(&config, &reference, json))
         }
+        Command::Image(arguments) => runtime.block_on(commands::image::run(&config, arguments)),
         Command::Serve => {
             let ended = runtime.block_on(commands::serve::run(&config));
             // Taken down, it would drop the requests under way, and a dropped request is answered

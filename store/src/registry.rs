@@ -8,6 +8,7 @@
 mod auth;
 mod blob;
 mod host;
+mod push;
 
 use std::collections::BTreeMap;
 use std::num::NonZeroUsize;

@@ -17,6 +17,37 @@ use crate::wait::{PATIENCE, wait_until};
 /// The namespaces that tests use: that of `ctr` and that of CRI.
 const NAMESPACES: [&str; 2] = ["default", "k8s.io"];
 
+/// Which containerd runs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Version {
+    /// The installed one: 1.6 on Debian bookworm.
+    #[default]
+    Installed,
+    /// 1.7, unpacked privately from Debian trixie.
+    V17,
+    /// 2.1, unpacked privately from Debian sid.
+    V21,
+}
+
+impl Version {
+    /// Whether it can be had here.
+    pub fn is_here(self) -> bool {
+        self == Self::Installed || self.programs().is_some()
+    }
+
+    /// Where `packaging/containerd-package` has put its programs: beside the build's own.
+    fn programs(self) -> Option<PathBuf> {
+        let name = match self {
+            Self::Installed => return None,
+            Self::V17 => "containerd17/usr/bin",
+            Self::V21 => "containerd21/usr/bin",
+        };
+        let me = std::env::current_exe().unwrap();
+        let mut places = me.ancestors().skip(1).take(3).map(|dir| dir.join(name));
+        places.find(|place| place.join("containerd").is_file())
+    }
+}
+
 /// How containerd is set up.
 #[derive(Debug, Clone, Default)]
 pub struct ContainerdOptions {
@@ -24,8 +55,8 @@ pub struct ContainerdOptions {
     pub weightfs: Option<PathBuf>,
     /// Turns CRI on.
     pub cri: Option<CriOptions>,
-    /// Directory with the programs of a containerd 2; the installed containerd 1 if none is named.
-    pub programs: Option<PathBuf>,
+    /// Which containerd.
+    pub version: Version,
     /// Keeps the garbage collector away from snapshots that no image or container needs.
     pub no_garbage_collection: bool,
 }
@@ -54,7 +85,8 @@ impl Containerd {
         let dir = tempfile::Builder::new().prefix("c").tempdir_in(area.path()).unwrap().keep();
         let config = dir.join("config.toml");
         fs::write(&config, config_text(&dir, options)).unwrap();
-        let programs = options.programs.clone();
+        let programs = options.version.programs();
+        assert!(options.version.is_here(), "{:?} is not here", options.version);
         let service = Service::start(area, "containerd", command(programs.as_deref(), &config));
         let containerd = Self { dir, programs, service, exec_count: AtomicU32::new(0) };
         containerd.wait_ready();
@@ -108,6 +140,29 @@ impl Containerd {
     pub fn mount_image(&self, snapshotter: &str, reference: &str, to: &Path) {
         let to = to.to_str().unwrap();
         self.ctr(&["image", "mount", "--snapshotter", snapshotter, reference, to]).ok();
+    }
+
+    /// Mounts a view of the one image that a snapshotter has, at `to`, by the snapshots service:
+    /// 1.6's `ctr image mount` knows containerd's own snapshotter only.
+    pub fn mount_view(&self, snapshotter: &str, to: &Path) -> View<'_> {
+        let table = self.ctr(&["snapshot", "--snapshotter", snapshotter, "ls"]).ok();
+        let rows: Vec<Vec<_>> =
+            table.lines().skip(1).map(|line| line.split_whitespace().collect()).collect();
+        let is_parent = |key: &str| rows.iter().any(|row| row.len() == 3 && row[1] == key);
+        let mut tops = rows.iter().map(|row| row[0]).filter(|key| !is_parent(key));
+        let top = tops.next().unwrap();
+        assert!(tops.next().is_none(), "more than one image:\n{table}");
+        let key = format!("view-{}", to.file_name().unwrap().to_str().unwrap());
+        let arguments = ["snapshot", "--snapshotter", snapshotter, "view", "--target"];
+        let arguments = [&arguments[..], &[to.to_str().unwrap(), &key, top]].concat();
+        // It prints the commands that mount it.
+        let script = self.ctr(&arguments).ok();
+        // No container or image refers to it: the garbage collector must be told.
+        let arguments = ["snapshot", "--snapshotter", snapshotter, "label", &key];
+        self.ctr(&[&arguments[..], &["containerd.io/gc.root=now"]].concat()).ok();
+        run(Command::new("sh").args(["-ec", &script])).ok();
+        let snapshotter = snapshotter.to_owned();
+        View { containerd: self, snapshotter, key, target: to.to_owned() }
     }
 
     /// Runs a command in a new container to its end and removes the container.
@@ -182,6 +237,24 @@ impl Drop for Containerd {
     }
 }
 
+/// An image's files, mounted; not any more when it is removed.
+#[derive(Debug)]
+pub struct View<'a> {
+    containerd: &'a Containerd,
+    snapshotter: String,
+    key: String,
+    target: PathBuf,
+}
+
+impl View<'_> {
+    /// Unmounts it and removes its snapshot.
+    pub fn remove(self) {
+        run(Command::new("umount").arg(&self.target)).ok();
+        let arguments = ["snapshot", "--snapshotter", &self.snapshotter, "rm", &self.key];
+        self.containerd.ctr(&arguments).ok();
+    }
+}
+
 /// A container that runs until it is removed.
 #[derive(Debug)]
 pub struct Container<'a> {
@@ -245,29 +318,8 @@ fn first_words(table: &str, skip: usize) -> Vec<String> {
 }
 
 fn config_text(dir: &Path, options: &ContainerdOptions) -> String {
-    let dir = dir.display();
-    let cri_off = match (&options.cri, &options.programs) {
-        (Some(_), _) => "",
-        (None, None) => "\"io.containerd.grpc.v1.cri\", ",
-        (None, Some(_)) => {
-            "\"io.containerd.grpc.v1.cri\", \"io.containerd.cri.v1.images\",
-  \"io.containerd.cri.v1.runtime\", \"io.containerd.nri.v1.nri\", "
-        }
-    };
-    let version = if options.programs.is_some() { 3 } else { 2 };
-    let mut text = format!(
-        r#"version = {version}
-root = "{dir}/root"
-state = "{dir}/state"
-disabled_plugins = [{cri_off}"io.containerd.internal.v1.opt",
-  "io.containerd.snapshotter.v1.aufs", "io.containerd.snapshotter.v1.btrfs",
-  "io.containerd.snapshotter.v1.devmapper", "io.containerd.snapshotter.v1.zfs"]
-[grpc]
-  address = "{dir}/c.sock"
-[ttrpc]
-  address = "{dir}/t.sock"
-"#
-    );
+    let of_2 = options.version == Version::V21;
+    let mut text = basics(dir, options, of_2);
     if options.no_garbage_collection {
         text += "[plugins.\"io.containerd.gc.v1.scheduler\"]\n  startup_delay = \"24h\"\n  \
                  deletion_threshold = 0\n  mutation_threshold = 1000000000\n";
@@ -276,11 +328,66 @@ disabled_plugins = [{cri_off}"io.containerd.internal.v1.opt",
         let socket = socket.display();
         text +=
             &format!("[proxy_plugins.weightfs]\n  type = \"snapshot\"\n  address = \"{socket}\"\n");
+        if of_2 {
+            text += &exports(dir);
+        }
     }
-    if let Some(cri) = &options.cri {
-        // Sandboxes without CAP_SYS_RESOURCE can't lower oom scores, and have no AppArmor.
-        text += &format!(
-            r#"[plugins."io.containerd.grpc.v1.cri"]
+    match &options.cri {
+        Some(cri) if of_2 => text += &cri_of_2(dir, cri),
+        Some(cri) => text += &cri_of_1(dir, cri),
+        None => {}
+    }
+    text
+}
+
+fn basics(dir: &Path, options: &ContainerdOptions, of_2: bool) -> String {
+    let dir = dir.display();
+    let cri_off = match (&options.cri, of_2) {
+        (Some(_), _) => "",
+        (None, false) => "\"io.containerd.grpc.v1.cri\", ",
+        (None, true) => {
+            "\"io.containerd.grpc.v1.cri\", \"io.containerd.cri.v1.images\",
+  \"io.containerd.cri.v1.runtime\", "
+        }
+    };
+    let (version, nri_off) = if of_2 { (3, "\"io.containerd.nri.v1.nri\", ") } else { (2, "") };
+    format!(
+        r#"version = {version}
+root = "{dir}/root"
+state = "{dir}/state"
+disabled_plugins = [{cri_off}{nri_off}"io.containerd.internal.v1.opt",
+  "io.containerd.snapshotter.v1.aufs", "io.containerd.snapshotter.v1.btrfs",
+  "io.containerd.snapshotter.v1.devmapper", "io.containerd.snapshotter.v1.zfs"]
+[grpc]
+  address = "{dir}/c.sock"
+[ttrpc]
+  address = "{dir}/t.sock"
+"#
+    )
+}
+
+/// What containerd 2 must be told of a snapshotter to send it labels.
+fn exports(dir: &Path) -> String {
+    let dir = dir.display();
+    format!(
+        r#"  [proxy_plugins.weightfs.exports]
+    root = "{dir}"
+    enable_remote_snapshot_annotations = "true"
+[[plugins."io.containerd.transfer.v1.local".unpack_config]]
+  platform = "linux/amd64"
+  snapshotter = "overlayfs"
+[[plugins."io.containerd.transfer.v1.local".unpack_config]]
+  platform = "linux/amd64"
+  snapshotter = "weightfs"
+"#
+    )
+}
+
+/// Sandboxes without CAP_SYS_RESOURCE can't lower oom scores, and have no AppArmor.
+fn cri_of_1(dir: &Path, cri: &CriOptions) -> String {
+    let dir = dir.display();
+    format!(
+        r#"[plugins."io.containerd.grpc.v1.cri"]
   sandbox_image = "{}"
   restrict_oom_score_adj = true
   disable_apparmor = true
@@ -293,8 +400,28 @@ disabled_plugins = [{cri_off}"io.containerd.internal.v1.opt",
   snapshotter = "{}"
   disable_snapshot_annotations = false
 "#,
-            cri.sandbox_image, cri.snapshotter
-        );
-    }
-    text
+        cri.sandbox_image, cri.snapshotter
+    )
+}
+
+fn cri_of_2(dir: &Path, cri: &CriOptions) -> String {
+    let dir = dir.display();
+    format!(
+        r#"[plugins."io.containerd.grpc.v1.cri"]
+  stream_server_address = "127.0.0.1"
+  stream_server_port = "0"
+[plugins."io.containerd.cri.v1.images"]
+  snapshotter = "{}"
+  disable_snapshot_annotations = false
+[plugins."io.containerd.cri.v1.images".pinned_images]
+  sandbox = "{}"
+[plugins."io.containerd.cri.v1.runtime"]
+  restrict_oom_score_adj = true
+  disable_apparmor = true
+[plugins."io.containerd.cri.v1.runtime".cni]
+  bin_dirs = ["{dir}/cni"]
+  conf_dir = "{dir}/cni"
+"#,
+        cri.snapshotter, cri.sandbox_image
+    )
 }

@@ -9,7 +9,7 @@ use k8s_cri::v1::runtime_service_client::RuntimeServiceClient;
 use k8s_cri::v1::{
     ContainerConfig, ContainerMetadata, ContainerState, ContainerStatusRequest,
     CreateContainerRequest, ImageFsInfoRequest, ImageSpec, LinuxContainerConfig,
-    LinuxPodSandboxConfig, LinuxSandboxSecurityContext, ListImagesRequest, NamespaceMode,
+    LinuxPodSandboxConfig, LinuxSandboxSecurityContext, ListImagesRequest, Mount, NamespaceMode,
     NamespaceOption, PodSandboxConfig, PodSandboxMetadata, PullImageRequest, RemoveImageRequest,
     RemovePodSandboxRequest, RunPodSandboxRequest, StartContainerRequest, StopPodSandboxRequest,
 };
@@ -98,12 +98,37 @@ impl Cri {
     /// # Errors
     /// What containerd answers.
     pub fn run(&self, reference: &str, name: &str, words: &[&str]) -> Result<Ended, Status> {
+        self.run_with(container(reference, name, words), name)
+    }
+
+    /// As [`Cri::run`], with an image that was pulled as a volume at `/models` (KEP-4639).
+    ///
+    /// # Errors
+    /// What containerd answers.
+    pub fn run_with_volume(
+        &self,
+        reference: &str,
+        volume: &str,
+        name: &str,
+        words: &[&str],
+    ) -> Result<Ended, Status> {
+        let mut container = container(reference, name, words);
+        container.mounts = vec![Mount {
+            container_path: "/models".to_owned(),
+            image: Some(spec(volume)),
+            readonly: true,
+            ..Mount::default()
+        }];
+        self.run_with(container, name)
+    }
+
+    fn run_with(&self, container: ContainerConfig, name: &str) -> Result<Ended, Status> {
         let pod = pod(name, &self.logs);
         let request =
             RunPodSandboxRequest { config: Some(pod.clone()), runtime_handler: String::new() };
         let sandbox =
             block_on(self.runtime().run_pod_sandbox(request))?.into_inner().pod_sandbox_id;
-        let ended = self.run_in(&sandbox, pod, reference, name, words);
+        let ended = self.run_in(&sandbox, pod, container, name);
         let pod_sandbox_id = sandbox.clone();
         block_on(self.runtime().stop_pod_sandbox(StopPodSandboxRequest { pod_sandbox_id }))?;
         let remove = RemovePodSandboxRequest { pod_sandbox_id: sandbox };
@@ -115,13 +140,12 @@ impl Cri {
         &self,
         sandbox: &str,
         pod: PodSandboxConfig,
-        reference: &str,
+        container: ContainerConfig,
         name: &str,
-        words: &[&str],
     ) -> Result<Ended, Status> {
         let request = CreateContainerRequest {
             pod_sandbox_id: sandbox.to_owned(),
-            config: Some(container(reference, name, words)),
+            config: Some(container),
             sandbox_config: Some(pod),
         };
         let id = block_on(self.runtime().create_container(request))?.into_inner().container_id;

@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use crate::bed::Bed;
-use crate::containerd::{Containerd, ContainerdOptions, CriOptions};
+use crate::containerd::{Containerd, ContainerdOptions, CriOptions, Version};
 use crate::image::{busybox_layer, image};
 use crate::layer::{Attributes, Compression, Layer, LayerBuilder};
 use crate::proxy::Target;
@@ -28,24 +28,34 @@ pub struct Host {
 impl Host {
     /// Starts everything, without CRI.
     pub fn new() -> Self {
+        Self::on(Version::Installed)
+    }
+
+    /// Starts everything around that containerd, without CRI.
+    pub fn on(version: Version) -> Self {
         let bed = Bed::new();
         let daemon = bed.weightfs.serve(&bed.area);
-        Self::start(bed, daemon, None)
+        Self::start(bed, daemon, None, version)
     }
 
     /// Starts everything, with a keeper and without CRI.
     pub fn with_keeper() -> Self {
         let bed = Bed::new();
         let daemon = bed.weightfs.serve_kept(&bed.area);
-        Self::start(bed, daemon, None)
+        Self::beside(bed, daemon)
     }
 
     /// Starts everything, with CRI on the snapshotter. The sandbox image is the small one.
     pub fn with_cri() -> Self {
+        Self::with_cri_on(Version::Installed)
+    }
+
+    /// Starts everything around that containerd, with CRI.
+    pub fn with_cri_on(version: Version) -> Self {
         let bed = Bed::new();
         let daemon = bed.weightfs.serve(&bed.area);
         let cri = cri(&bed);
-        Self::start(bed, daemon, Some(cri))
+        Self::start(bed, daemon, Some(cri), version)
     }
 
     /// Starts everything, with a keeper and with CRI.
@@ -53,17 +63,17 @@ impl Host {
         let bed = Bed::new();
         let daemon = bed.weightfs.serve_kept(&bed.area);
         let cri = cri(&bed);
-        Self::start(bed, daemon, Some(cri))
+        Self::start(bed, daemon, Some(cri), Version::Installed)
     }
 
     /// Starts containerd beside a daemon, without CRI.
     pub fn beside(bed: Bed, daemon: Daemon) -> Self {
-        Self::start(bed, daemon, None)
+        Self::start(bed, daemon, None, Version::Installed)
     }
 
-    fn start(bed: Bed, daemon: Daemon, cri: Option<CriOptions>) -> Self {
+    fn start(bed: Bed, daemon: Daemon, cri: Option<CriOptions>, version: Version) -> Self {
         let weightfs = Some(bed.weightfs.snapshotter_socket());
-        let options = ContainerdOptions { weightfs, cri, ..ContainerdOptions::default() };
+        let options = ContainerdOptions { weightfs, cri, version, ..ContainerdOptions::default() };
         let containerd = Containerd::start(&bed.area, &options);
         Self { containerd, daemon, bed }
     }

@@ -21,7 +21,8 @@ const ORAS_UNPACK: &str = "io.deis.oras.content.unpack";
 /// Why a layer can't be used, without its name.
 pub type Problem = String;
 
-type Content = (Compression, LayerContent);
+/// What a layer is.
+pub type Content = (Compression, LayerContent);
 
 /// Whether an artifact type or config type is ModelPack's.
 pub fn is_model_pack(media_type: &str) -> bool {
@@ -162,7 +163,8 @@ fn raw(layer: &Descriptor, name: Option<String>, created: Timestamp) -> Result<C
     Ok((Compression::None, LayerContent::Raw(file)))
 }
 
-fn path_of(name: &str) -> Result<PathBuf, Problem> {
+/// A path relative to the root, clean and not empty.
+pub fn path_of(name: &str) -> Result<PathBuf, Problem> {
     let refuse = |why: &str| format!("its path {:?} can't be used: {why}", shown(name.as_bytes()));
     let components = clean_model(name.as_bytes()).map_err(|error| refuse(&error.to_string()))?;
     let components: Result<Vec<_>, _> = components.into_iter().map(std::str::from_utf8).collect();
@@ -220,7 +222,7 @@ pub fn created(config: &[u8]) -> Timestamp {
 }
 
 /// A time of RFC 3339, with or without a fraction, with any offset.
-fn parse_time(text: &str) -> Option<Timestamp> {
+pub fn parse_time(text: &str) -> Option<Timestamp> {
     const NANOS: i128 = 1_000_000_000;
     let nanoseconds = text.parse::<jiff::Timestamp>().ok()?.as_nanosecond();
     Some(Timestamp {

@@ -296,3 +296,90 @@ proptest! {
         }
     }
 }
+
+/// A model of raw layers, a directory and tars.
+fn model() -> Artifact {
+    let metadata = r#"{"mode":493,"mtime":"2026-01-01T00:00:00.000000007Z","typeflag":5}"#;
+    let named = |path: &str| json!({"org.cncf.model.filepath": path});
+    let directory = json!({"org.cncf.model.filepath": "empty",
+        "org.cncf.model.file.metadata+json": metadata});
+    let kind = |kind: &str| format!("application/vnd.cncf.model.{kind}");
+    parse(&model_pack(&[
+        layer(&kind("doc.v1.tar+gzip"), 9, &json!({})),
+        layer(&kind("weight.config.v1.raw"), 5, &named("config.json")),
+        layer(&kind("weight.v1.raw"), 7, &named("a/w.safetensors")),
+        layer(&kind("code.v1.tar"), 1024, &json!({})),
+        layer(&kind("weight.v1.raw"), 0, &directory),
+    ]))
+    .unwrap()
+}
+
+fn image_of(artifact: &Artifact) -> model_image::ModelImage {
+    let layers = artifact.layers.iter();
+    let layers: Vec<_> =
+        layers.map(|layer| model_image::ImageLayer { layer, diff_id: layer.digest }).collect();
+    model_image::ModelImage::new(artifact.manifest_digest, &layers).unwrap()
+}
+
+fn parse_image(manifest: &Bytes) -> Result<Artifact, ArtifactError> {
+    parse_with(std::str::from_utf8(manifest).unwrap(), "")
+}
+
+#[test]
+fn a_model_image_has_the_layers_of_its_model() {
+    let model = model();
+    let image = image_of(&model);
+    assert_eq!(image, image_of(&model), "reproducible");
+    for manifest in &image.manifests {
+        let parsed = parse_image(manifest).unwrap();
+        assert_eq!(parsed.kind, ArtifactKind::Image);
+        let contents = |artifact: &Artifact| -> Vec<_> {
+            let layers = artifact.layers.iter();
+            layers.map(|l| (l.digest, l.size, l.compression, l.content.clone())).collect()
+        };
+        assert_eq!(contents(&parsed), contents(&model));
+    }
+    let index: Value = serde_json::from_slice(&image.index).unwrap();
+    let found = index["manifests"].as_array().unwrap().iter().map(|m| &m["digest"]);
+    let expected: Vec<_> = image.manifests.iter().map(|m| Digest::of(m).to_string()).collect();
+    assert_eq!(found.collect::<Vec<_>>(), expected.iter().collect::<Vec<_>>());
+    let config: Value = serde_json::from_slice(&image.configs[1]).unwrap();
+    assert_eq!(config["architecture"], "arm64");
+    assert_eq!(config["rootfs"]["diff_ids"].as_array().unwrap().len(), model.layers.len());
+}
+
+#[test]
+fn lazy_layers_go_below_and_weights_lowest() {
+    let ranks: Vec<_> = model().layers.iter().map(model_image::rank).collect();
+    assert_eq!(ranks, [2, 1, 0, 1, 0]);
+}
+
+#[test]
+fn a_raw_layer_of_an_image_says_what_it_is_or_is_refused() {
+    let image = image_of(&model());
+    let good = std::str::from_utf8(&image.manifests[0]).unwrap();
+    let prefix = "containerd.io/snapshot/weightfs";
+    for (from, to) in [
+        (format!(r#""{prefix}.kind":"file","#), String::new()),
+        (format!(r#""{prefix}.kind":"file""#), format!(r#""{prefix}.kind":"socket""#)),
+        (format!(r#""{prefix}.mode":"0644","#), String::new()),
+        (format!(r#""{prefix}.mode":"0644""#), format!(r#""{prefix}.mode":"4644""#)),
+        (format!(r#""{prefix}.mtime":"1970-01-01T00:00:00Z","#), String::new()),
+        (format!(r#""{prefix}.path":"config.json""#), format!(r#""{prefix}.path":"/../..""#)),
+    ] {
+        let bad = good.replacen(&from, &to, 1);
+        assert_ne!(bad, good, "{from}");
+        let error = parse_with(&bad, "").unwrap_err();
+        assert!(matches!(error, ArtifactError::Layer { .. }), "{error}");
+    }
+}
+
+#[test]
+fn a_path_that_no_label_can_hold_is_refused_by_name() {
+    let mut model = model();
+    let LayerContent::Raw(file) = &mut model.layers[1].content else { panic!("a raw layer") };
+    file.path = std::iter::repeat_n("x".repeat(220), 20).collect();
+    let layer = model_image::ImageLayer { layer: &model.layers[1], diff_id: Digest::of(b"") };
+    let error = model_image::ModelImage::new(Digest::of(b""), &[layer]).map(drop).unwrap_err();
+    assert!(error.1.contains("longer than containerd allows"), "{}", error.1);
+}

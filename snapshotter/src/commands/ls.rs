@@ -6,12 +6,10 @@ use anyhow::Context as _;
 use serde::Serialize;
 use weightfs::config::Config;
 use weightfs_fusefs::{NodeKind, Tree};
-use weightfs_store::{OpenError, Reference, Store};
+use weightfs_store::Reference;
 
+use super::Scratch;
 use super::progress::Downloads;
-
-/// Where listings go that can't go to the state directory: not a tmpfs, as /tmp often is.
-const SCRATCH: &str = "/var/tmp";
 
 /// A line of the listing.
 #[derive(Debug, Serialize)]
@@ -27,19 +25,10 @@ struct Line {
 
 /// Prints the tree that `reference` names.
 pub async fn run(config: &Config, reference: &Reference, json: bool) -> anyhow::Result<()> {
-    // Declared first: the scratch directory must outlive the store in it.
-    let scratch;
-    let own = config.root.exists().then(|| Store::open(&config.root, config.store_options()));
-    let store = match own {
-        Some(Ok(store)) => store,
-        // There is none, a daemon owns it, or we may not write to it: nothing needs to last.
-        None | Some(Err(OpenError::Owned { .. } | OpenError::Io { .. })) => {
-            scratch = tempfile::Builder::new().prefix("weightfs-ls").tempdir_in(SCRATCH)?;
-            Store::open(scratch.path(), config.store_options())?
-        }
-        Some(Err(error)) => return Err(error.into()),
-    };
-    let opener = super::opener(config, Arc::clone(&store))?;
+    // Declared first: it must outlive what is open in it.
+    let scratch = Scratch::open(config)?;
+    let store = &scratch.store;
+    let opener = super::opener(config, Arc::clone(store))?;
     let artifact = opener.resolve(reference).await?;
     let downloads = Downloads::new();
     let tree = opener.open(&artifact, &downloads).await?.merge()?;

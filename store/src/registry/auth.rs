@@ -31,6 +31,22 @@ const IDENTITY_TOKEN_USER: &str = "00000000-0000-0000-0000-000000000000";
 /// Every name and every address, as a list of hosts that need no proxy has it.
 const EVERY_HOST: &str = "*,0.0.0.0/0,::/0";
 
+/// What is to be done in a repository.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(super) enum Right {
+    Pull,
+    Push,
+}
+
+impl Right {
+    fn operation(self) -> RegistryOperation {
+        match self {
+            Self::Pull => RegistryOperation::Pull,
+            Self::Push => RegistryOperation::Push,
+        }
+    }
+}
+
 /// What a request says of us.
 #[derive(Clone)]
 pub(super) enum Authorization {
@@ -89,6 +105,7 @@ impl Authority {
         self: &Arc<Self>,
         from: &Repository,
         what: &str,
+        right: Right,
     ) -> Result<Grant, SourceError> {
         let own = Arc::clone(self);
         // Blocking: it reads files, and may run a credential helper.
@@ -97,7 +114,7 @@ impl Authority {
         let Credentials { client, auth, name } =
             prepared.map_err(|why| unauthorized(from, what, why))?;
         let image = Reference::with_tag(self.registry.clone(), from.name.clone(), "latest".into());
-        let asked = client.auth(&image, &auth, RegistryOperation::Pull);
+        let asked = client.auth(&image, &auth, right.operation());
         let token = match tokio::time::timeout(self.timeout, asked).await {
             Ok(Ok(token)) => token,
             Ok(Err(error)) => return Err(token_error(from, what, name, error)),
@@ -242,18 +259,19 @@ impl Grant {
     }
 }
 
-/// Access to one repository.
+/// Access to one repository, with one right.
 #[derive(Debug)]
 pub(super) struct Access {
     authority: Arc<Authority>,
+    right: Right,
     grant: Mutex<Arc<Grant>>,
 }
 
 impl Access {
-    pub(super) fn new(authority: Arc<Authority>) -> Self {
+    pub(super) fn new(authority: Arc<Authority>, right: Right) -> Self {
         let credentials = "no credentials".to_owned();
         let grant = Grant { number: 0, authorization: Authorization::None, credentials };
-        Self { authority, grant: Mutex::new(Arc::new(grant)) }
+        Self { authority, right, grant: Mutex::new(Arc::new(grant)) }
     }
 
     /// The grant to try; waits while one is renewed.
@@ -270,7 +288,7 @@ impl Access {
     ) -> Result<Arc<Grant>, SourceError> {
         let mut grant = self.grant.lock().await;
         if grant.number == refused.number {
-            let fresh = self.authority.authenticate(from, what).await?;
+            let fresh = self.authority.authenticate(from, what, self.right).await?;
             *grant = Arc::new(Grant { number: refused.number + 1, ..fresh });
         }
         Ok(Arc::clone(&grant))

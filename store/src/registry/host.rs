@@ -11,7 +11,7 @@ use reqwest::header::{HeaderMap, RETRY_AFTER};
 use reqwest::redirect::{Attempt, Policy};
 use reqwest::{Certificate, Client, RequestBuilder, Response, StatusCode, Url};
 
-use super::auth::{Access, Authority, Authorization};
+use super::auth::{Access, Authority, Authorization, Right};
 use super::{RegistryOptions, Repository};
 use crate::SourceError;
 use crate::shared::lock;
@@ -40,7 +40,7 @@ pub(super) struct Host {
     base: Url,
     client: Client,
     authority: Arc<Authority>,
-    access: Mutex<LruCache<String, Arc<Access>>>,
+    access: Mutex<LruCache<(String, Right), Arc<Access>>>,
 }
 
 impl Host {
@@ -79,34 +79,39 @@ impl Host {
         path: &str,
         headers: &HeaderMap,
     ) -> Result<Response, SourceError> {
-        let access = self.access(&from.name);
         let url = self.url(from, path)?;
+        let build = || self.client.get(url.clone()).headers(headers.clone());
+        self.ask(from, what, Right::Pull, build).await
+    }
+
+    /// Sends what `build` makes, with the right to do so; see [`Host::get`].
+    pub(super) async fn ask(
+        &self,
+        from: &Repository,
+        what: &str,
+        right: Right,
+        build: impl Fn() -> RequestBuilder,
+    ) -> Result<Response, SourceError> {
+        let access = self.access(&from.name, right);
         let known = access.current().await;
-        let answer = self.send(from, &url, headers, known.authorization()).await?;
+        let answer = send(from, build(), known.authorization()).await?;
         if !is_refusal(answer.status()) {
             return Ok(answer);
         }
         let fresh = access.renew(&known, from, what).await?;
-        let answer = self.send(from, &url, headers, fresh.authorization()).await?;
+        let answer = send(from, build(), fresh.authorization()).await?;
         if is_refusal(answer.status()) {
             return Err(fresh.refused(from, what));
         }
         Ok(answer)
     }
 
-    async fn send(
-        &self,
-        from: &Repository,
-        url: &Url,
-        headers: &HeaderMap,
-        authorization: &Authorization,
-    ) -> Result<Response, SourceError> {
-        let request = self.client.get(url.clone()).headers(headers.clone());
-        let request = authorized(request, authorization);
-        request.send().await.map_err(|error| unreachable(from, error))
+    /// For requests that [`Host::ask`] sends.
+    pub(super) fn client(&self) -> &Client {
+        &self.client
     }
 
-    fn url(&self, from: &Repository, path: &str) -> Result<Url, SourceError> {
+    pub(super) fn url(&self, from: &Repository, path: &str) -> Result<Url, SourceError> {
         let url = self.base.join(&format!("/v2/{}/{path}", from.name));
         url.map_err(|error| SourceError::BadAnswer {
             source_name: from.to_string(),
@@ -115,15 +120,25 @@ impl Host {
         })
     }
 
-    fn access(&self, repository: &str) -> Arc<Access> {
+    fn access(&self, repository: &str, right: Right) -> Arc<Access> {
         let mut known = lock(&self.access);
-        if let Some(access) = known.get(repository) {
+        let key = (repository.to_owned(), right);
+        if let Some(access) = known.get(&key) {
             return Arc::clone(access);
         }
-        let access = Arc::new(Access::new(Arc::clone(&self.authority)));
-        known.put(repository.to_owned(), Arc::clone(&access));
+        let access = Arc::new(Access::new(Arc::clone(&self.authority), right));
+        known.put(key, Arc::clone(&access));
         access
     }
+}
+
+async fn send(
+    from: &Repository,
+    request: RequestBuilder,
+    authorization: &Authorization,
+) -> Result<Response, SourceError> {
+    let request = authorized(request, authorization);
+    request.send().await.map_err(|error| unreachable(from, error))
 }
 
 fn is_refusal(status: StatusCode) -> bool {

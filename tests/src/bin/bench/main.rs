@@ -23,7 +23,7 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Instant;
 
-use weightfs_tests::{Containerd, ContainerdOptions};
+use weightfs_tests::containerd::{Containerd, ContainerdOptions, Version};
 
 use crate::figures::Figures;
 use crate::lab::Lab;
@@ -98,10 +98,9 @@ impl Bench {
     fn new(options: &Options, figures: &mut Figures) -> Self {
         let lab = Lab::new(options);
         let containerd16 = Containerd::start(&lab.area, &ContainerdOptions::default());
-        let programs = options.target.join("containerd21/usr/bin");
-        let containerd21 = programs.join("containerd").exists().then(|| {
-            let programs = Some(programs);
-            Containerd::start(&lab.area, &ContainerdOptions { programs, ..Default::default() })
+        let version = Version::V21;
+        let containerd21 = version.is_here().then(|| {
+            Containerd::start(&lab.area, &ContainerdOptions { version, ..Default::default() })
         });
         if containerd21.is_none() {
             figures.leave_out("containerd21_", "containerd 2.1 can't be had from Debian sid");
