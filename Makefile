@@ -16,7 +16,7 @@ SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
 AS_ROOT := $(if $(SUDO),$(SUDO) --preserve-env env PATH="$$PATH" HOME="$$HOME",)
 export CARGO_TARGET_DIR := $(TARGET)
 
-.PHONY: help build demo test bench check deps test-deps clean
+.PHONY: help build demo test soak bench check deps test-deps clean
 
 help: ## Say what there is
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -37,6 +37,12 @@ test: test-deps ## All tests, as root: real registry, containerd, runc
 	    --workspace --locked --no-fail-fast --lib --bins --tests 2>&1 | tee $(TARGET)/test.log
 	@awk '/^test result:/ { passed += $$4; failed += $$6 } \
 	    END { print passed " passed, " failed " failed" }' $(TARGET)/test.log
+
+soak: test-deps ## Kill the daemon again and again under load (ROUNDS=50)
+	$(CARGO) build --locked -p weightfs --bins
+	$(CARGO) test --locked -p weightfs-tests --test takeover --no-run
+	$(AS_ROOT) env WEIGHTFS_ROUNDS=$(or $(ROUNDS),50) timeout --kill-after=30 $(TEST_TIMEOUT) \
+	    $(CARGO) test --locked -p weightfs-tests --test takeover -- --nocapture kills another
 
 bench: test-deps ## Measure it beside a pull (QUICK=1, ROUNDS=n, LOADERS=all)
 	if [ "$(LOADERS)" = all ]; then packaging/loaders-env $(TARGET)/loaders-env; fi

@@ -30,7 +30,11 @@ pub enum Command {
     /// Unmount a model
     Umount {
         /// The directory that it was mounted on
-        dir: PathBuf,
+        #[arg(required_unless_present = "all")]
+        dir: Option<PathBuf>,
+        /// Take away what a stopped daemon left: its mount, and the models bound from it
+        #[arg(long, conflicts_with = "dir")]
+        all: bool,
     },
     /// List a model's files without mounting it
     Ls {

@@ -37,6 +37,7 @@ use crate::snapshots::{SnapshotError, Snapshots};
 use crate::socket::{Origin, SocketError, listen_at};
 use crate::trees::{Opener, Trees};
 
+pub use mount::MOUNT_DIRECTORY;
 use mount::{Mount, forget, unmount};
 
 /// How long connections may take to end at a stop.

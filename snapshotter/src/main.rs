@@ -47,7 +47,10 @@ fn run(cli: Cli) -> anyhow::Result<ExitCode> {
         }
         Command::Mount(arguments) if arguments.daemon => commands::mount::in_background(&arguments),
         Command::Mount(arguments) => runtime.block_on(commands::mount::run(&config, &arguments)),
-        Command::Umount { dir } => runtime.block_on(commands::umount::run(&config, &dir)),
+        Command::Umount { dir: Some(dir), .. } => {
+            runtime.block_on(commands::umount::run(&config, &dir))
+        }
+        Command::Umount { dir: None, .. } => runtime.block_on(commands::umount::all(&config)),
         Command::Ls { reference, json } => {
             runtime.block_on(commands::ls::run(&config, &reference, json))
         }

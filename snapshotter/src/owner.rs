@@ -86,8 +86,22 @@ pub fn is_bound(target: &Path, device: u64, tree: TreeNumber) -> io::Result<bool
 /// # Errors
 /// When the mount table can't be read.
 pub fn is_mount_of(path: &Path, device: u64) -> io::Result<bool> {
-    let at = mounts()?.into_iter().filter(|mount| unescape(&mount.mount_point) == path);
-    Ok(at.last().is_some_and(|mount| mount.majmin == device_name(device)))
+    // The last one in the table is on top.
+    let mut at = mounts()?.into_iter().rev().filter(|mount| unescape(&mount.mount_point) == path);
+    Ok(at.next().is_some_and(|mount| mount.majmin == device_name(device)))
+}
+
+/// Where the mount at `path` is mounted, and what is bound from it; the last one first. Asks the
+/// mount nothing.
+///
+/// # Errors
+/// When the mount table can't be read.
+pub fn mounts_of(path: &Path) -> io::Result<Vec<PathBuf>> {
+    let all: Vec<_> = mounts()?.into_iter().collect();
+    let at = |mount: &&MountInfo| unescape(&mount.mount_point) == path;
+    let devices: Vec<_> = all.iter().filter(at).map(|mount| &mount.majmin).collect();
+    let same = all.iter().rev().filter(|mount| devices.contains(&&mount.majmin));
+    Ok(same.map(|mount| unescape(&mount.mount_point)).collect())
 }
 
 fn device_name(device: u64) -> String {

@@ -433,6 +433,28 @@ fn a_keeper_that_is_asked_to_end_takes_the_mount_away() {
 }
 
 #[test]
+fn what_a_stopped_daemon_left_is_taken_away_when_that_is_asked_for() {
+    let bed = Bed::new();
+    let reference = bed.push(&bed.pack_raw(&bed.model(SMALL_MODEL), Dialect::Cncf), "models/all");
+    let daemon = bed.weightfs.serve_kept(&bed.area);
+    let model = bed.mount(&reference);
+    let root = bed.weightfs.root();
+    let take_away = ["umount", "--all", "--root", root.to_str().unwrap()];
+    bed.weightfs.run(take_away).assert_fails(1, &["no daemon serves", "in use"]);
+    daemon.signal(Signal::SIGSTOP);
+    daemon.kill_kept().unwrap();
+    bed.weightfs.run(take_away).ok();
+    bed.area.assert_no_mounts();
+    // The next daemon makes a new mount.
+    daemon.signal(Signal::SIGCONT);
+    daemon.wait_starts(2);
+    assert!(fs::read_dir(root.join("mnt")).unwrap().next().is_none());
+    drop(model);
+    daemon.stop();
+    bed.area.assert_no_mounts();
+}
+
+#[test]
 fn a_command_that_fails_before_anything_is_kept_ends_its_keeper() {
     let bed = Bed::new();
     bed.weightfs.configure("[fetch]\nno_such_key = 1");

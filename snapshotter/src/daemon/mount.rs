@@ -17,7 +17,7 @@ use crate::owner;
 use crate::trees::{Removed, Trees};
 
 /// Directory of the mount, below the root.
-const MOUNT_DIRECTORY: &str = "mnt";
+pub const MOUNT_DIRECTORY: &str = "mnt";
 
 /// A mount that is not served yet.
 #[derive(Debug)]
