@@ -23,6 +23,7 @@ use crate::filesystem::{Filesystem, FsError, Inode, NodeRef};
 use crate::ledger::Negotiated;
 use crate::open_files::{BackingNumber, Mode, OpenFiles};
 use crate::tree::{DeviceNumber, NodeKind, Timestamp};
+use crate::watchdog::{WaitingRead, Watchdog};
 
 /// How long the kernel may keep what it was told of a tree: it never changes.
 const FOR_GOOD: Duration = Duration::from_secs(24 * 3600);
@@ -72,6 +73,8 @@ pub(crate) struct Adapter {
     pub(crate) passthrough: bool,
     /// Where misses wait.
     pub(crate) runtime: Handle,
+    /// Who notices if one waits for too long.
+    pub(crate) watchdog: Arc<Watchdog>,
     /// Dropped with the adapter, when the session has ended.
     pub(crate) _serving: watch::Sender<()>,
 }
@@ -220,7 +223,9 @@ impl fuser::Filesystem for Adapter {
             Ok(None) => reply.data(&[]),
             Ok(Some(Read::Ready(slice))) => reply.data(&slice),
             Ok(Some(Read::Missing(miss))) => {
+                let watched = self.watchdog.watch(WaitingRead { inode: ino.0, offset, size });
                 self.runtime.spawn(async move {
+                    let _watched = watched;
                     match miss.wait().await {
                         Ok(slice) => reply.data(&slice),
                         Err(error) => refuse_read(ino, offset, size, &error.into(), reply),

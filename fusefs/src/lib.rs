@@ -19,6 +19,7 @@ pub mod session;
 #[cfg(test)]
 mod testing;
 pub mod tree;
+mod watchdog;
 
 pub use artifact::{
     Artifact, ArtifactError, ArtifactKind, Compression, LayerContent, LayerDescriptor, Platform,
@@ -28,5 +29,5 @@ pub use filesystem::{Filesystem, FsError, Inode, TreeNumber};
 pub use layer::{LayerError, OpenLayer, Progress, Quiet, open_layer, reopen_layer};
 pub use ledger::{Ledger, LedgerError};
 pub use listing::Listing;
-pub use session::{Session, SpecialFiles};
+pub use session::{Misses, Session, SpecialFiles};
 pub use tree::{Base, Content, DeviceNumber, Node, NodeId, NodeKind, Timestamp, Tree, TreeError};

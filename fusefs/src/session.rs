@@ -8,6 +8,7 @@ use std::io;
 use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::time::Duration;
 
 use fuser::{Config, INodeNo, InitFlags, MountOption, Notifier, SessionACL};
 use nix::sys::stat::{major, minor, stat};
@@ -21,6 +22,7 @@ use crate::filesystem::{Filesystem, ROOT_INODE, TreeNumber};
 use crate::fuse::Adapter;
 use crate::ledger::Negotiated;
 use crate::open_files::{BackingNumber, OpenFiles};
+use crate::watchdog::Watchdog;
 
 /// The source that the mount table shows. (fuser mounts without a subtype.)
 pub const SOURCE_NAME: &str = "weightfs";
@@ -39,6 +41,15 @@ pub enum SpecialFiles {
     Honoured,
     /// Nothing: a model needs neither.
     Inert,
+}
+
+/// How reads wait whose bytes have to be fetched.
+#[derive(Debug, Clone)]
+pub struct Misses {
+    /// Where.
+    pub runtime: Handle,
+    /// For how long at the most, as the store was told.
+    pub deadline: Duration,
 }
 
 /// What becomes of a mount when its [`Session`] is dropped.
@@ -62,8 +73,7 @@ pub struct Session {
 }
 
 impl Session {
-    /// Mounts at an existing directory and serves from threads of its own; misses wait on
-    /// `runtime`.
+    /// Mounts at an existing directory and serves from threads of its own.
     ///
     /// # Errors
     /// When /dev/fuse can't be opened or the mount is refused.
@@ -71,11 +81,11 @@ impl Session {
         filesystem: Arc<Filesystem>,
         mountpoint: &Path,
         special: SpecialFiles,
-        runtime: Handle,
+        misses: Misses,
     ) -> io::Result<Self> {
         let device = Arc::new(OnceLock::new());
         let open_files = OpenFiles::new(Arc::clone(filesystem.ledger()), |_| {})?;
-        let (adapter, ended) = adapter(&filesystem, open_files, Arc::clone(&device), runtime);
+        let (adapter, ended) = adapter(&filesystem, open_files, Arc::clone(&device), misses);
         let session = fuser::Session::new(adapter, mountpoint, &config(special))?;
         // Nobody asks for it before the session runs.
         let _ = device.set(Device::new(session.as_fd().try_clone_to_owned()?));
@@ -98,7 +108,7 @@ impl Session {
         filesystem: Arc<Filesystem>,
         mountpoint: &Path,
         device: OwnedFd,
-        runtime: Handle,
+        misses: Misses,
     ) -> io::Result<Self> {
         let ledger = filesystem.ledger();
         let device = Device::new(device);
@@ -107,7 +117,7 @@ impl Session {
         device.close_unrecorded(BackingNumber(ledger.highest_backing()), &any);
         let negotiated = ledger.negotiated();
         let kept = Arc::new(OnceLock::from(Device::new(device.as_fd().try_clone_to_owned()?)));
-        let (adapter, ended) = adapter(&filesystem, open_files, kept, runtime);
+        let (adapter, ended) = adapter(&filesystem, open_files, kept, misses);
         // Of a mount that is there the options don't matter.
         let config = config(SpecialFiles::Honoured);
         let session = take_over::take_over(adapter, device.as_fd(), negotiated, config)?;
@@ -228,12 +238,19 @@ fn adapter(
     filesystem: &Arc<Filesystem>,
     open_files: OpenFiles,
     device: Arc<OnceLock<Device>>,
-    runtime: Handle,
+    Misses { runtime, deadline }: Misses,
 ) -> (Adapter, watch::Receiver<()>) {
     let (serving, ended) = watch::channel(());
     let filesystem = Arc::clone(filesystem);
-    let adapter =
-        Adapter { filesystem, open_files, device, passthrough: false, runtime, _serving: serving };
+    let adapter = Adapter {
+        filesystem,
+        open_files,
+        device,
+        passthrough: false,
+        watchdog: Watchdog::start(deadline, &runtime),
+        runtime,
+        _serving: serving,
+    };
     (adapter, ended)
 }
 

@@ -21,8 +21,10 @@ use std::time::Duration;
 use futures::FutureExt as _;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use tokio::net::UnixListener;
+use tokio::runtime::Handle;
 use tokio::sync::watch;
 use tracing::{info, warn};
+use weightfs_fusefs::Misses;
 use weightfs_store::{OpenError, SourceError, Store};
 
 use crate::config::Config;
@@ -139,19 +141,20 @@ impl Daemon {
             min_layer_bytes,
         );
         let layers = Arc::new(layers);
+        let misses = Misses { runtime: Handle::current(), deadline: config.fetch.deadline };
         let restore = |state| {
             models.restore(state)?;
             Ok::<_, DaemonError>(layers.restore())
         };
         let (keeper, missing) = match mount.state() {
-            MountState::New => (mount.serve(&trees)?, restore(MountState::New)?),
+            MountState::New => (mount.serve(&trees, misses)?, restore(MountState::New)?),
             MountState::TakenOver => {
                 let missing = restore(MountState::TakenOver)?;
                 trees.restore_removed(&opener);
                 // From here on there are requests under way, and what can't be finished must be
                 // left to a successor. A store that is closed would fail them.
                 std::mem::forget(Arc::clone(&store));
-                (mount.serve(&trees)?, missing)
+                (mount.serve(&trees, misses)?, missing)
             }
         };
         if !missing.is_empty() {

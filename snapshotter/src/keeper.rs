@@ -134,9 +134,11 @@ impl Keeper<'_> {
 
     /// Takes what the command sent.
     fn take_messages(&mut self) {
-        if let State::Running { child, .. } = &self.state
-            && self.store.receive(child.pid())
-        {
+        let from = match &self.state {
+            State::Running { child, .. } => Some(child.pid()),
+            State::Waiting { .. } => None,
+        };
+        if self.store.receive(from) {
             self.failures = 0;
         }
         self.store.drop_dead();

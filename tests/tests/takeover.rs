@@ -8,14 +8,16 @@ use std::process::Command;
 use std::time::Duration;
 
 use nix::sys::signal::Signal;
+use tonic::Code;
 use weightfs_tests::area::is_mount_point;
 use weightfs_tests::cri::Cri;
 use weightfs_tests::host::SNAPSHOTTER;
 use weightfs_tests::layer::{Attributes, Compression, Layer, LayerBuilder};
-use weightfs_tests::model::{SMALL_MODEL, noise, write_safetensors};
+use weightfs_tests::model::{Part, SMALL_MODEL, noise, write_safetensors};
 use weightfs_tests::modelpack::Dialect;
 use weightfs_tests::process::{Service, run};
 use weightfs_tests::readers::{Figures, Pulse, Readers, Way};
+use weightfs_tests::snapshots::{Snapshots, labels};
 use weightfs_tests::tree::{self, Scope};
 use weightfs_tests::weightfs::{binary, umount};
 use weightfs_tests::{Bed, Fault, Host, Target, digest, wait_until};
@@ -359,6 +361,63 @@ fn a_removed_image_is_served_on_to_who_has_it_open() {
     host.assert_nothing_left();
 }
 
+/// Snapshots that a daemon has to show again, if nothing else is asked for; a fifth as many models.
+const MANY: usize = 50;
+
+#[test]
+fn many_snapshots_and_models_are_there_again_without_a_registry() {
+    let many = std::env::var("WEIGHTFS_MANY").map_or(MANY, |many| many.parse().unwrap());
+    let host = Host::with_keeper();
+    let layer = host.weights_layer(&host.bed.area.file("w", noise(9 * MIB, 1)), "weights");
+    let (reference, image) = host.push_image_below("images/many", std::slice::from_ref(&layer));
+    let manifest = digest_of(&image.manifest.to_string());
+    let snapshots = Snapshots::connect(&host.bed.weightfs.snapshotter_socket(), SNAPSHOTTER);
+    for number in 0..many {
+        let chain = format!("sha256:{number:064x}");
+        let labels = labels(&[
+            ("containerd.io/snapshot.ref", &chain),
+            ("containerd.io/snapshot/cri.image-ref", &reference),
+            ("containerd.io/snapshot/cri.manifest-digest", &manifest),
+            ("containerd.io/snapshot/cri.layer-digest", &layer.blob.digest.to_string()),
+        ]);
+        let refused = snapshots.prepare_with(&format!("key {number}"), "", labels).unwrap_err();
+        assert_eq!(refused.code(), Code::AlreadyExists, "{refused}");
+    }
+    let targets: Vec<_> = (0..many / 5)
+        .map(|number| {
+            let source = host.bed.model(&[Part { path: "w", bytes: 4096, mode: 0o644 }]);
+            let artifact = host.bed.pack_raw(&source, Dialect::Cncf);
+            let reference = host.bed.push(&artifact, &format!("models/many{number}"));
+            mount_in_background(&host.bed, &reference)
+        })
+        .collect();
+    host.bed.proxy.refuse();
+    let pulse = Pulse::start(host.bed.weightfs.root().join("mnt"));
+    host.daemon.kill_kept().unwrap();
+    host.daemon.wait_starts(2);
+    let pause = pulse.finish();
+    eprintln!("{many} snapshots, {} models: longest pause {pause:?}", targets.len());
+    for target in &targets {
+        assert_eq!(fs::metadata(target.join("w")).unwrap().len(), 4096);
+    }
+    let mnt = fs::read_dir(host.bed.weightfs.root().join("mnt")).unwrap();
+    assert_eq!(mnt.count(), many + targets.len());
+    assert_eq!(snapshots.list(&[]).unwrap().len(), many);
+}
+
+fn digest_of(text: &str) -> String {
+    digest::of_reader(text.as_bytes()).unwrap().to_string()
+}
+
+/// Mounts through the daemon, in the background.
+fn mount_in_background(bed: &Bed, reference: &str) -> PathBuf {
+    let dir = bed.mount_point();
+    let mut command = bed.weightfs.command(["mount", "--daemon", reference]);
+    command.arg(&dir).arg("--root").arg(bed.weightfs.root());
+    run(command.arg("--config").arg(bed.weightfs.config())).ok();
+    dir
+}
+
 #[test]
 fn mounted_models_outlive_the_daemon() {
     let bed = Bed::new();
@@ -366,10 +425,7 @@ fn mounted_models_outlive_the_daemon() {
     let reference = bed.push(&bed.pack_raw(&source, Dialect::Cncf), "models/kept");
     let daemon = bed.weightfs.serve_kept(&bed.area);
     let foreground = bed.mount(&reference);
-    let dir = bed.mount_point();
-    let mut command = bed.weightfs.command(["mount", "--daemon", &reference]);
-    command.arg(&dir).arg("--root").arg(bed.weightfs.root());
-    run(command.arg("--config").arg(bed.weightfs.config())).ok();
+    let dir = mount_in_background(&bed, &reference);
     for round in 0..3 {
         daemon.kill_kept().unwrap();
         tree::assert_same(&source, &dir, Scope::ModelFiles);

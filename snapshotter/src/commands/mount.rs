@@ -19,7 +19,7 @@ use weightfs::config::Config;
 use weightfs::control;
 use weightfs::owner;
 use weightfs_fusefs::session::detach;
-use weightfs_fusefs::{Filesystem, Session, SpecialFiles, TreeNumber};
+use weightfs_fusefs::{Filesystem, Misses, Session, SpecialFiles, TreeNumber};
 use weightfs_proto::control::{MountRequest, Mounted, ReleaseRequest, StatusRequest};
 use weightfs_store::{OpenError, Store};
 
@@ -117,7 +117,8 @@ async fn serve_here(
     let files = merged.files();
     let filesystem = Filesystem::of_one(TreeNumber(1), merged).context("no memory")?;
     let filesystem = Arc::new(filesystem);
-    let session = Session::mount(filesystem, target, SpecialFiles::Inert, Handle::current())
+    let misses = Misses { runtime: Handle::current(), deadline: config.fetch.deadline };
+    let session = Session::mount(filesystem, target, SpecialFiles::Inert, misses)
         .with_context(|| format!("can't mount on {}", target.display()))?;
     info!(reference = %arguments.reference, dir = %target.display(), files, "mounted");
     if arguments.detached {

@@ -5,10 +5,9 @@ use std::os::fd::{AsFd as _, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use tokio::runtime::Handle;
 use tracing::{info, warn};
 use weightfs_fusefs::session::{detach, is_connected};
-use weightfs_fusefs::{Filesystem, Ledger, Session, SpecialFiles};
+use weightfs_fusefs::{Filesystem, Ledger, Misses, Session, SpecialFiles};
 
 use super::DaemonError;
 use crate::handover::{Inherited, Keeper, Name};
@@ -72,13 +71,12 @@ impl Mount {
     }
 
     /// Serves it, and gives it to the keeper if it is new. Gives who keeps it.
-    pub(super) fn serve(self, trees: &Trees) -> Result<Keeper, DaemonError> {
+    pub(super) fn serve(self, trees: &Trees, misses: Misses) -> Result<Keeper, DaemonError> {
         let Self { path, keeper, ledger, device } = self;
         let failed = |source| at(&path, source);
         let filesystem = Arc::clone(trees.filesystem());
-        let runtime = Handle::current();
         if let Some(device) = device {
-            let session = Session::take_over(filesystem, &path, device, runtime);
+            let session = Session::take_over(filesystem, &path, device, misses);
             trees.serve(session.map_err(failed)?);
             info!(path = %path.display(), "the mount of an earlier daemon is taken over");
             return Ok(keeper);
@@ -89,7 +87,7 @@ impl Mount {
             detach(&path).map_err(failed)?;
         }
         std::fs::create_dir_all(&path).map_err(failed)?;
-        let session = Session::mount(filesystem, &path, SpecialFiles::Honoured, runtime);
+        let session = Session::mount(filesystem, &path, SpecialFiles::Honoured, misses);
         let session = trees.serve(session.map_err(failed)?);
         Ok(keep(keeper, session, &ledger))
     }

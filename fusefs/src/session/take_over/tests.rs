@@ -4,11 +4,12 @@
 use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Duration;
 
 use super::*;
 use crate::filesystem::Filesystem;
 use crate::ledger::Ledger;
-use crate::session::Session;
+use crate::session::{Misses, Session};
 
 const NEGOTIATED: Negotiated = Negotiated { version: (7, 45), capabilities: 1 << 39 | 1 };
 
@@ -33,7 +34,8 @@ fn successor(device: OwnedFd) -> Session {
     ledger.set_negotiated(NEGOTIATED).unwrap();
     let filesystem = Arc::new(Filesystem::of_trees(Arc::new(ledger)).unwrap());
     let runtime = tokio::runtime::Handle::current();
-    Session::take_over(filesystem, Path::new("/nowhere"), device, runtime).unwrap()
+    let misses = Misses { runtime, deadline: Duration::from_secs(30) };
+    Session::take_over(filesystem, Path::new("/nowhere"), device, misses).unwrap()
 }
 
 fn receive(kernel: &mut File) -> Vec<u8> {
