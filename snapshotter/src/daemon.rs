@@ -32,7 +32,7 @@ use crate::containerd;
 use crate::control::{self, ControlService};
 use crate::handover::{Inherited, Keeper, Name};
 use crate::images::ImageLayers;
-use crate::metadata::{Metadata, MetadataError};
+use crate::metadata::{LazySnapshot, Metadata, MetadataError};
 use crate::models::{Models, MountState};
 use crate::owner::Announcement;
 use crate::snapshots::{SnapshotError, Snapshots};
@@ -104,6 +104,64 @@ pub enum Ended {
     Left,
 }
 
+/// What shows trees.
+struct Parts {
+    store: Arc<Store>,
+    opener: Opener,
+    metadata: Arc<Metadata>,
+    trees: Arc<Trees>,
+    models: Arc<Models>,
+    layers: Arc<ImageLayers>,
+}
+
+impl Parts {
+    fn new(config: &Config, store: Arc<Store>, mount: &Mount) -> Result<Self, DaemonError> {
+        let opener = opener(config, Arc::clone(&store))?;
+        let metadata = Arc::new(Metadata::open(&config.root)?);
+        let trees = Arc::new(mount.trees(&config.root)?);
+        let models = Models::new(opener.clone(), Arc::clone(&trees), Arc::clone(&metadata));
+        let min_layer_bytes = config.snapshotter.min_layer_size.as_u64();
+        let layers = ImageLayers::new(
+            opener.clone(),
+            Arc::clone(&trees),
+            Arc::clone(&metadata),
+            min_layer_bytes,
+        );
+        let (models, layers) = (Arc::new(models), Arc::new(layers));
+        Ok(Self { store, opener, metadata, trees, models, layers })
+    }
+
+    /// Serves the mount with all that it showed before. Gives who keeps it.
+    fn show(&self, mount: Mount, config: &Config) -> Result<Keeper, DaemonError> {
+        let misses = Misses { runtime: Handle::current(), deadline: config.fetch.deadline };
+        let (keeper, missing) = match mount.state() {
+            MountState::New => {
+                let keeper = mount.serve(&self.trees, misses)?;
+                (keeper, self.restore(MountState::New)?)
+            }
+            MountState::TakenOver => {
+                let missing = self.restore(MountState::TakenOver)?;
+                self.trees.restore_removed(&self.opener);
+                // From here on there are requests under way, and what can't be finished must be
+                // left to a successor. A store that is closed would fail them.
+                std::mem::forget(Arc::clone(&self.store));
+                (mount.serve(&self.trees, misses)?, missing)
+            }
+        };
+        if !missing.is_empty() {
+            let layers = Arc::clone(&self.layers);
+            tokio::spawn(async move { layers.mend(missing).await });
+        }
+        Ok(keeper)
+    }
+
+    /// Shows what is on this machine; gives what is not.
+    fn restore(&self, state: MountState) -> Result<Vec<LazySnapshot>, DaemonError> {
+        self.models.restore(state)?;
+        Ok(self.layers.restore())
+    }
+}
+
 /// A daemon whose parts are in place.
 #[derive(Debug)]
 pub struct Daemon {
@@ -127,40 +185,10 @@ impl Daemon {
         raise_file_limit();
         warn_of_private_mounts();
         let store = Store::open(&config.root, config.store_options())?;
-        let metadata = Arc::new(Metadata::open(&config.root)?);
-        let opener = opener(config, Arc::clone(&store))?;
         let mount = Mount::find(&config.root, &mut inherited)?;
-        let trees = Arc::new(mount.trees(&config.root)?);
-        let models =
-            Arc::new(Models::new(opener.clone(), Arc::clone(&trees), Arc::clone(&metadata)));
-        let min_layer_bytes = config.snapshotter.min_layer_size.as_u64();
-        let layers = ImageLayers::new(
-            opener.clone(),
-            Arc::clone(&trees),
-            Arc::clone(&metadata),
-            min_layer_bytes,
-        );
-        let layers = Arc::new(layers);
-        let misses = Misses { runtime: Handle::current(), deadline: config.fetch.deadline };
-        let restore = |state| {
-            models.restore(state)?;
-            Ok::<_, DaemonError>(layers.restore())
-        };
-        let (keeper, missing) = match mount.state() {
-            MountState::New => (mount.serve(&trees, misses)?, restore(MountState::New)?),
-            MountState::TakenOver => {
-                let missing = restore(MountState::TakenOver)?;
-                trees.restore_removed(&opener);
-                // From here on there are requests under way, and what can't be finished must be
-                // left to a successor. A store that is closed would fail them.
-                std::mem::forget(Arc::clone(&store));
-                (mount.serve(&trees, misses)?, missing)
-            }
-        };
-        if !missing.is_empty() {
-            let layers = Arc::clone(&layers);
-            tokio::spawn(async move { layers.mend(missing).await });
-        }
+        let parts = Parts::new(config, Arc::clone(&store), &mount)?;
+        let keeper = parts.show(mount, config)?;
+        let Parts { metadata, trees, models, layers, .. } = parts;
         let snapshots = Snapshots::open(&config.root, Arc::clone(&metadata), layers)?;
         let mut listen = |name, path| listen(&mut inherited, keeper, name, path);
         let snapshotter_address = config.snapshotter.address.clone();
