@@ -5,7 +5,8 @@
 
 use std::ffi::OsStr;
 use std::io;
-use std::sync::{Arc, OnceLock};
+use std::ptr::NonNull;
+use std::sync::{Arc, LazyLock, OnceLock};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use fuser::{
@@ -13,6 +14,7 @@ use fuser::{
     KernelConfig, LockOwner, OpenFlags, ReplyAttr, ReplyData, ReplyDirectory, ReplyDirectoryPlus,
     ReplyEmpty, ReplyEntry, ReplyOpen, ReplyStatfs, ReplyXattr, Request,
 };
+use nix::sys::mman::{MmapAdvise, madvise};
 use tokio::runtime::Handle;
 use tokio::sync::watch;
 use tracing::{debug, warn};
@@ -58,6 +60,12 @@ const KEPT: InitFlags = InitFlags::FUSE_ASYNC_READ
     .union(InitFlags::FUSE_MAX_PAGES)
     .union(InitFlags::FUSE_PASSTHROUGH)
     .union(InitFlags::FUSE_HAS_RESEND);
+
+/// Size of a page of memory.
+static PAGE_BYTES: LazyLock<usize> = LazyLock::new(|| {
+    let size = nix::unistd::sysconf(nix::unistd::SysconfVar::PAGE_SIZE);
+    size.ok().flatten().and_then(|size| usize::try_from(size).ok()).unwrap_or(4096)
+});
 
 /// Block size reported by stat and statfs, in bytes.
 const BLOCK_BYTES: u32 = 4096;
@@ -221,13 +229,13 @@ impl fuser::Filesystem for Adapter {
     ) {
         match self.filesystem.read(ino.0, offset, size) {
             Ok(None) => reply.data(&[]),
-            Ok(Some(Read::Ready(slice))) => reply.data(&slice),
+            Ok(Some(Read::Ready(slice))) => reply_bytes(&slice, reply),
             Ok(Some(Read::Missing(miss))) => {
                 let watched = self.watchdog.watch(WaitingRead { inode: ino.0, offset, size });
                 self.runtime.spawn(async move {
                     let _watched = watched;
                     match miss.wait().await {
-                        Ok(slice) => reply.data(&slice),
+                        Ok(slice) => reply_bytes(&slice, reply),
                         Err(error) => refuse_read(ino, offset, size, &error.into(), reply),
                     }
                 });
@@ -340,6 +348,24 @@ fn reply_xattr(value: &[u8], size: u32, reply: ReplyXattr) {
         Ok(length) if length <= size => reply.data(value),
         _ => reply.error(Errno::ERANGE),
     }
+}
+
+/// Replies with bytes of a mapping that are in memory. The kernel takes them page by page, and a
+/// page that is not there has to be read first; killed in the middle of that, the reply would fail
+/// and with it the read (`fuse_dev_do_write`: EIO), instead of being asked for again.
+fn reply_bytes(bytes: &[u8], reply: ReplyData) {
+    populate(bytes);
+    reply.data(bytes);
+}
+
+fn populate(bytes: &[u8]) {
+    let within = bytes.as_ptr().addr() % *PAGE_BYTES;
+    let start = bytes.as_ptr().wrapping_sub(within).cast_mut().cast();
+    let Some(start) = NonNull::new(start) else { return };
+    // SAFETY: it changes no byte of the pages, which hold a slice that is borrowed. Where it can't
+    // be done (before Linux 5.14, a bad disk), the reply says so.
+    #[expect(unsafe_code, reason = "advice is given for raw pages")]
+    let _ = unsafe { madvise(start, within + bytes.len(), MmapAdvise::MADV_POPULATE_READ) };
 }
 
 fn refuse_read(ino: INodeNo, offset: u64, size: u32, error: &FsError, reply: ReplyData) {

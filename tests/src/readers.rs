@@ -3,7 +3,7 @@
 
 use std::fs::File;
 use std::os::fd::AsFd;
-use std::os::unix::fs::FileExt as _;
+use std::os::unix::fs::{FileExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -12,12 +12,16 @@ use std::time::{Duration, Instant};
 
 use memmap2::{Mmap, UncheckedAdvice};
 use nix::fcntl::{PosixFadviseAdvice, posix_fadvise};
+use nix::libc;
 
 /// Bytes of one read at the most.
 const READ_BYTES: u64 = 1 << 20;
 
 /// Time between two questions for the daemon's pulse.
 const BETWEEN_PULSES: Duration = Duration::from_millis(2);
+
+/// What reads past the page cache are multiples of.
+const BLOCK_BYTES: u64 = 4096;
 
 /// How a file is read.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -28,6 +32,8 @@ pub enum Way {
     Open,
     /// Through a mapping that stays; its pages are dropped.
     Map,
+    /// By read(2) past the page cache, which tries nothing twice.
+    Direct,
 }
 
 /// Readers that run.
@@ -123,7 +129,11 @@ struct Reader {
 
 impl Reader {
     fn open(way: Way, path: &Path, source: &Path) -> Self {
-        let file = File::open(path).unwrap();
+        let file = match way {
+            Way::Direct => File::options().read(true).custom_flags(libc::O_DIRECT).open(path),
+            Way::Read | Way::Open | Way::Map => File::open(path),
+        };
+        let file = file.unwrap();
         let map = map(&file);
         let source = File::open(source).unwrap();
         let length = source.metadata().unwrap().len();
@@ -137,6 +147,14 @@ impl Reader {
         while !stop.load(Ordering::Relaxed) {
             let count = fastrand::u64(1..=READ_BYTES.min(self.length));
             let offset = fastrand::u64(0..=self.length - count);
+            let (offset, count) = match self.way {
+                Way::Direct => {
+                    (offset / BLOCK_BYTES * BLOCK_BYTES, count.next_multiple_of(BLOCK_BYTES))
+                }
+                Way::Read | Way::Open | Way::Map => (offset, count),
+            };
+            // Aligned, it may reach over the end.
+            let count = count.min(self.length - offset);
             expected.resize(usize::try_from(count).unwrap(), 0);
             self.source.read_exact_at(&mut expected, offset).unwrap();
             let begin = Instant::now();
@@ -155,6 +173,15 @@ impl Reader {
             Way::Read => {
                 drop_pages(&self.file);
                 self.file.read_exact_at(&mut bytes, offset).expect(&place);
+            }
+            Way::Direct => {
+                let room = expected.len().next_multiple_of(BLOCK_BYTES as usize);
+                let mut space = vec![0; room + BLOCK_BYTES as usize];
+                let skip = space.as_ptr().align_offset(BLOCK_BYTES as usize);
+                let aligned = &mut space[skip..skip + room];
+                let count = self.file.read_at(aligned, offset).expect(&place);
+                assert!(count >= expected.len(), "a short read: {place}");
+                bytes.copy_from_slice(&aligned[..expected.len()]);
             }
             Way::Open => {
                 let file = File::open(&self.path).expect(&place);

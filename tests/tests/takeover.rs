@@ -71,7 +71,7 @@ impl Files {
         let mut readers = Readers::default();
         let [large, small] = ["large", "small"].map(|name| root.join("models").join(name));
         fs::read(&small).unwrap();
-        for way in [Way::Read, Way::Open, Way::Map] {
+        for way in [Way::Read, Way::Open, Way::Map, Way::Direct] {
             readers.start(way, &large, &self.large);
             readers.start(way, &small, &self.small);
         }
