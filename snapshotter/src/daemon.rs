@@ -117,7 +117,7 @@ struct Parts {
 impl Parts {
     fn new(config: &Config, store: Arc<Store>, mount: &Mount) -> Result<Self, DaemonError> {
         let opener = opener(config, Arc::clone(&store))?;
-        let metadata = Arc::new(Metadata::open(&config.root)?);
+        let metadata = Arc::new(Metadata::open_or_rebuild(&config.root)?);
         let trees = Arc::new(mount.trees(&config.root)?);
         let models = Models::new(opener.clone(), Arc::clone(&trees), Arc::clone(&metadata));
         let min_layer_bytes = config.snapshotter.min_layer_size.as_u64();

@@ -450,6 +450,31 @@ fn mounted_models_outlive_the_daemon() {
 }
 
 #[test]
+fn damaged_metadata_costs_no_container_anything() {
+    let host = Host::with_keeper();
+    let files = Files::make(&host.bed);
+    let (reference, _) = host.push_image("images/damaged", std::slice::from_ref(&files.layer));
+    host.rpull(&reference);
+    let container = host.containerd.start_container(SNAPSHOTTER, &reference, "damaged");
+    container.exec(&["/bin/sh", "-c", "echo kept > /written"]).ok();
+    let snapshots = host.containerd.snapshots(SNAPSHOTTER);
+    host.daemon.signal(Signal::SIGSTOP);
+    host.daemon.kill_kept().unwrap();
+    fs::write(host.bed.weightfs.root().join("metadata.db"), "no database any more").unwrap();
+    host.daemon.signal(Signal::SIGCONT);
+    host.daemon.wait_starts(2);
+    assert!(host.daemon.log().contains("rebuilt from its journal"), "{}", host.daemon.log());
+    assert_eq!(host.containerd.snapshots(SNAPSHOTTER), snapshots);
+    let script = "cat /written && sha256sum /models/small";
+    let output = container.exec(&["/bin/sh", "-c", script]).ok();
+    let expected = format!("kept\n{}", digest::of_file(&files.small).unwrap().hex());
+    assert!(output.starts_with(&expected), "{output}");
+    container.remove();
+    host.containerd.remove_image(&reference);
+    host.assert_nothing_left();
+}
+
+#[test]
 fn without_a_keeper_the_daemon_says_so_and_its_successor_mounts_again() {
     let host = Host::new();
     let warning = "nobody keeps the mount";
