@@ -94,16 +94,6 @@ pub enum Stop {
     End,
 }
 
-/// How a daemon has ended.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Ended {
-    /// Its mount is gone.
-    Unmounted,
-    /// Its mount waits for a successor. This process must end at once and take nothing down: a
-    /// request that is dropped is answered, with an error.
-    Left,
-}
-
 /// What shows trees.
 struct Parts {
     store: Arc<Store>,
@@ -219,9 +209,13 @@ impl Daemon {
 
     /// Serves until `stop`, records what is cached, and leaves the mount or takes it away.
     ///
+    /// After it, with an error or not, the process must end at once and take nothing down, the
+    /// runtime included: a request that is dropped is answered, with an error, and no successor
+    /// is asked for it again.
+    ///
     /// # Errors
     /// When a socket breaks or somebody takes the mount away.
-    pub async fn run(self, stop: impl Future<Output = Stop>) -> Result<Ended, DaemonError> {
+    pub async fn run(self, stop: impl Future<Output = Stop>) -> Result<(), DaemonError> {
         let Self { store, trees, snapshots, control, keeper, .. } = self;
         let (stopping, stopped) = watch::channel(());
         let wait = || {
@@ -265,7 +259,7 @@ impl Daemon {
         let unmounted = tokio::task::spawn_blocking(move || unmount(&trees, keeper)).await?;
         store.checkpoint()?;
         result?;
-        unmounted.map(|()| Ended::Unmounted)
+        unmounted
     }
 }
 
@@ -274,13 +268,13 @@ fn leave(
     store: &Arc<Store>,
     announcement: Announcement,
     result: Result<Stop, DaemonError>,
-) -> Result<Ended, DaemonError> {
+) -> Result<(), DaemonError> {
     announcement.leave();
     // Not closed: reads go on till the end of this process.
     std::mem::forget(Arc::clone(store));
     store.checkpoint()?;
     info!("the mount is left to the next daemon");
-    result.map(|_| Ended::Left)
+    result.map(drop)
 }
 
 /// A server that ends by itself: the next daemon may do better.

@@ -215,10 +215,18 @@ impl Daemon {
         starts(&self.service)
     }
 
-    /// Kills a kept daemon, as a crash would, and leaves its keeper. `None` while there is none.
+    /// Kills a kept daemon, as a crash would, waits until it is dead, and leaves its keeper. `None`
+    /// while there is none.
     pub fn kill_kept(&self) -> Option<()> {
         let child = self.child()?;
-        kill(child, Signal::SIGKILL).ok()
+        kill(child, Signal::SIGKILL).ok()?;
+        wait_until("the daemon is dead", || {
+            let status = fs::read_to_string(format!("/proc/{child}/status")).unwrap_or_default();
+            let threads = fs::read_dir(format!("/proc/{child}/task")).map_or(0, Iterator::count);
+            // A keeper that is stopped does not bury it; and its files close with its last thread.
+            threads == 0 || (threads == 1 && status.contains("State:\tZ"))
+        });
+        Some(())
     }
 
     /// The process that the keeper runs.

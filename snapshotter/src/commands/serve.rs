@@ -5,13 +5,11 @@ use weightfs::config::Config;
 use weightfs::daemon::{Daemon, Stop};
 use weightfs::handover::Inherited;
 
-/// Runs the daemon until a signal. When it returns, the process has to end without taking
-/// anything down.
+/// Runs the daemon until a signal. See [`Daemon::run`] for what must not follow.
 pub async fn run(config: &Config) -> anyhow::Result<()> {
     let stop = asked_to_stop();
     let inherited = Inherited::take()?;
-    Daemon::start(config, inherited).await?.run(stop).await?;
-    Ok(())
+    Ok(Daemon::start(config, inherited).await?.run(stop).await?)
 }
 
 /// Waits for a signal to stop; counts them from the call on. SIGINT ends the mount, too; others
