@@ -20,7 +20,7 @@ use std::ops::Range;
 use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use serde::{Deserialize, Serialize};
-use weightfs_store::{Blob, Read, ReadError};
+use weightfs_store::{Blob, Read, ReadError, SegmentHold};
 
 use crate::ledger::Ledger;
 use crate::loader::Loader;
@@ -399,11 +399,12 @@ impl NodeRef {
     }
 
     /// The cache file that holds the bytes of a regular file, all of them and nothing else;
-    /// `None` if some are missing or the file shares its segment with others.
+    /// `None` if some are missing or the file shares its segment with others. It stays as it is
+    /// until the hold is dropped.
     ///
     /// # Errors
     /// When the cache file can't be opened.
-    pub fn cache_file(&self) -> io::Result<Option<File>> {
+    pub fn cache_file(&self) -> io::Result<Option<(File, SegmentHold)>> {
         let Some(Content { blob, range }) = self.content() else { return Ok(None) };
         let layout = blob.layout();
         match layout.segment_at(range.start) {

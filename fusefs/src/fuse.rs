@@ -18,7 +18,7 @@ use nix::sys::mman::{MmapAdvise, madvise};
 use tokio::runtime::Handle;
 use tokio::sync::watch;
 use tracing::{debug, warn};
-use weightfs_store::{Read, ReadError};
+use weightfs_store::{Read, ReadError, SegmentHold};
 
 use crate::device::Device;
 use crate::filesystem::{Filesystem, FsError, Inode, NodeRef};
@@ -74,7 +74,8 @@ const BLOCK_BYTES: u32 = 4096;
 #[derive(Debug)]
 pub(crate) struct Adapter {
     pub(crate) filesystem: Arc<Filesystem>,
-    pub(crate) open_files: OpenFiles,
+    /// With what keeps their cache files as they are: the store sees nothing of the kernel's reads.
+    pub(crate) open_files: OpenFiles<SegmentHold>,
     /// Set when the session runs.
     pub(crate) device: Arc<OnceLock<Device>>,
     /// Whether the kernel can serve complete files by itself.
@@ -97,13 +98,20 @@ impl Adapter {
     }
 
     /// The cache file of a complete file, made known to the kernel.
-    fn backing(&self, ino: INodeNo, node: &NodeRef, reply: &ReplyOpen) -> Option<BackingNumber> {
+    fn backing(
+        &self,
+        ino: INodeNo,
+        node: &NodeRef,
+        reply: &ReplyOpen,
+    ) -> Option<(BackingNumber, SegmentHold)> {
         if !self.passthrough {
             return None;
         }
         let backing = match node.cache_file() {
             // Raw: dropped, it would be closed, and a successor needs it.
-            Ok(Some(file)) => reply.open_backing(&file).map(|id| BackingNumber(id.into_raw())),
+            Ok(Some((file, hold))) => {
+                reply.open_backing(&file).map(|id| (BackingNumber(id.into_raw()), hold))
+            }
             Ok(None) => return None,
             Err(error) => Err(error),
         };

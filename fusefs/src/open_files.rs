@@ -36,20 +36,23 @@ pub(crate) enum Mode {
 }
 
 #[derive(Debug)]
-struct OpenFile {
+struct OpenFile<H> {
     mode: Mode,
     opens: u64,
     slot: Slot,
+    /// Dropped with the last open. `None` also where a predecessor opened it: the store has
+    /// found that out by itself.
+    _hold: Option<H>,
 }
 
-/// The files that are open, by inode.
+/// The files that are open, by inode. `H` keeps the cache file of one in passthrough as it is.
 #[derive(Debug)]
-pub(crate) struct OpenFiles {
+pub(crate) struct OpenFiles<H> {
     ledger: Arc<Ledger>,
-    files: Mutex<HashMap<u64, OpenFile>>,
+    files: Mutex<HashMap<u64, OpenFile<H>>>,
 }
 
-impl OpenFiles {
+impl<H> OpenFiles<H> {
     /// The files that the ledger says are open; `close` closes backing ids that a predecessor
     /// did not come to close.
     ///
@@ -71,7 +74,7 @@ impl OpenFiles {
                     continue;
                 }
             };
-            files.insert(entry.key, OpenFile { mode, opens: entry.count, slot });
+            files.insert(entry.key, OpenFile { mode, opens: entry.count, slot, _hold: None });
         }
         Ok(Self { ledger, files: Mutex::new(files) })
     }
@@ -85,16 +88,19 @@ impl OpenFiles {
         &self,
         inode: u64,
         request: u64,
-        backing: impl FnOnce() -> Option<BackingNumber>,
+        backing: impl FnOnce() -> Option<(BackingNumber, H)>,
     ) -> io::Result<Mode> {
         let mut files = self.lock();
         match files.entry(inode) {
             Place::Vacant(place) => {
                 // First, so that nothing is made that could not be recorded.
                 let slot = self.ledger.reserve()?;
-                let mode = backing().map_or(Mode::Served, Mode::Passthrough);
+                let (mode, hold) = match backing() {
+                    Some((backing, hold)) => (Mode::Passthrough(backing), Some(hold)),
+                    None => (Mode::Served, None),
+                };
                 self.ledger.set(slot, &entry(inode, mode, 1, request))?;
-                place.insert(OpenFile { mode, opens: 1, slot });
+                place.insert(OpenFile { mode, opens: 1, slot, _hold: hold });
                 Ok(mode)
             }
             Place::Occupied(place) => {
@@ -149,7 +155,7 @@ impl OpenFiles {
             && self.ledger.get(slot).is_some_and(|entry| entry.mark == request & !RESENT)
     }
 
-    fn lock(&self) -> MutexGuard<'_, HashMap<u64, OpenFile>> {
+    fn lock(&self) -> MutexGuard<'_, HashMap<u64, OpenFile<H>>> {
         self.files.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -172,16 +178,16 @@ mod tests {
         Mode::Passthrough(BackingNumber(id))
     }
 
-    fn backing(id: u32) -> impl FnOnce() -> Option<BackingNumber> {
-        move || Some(BackingNumber(id))
+    fn backing(id: u32) -> impl FnOnce() -> Option<(BackingNumber, Arc<()>)> {
+        move || Some((BackingNumber(id), Arc::default()))
     }
 
-    fn files() -> OpenFiles {
+    fn files() -> OpenFiles<Arc<()>> {
         OpenFiles::new(Arc::new(Ledger::new().unwrap()), |_| unreachable!()).unwrap()
     }
 
     /// The files as a successor finds them after a kill, and the ids that it closes.
-    fn succeed(files: &OpenFiles) -> (OpenFiles, Vec<u32>) {
+    fn succeed(files: &OpenFiles<Arc<()>>) -> (OpenFiles<Arc<()>>, Vec<u32>) {
         let descriptor = files.ledger.descriptor().try_clone_to_owned().unwrap();
         let ledger = Arc::new(Ledger::inherited(descriptor).unwrap());
         let mut closed = Vec::new();
@@ -190,7 +196,7 @@ mod tests {
     }
 
     /// Releases, and gives the id that is closed thereby.
-    fn release(files: &OpenFiles, inode: u64) -> Option<u32> {
+    fn release(files: &OpenFiles<Arc<()>>, inode: u64) -> Option<u32> {
         let mut closed = None;
         files.release(inode, |BackingNumber(id)| closed = Some(id));
         closed
@@ -219,6 +225,17 @@ mod tests {
         assert_eq!(release(&files, 1), None);
         assert_eq!(release(&files, 1), Some(5));
         assert_eq!(release(&files, 1), None, "an open that was not counted");
+    }
+
+    #[test]
+    fn the_cache_file_is_held_until_the_backing_id_is_closed() {
+        let (files, hold) = (files(), Arc::new(()));
+        let with_hold = || Some((BackingNumber(5), Arc::clone(&hold)));
+        files.open(1, 1, with_hold).unwrap();
+        files.open(1, 2, with_hold).unwrap();
+        release(&files, 1);
+        files.release(1, |_| assert_eq!(Arc::strong_count(&hold), 2, "closed first"));
+        assert_eq!(Arc::strong_count(&hold), 1);
     }
 
     #[test]

@@ -15,6 +15,7 @@ use nix::sys::stat::{major, minor, stat};
 use tokio::runtime::Handle;
 use tokio::sync::watch;
 use tracing::warn;
+use weightfs_store::SegmentHold;
 
 use crate::device::Device;
 pub use crate::device::is_connected;
@@ -236,7 +237,7 @@ fn config(special: SpecialFiles) -> Config {
 /// An adapter, and what is closed when the session has ended.
 fn adapter(
     filesystem: &Arc<Filesystem>,
-    open_files: OpenFiles,
+    open_files: OpenFiles<SegmentHold>,
     device: Arc<OnceLock<Device>>,
     Misses { runtime, deadline }: Misses,
 ) -> (Adapter, watch::Receiver<()>) {

@@ -10,8 +10,8 @@ use futures::future::BoxFuture;
 use futures::{FutureExt as _, StreamExt as _, stream};
 use tempfile::TempDir;
 use weightfs_store::{
-    Background, Blob, BlobId, ByteStream, Digest, FetchOptions, Form, Layout, Source, SourceError,
-    Store, StoreOptions,
+    Amount, Background, Blob, BlobId, ByteStream, CacheOptions, Digest, FetchOptions, Form, Layout,
+    Recheck, Source, SourceError, Store, StoreOptions,
 };
 
 use crate::artifact::{Compression, LayerContent, LayerDescriptor};
@@ -117,8 +117,13 @@ pub fn open_store(root: &TempDir) -> Arc<Store> {
         background: Background::Off,
         prefetch: true,
     };
+    let cache = CacheOptions { limit: None, min_free: Amount::Bytes(0) };
     let checkpoint_interval = Duration::from_secs(5);
-    Store::open(root.path(), StoreOptions { fetch, checkpoint_interval }).unwrap()
+    Store::open(
+        root.path(),
+        StoreOptions { fetch, cache, checkpoint_interval, recheck: Recheck::AfterCrash },
+    )
+    .unwrap()
 }
 
 /// An empty blob, for trees whose files nobody reads.

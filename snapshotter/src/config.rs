@@ -10,7 +10,10 @@ use std::time::Duration;
 use bytesize::ByteSize;
 use serde::{Deserialize, Serialize};
 use toml::{Table, Value};
-use weightfs_store::{Background, FetchOptions, RegistryOptions, StoreOptions};
+use weightfs_store::Recheck;
+use weightfs_store::{
+    Amount, Background, CacheOptions, FetchOptions, RegistryOptions, StoreOptions,
+};
 
 /// Where the configuration is looked for; its absence means defaults.
 pub const DEFAULT_PATH: &str = "/etc/weightfs/config.toml";
@@ -28,8 +31,20 @@ const KEYS: &[(&str, &str)] = &[
     ),
     ("control.address", "Unix socket on which this command line reaches the daemon."),
     (
+        "cache.limit",
+        "Disk space that the cache may take (\"500GiB\", \"80%\" of the file system). Unset: all but min_free.",
+    ),
+    (
+        "cache.min_free",
+        "What the cache leaves free of its file system (\"50GiB\", \"15%\"), whoever fills the rest.",
+    ),
+    (
         "cache.checkpoint_interval",
-        "How often what was fetched is synced and recorded, so that it survives a restart.",
+        "How long what was fetched may wait until it is synced and recorded (it survives a crash).",
+    ),
+    (
+        "cache.recheck",
+        "When what is cached is hashed again: \"after-crash\" of the machine, \"always\", \"never\".",
     ),
     ("fetch.deadline", "A read that no source has served within this time fails with EIO."),
     ("fetch.connections", "Requests in flight for one blob at the most."),
@@ -95,9 +110,58 @@ pub struct ControlConfig {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct CacheConfig {
-    /// Time between checkpoints.
+    /// Disk space for the cache.
+    pub limit: Option<Space>,
+    /// Disk space that stays free.
+    pub min_free: Space,
+    /// What was fetched is recorded within this time.
     #[serde(with = "humantime_serde")]
     pub checkpoint_interval: Duration,
+    /// When it is hashed again.
+    pub recheck: Recheck,
+}
+
+/// Disk space: bytes ("10GiB"), or a percentage of the file system ("10%").
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub enum Space {
+    /// So many bytes.
+    Bytes(ByteSize),
+    /// So many hundredths.
+    Percent(u8),
+}
+
+impl TryFrom<String> for Space {
+    type Error = String;
+
+    fn try_from(text: String) -> Result<Self, String> {
+        let Some(percent) = text.strip_suffix('%') else {
+            return Ok(Self::Bytes(text.parse()?));
+        };
+        let percent = percent.trim().parse().ok().filter(|percent| *percent <= 100);
+        percent.map(Self::Percent).ok_or_else(|| format!("{text} is no percentage"))
+    }
+}
+
+impl From<Space> for String {
+    fn from(space: Space) -> Self {
+        match space {
+            Space::Bytes(bytes) => {
+                let short = bytes.to_string();
+                if short.parse() == Ok(bytes) { short } else { format!("{}B", bytes.as_u64()) }
+            }
+            Space::Percent(percent) => format!("{percent}%"),
+        }
+    }
+}
+
+impl From<Space> for Amount {
+    fn from(space: Space) -> Self {
+        match space {
+            Space::Bytes(bytes) => Self::Bytes(bytes.as_u64()),
+            Space::Percent(percent) => Self::Percent(percent),
+        }
+    }
 }
 
 /// `[fetch]`
@@ -169,7 +233,15 @@ impl Default for ControlConfig {
 
 impl Default for CacheConfig {
     fn default() -> Self {
-        Self { checkpoint_interval: Duration::from_secs(5) }
+        Self {
+            limit: None,
+            // Less than what makes the kubelet evict (imagefs 15 %, nodefs 10 %): whoever shares
+            // the file system with it sets more.
+            min_free: Space::Percent(5),
+            // Measured: more often costs throughput, less often loses more.
+            checkpoint_interval: Duration::from_millis(250),
+            recheck: Recheck::AfterCrash,
+        }
     }
 }
 
@@ -280,6 +352,13 @@ impl Config {
         if self.cache.checkpoint_interval < Duration::from_millis(100) {
             return bad("cache.checkpoint_interval", "must be 100ms or longer");
         }
+        match self.cache.limit {
+            Some(Space::Bytes(limit)) if limit < ByteSize::mib(64) => {
+                return bad("cache.limit", "must be 64MiB or more");
+            }
+            Some(Space::Percent(0)) => return bad("cache.limit", "must be more than 0%"),
+            _ => {}
+        }
         if !(1..=256).contains(&fetch.connections) {
             return bad("fetch.connections", "must be from 1 to 256");
         }
@@ -309,7 +388,12 @@ impl Config {
                 background: fetch.background,
                 prefetch: fetch.prefetch,
             },
+            cache: CacheOptions {
+                limit: self.cache.limit.map(Amount::from),
+                min_free: self.cache.min_free.into(),
+            },
             checkpoint_interval: self.cache.checkpoint_interval,
+            recheck: self.cache.recheck,
         }
     }
 
@@ -408,6 +492,9 @@ mod tests {
     fn what_is_printed_is_read_again_as_the_same() {
         let text = r#"
             root = "/x"
+            [cache]
+            limit = "123456789012B"
+            min_free = "15%"
             [fetch]
             deadline = "1m 5s"
             request_size = "4MiB"
@@ -419,6 +506,8 @@ mod tests {
         let config = parse(text).unwrap();
         assert_eq!(config.fetch.deadline, Duration::from_secs(65));
         assert_eq!(config.fetch.request_size, ByteSize::mib(4));
+        assert_eq!(config.cache.limit, Some(Space::Bytes(ByteSize(123_456_789_012))));
+        assert_eq!(config.cache.min_free, Space::Percent(15));
         assert_eq!(parse(&config.to_commented_toml()).unwrap(), config);
         let defaults = Config::default();
         assert_eq!(parse(&defaults.to_commented_toml()).unwrap(), defaults);
@@ -458,6 +547,9 @@ mod tests {
             ("[fetch]\nrequest_size = '65MiB'", "`fetch.request_size`"),
             ("[fetch]\ndeadline = '0s'", "`fetch.deadline`"),
             ("[cache]\ncheckpoint_interval = '1ms'", "`cache.checkpoint_interval`"),
+            ("[cache]\nlimit = '10MiB'", "`cache.limit` must be 64MiB or more"),
+            ("[cache]\nlimit = '0%'", "`cache.limit`"),
+            ("[cache]\nmin_free = '101%'", "no percentage"),
             ("[fetch]\nread_ahead_min = '1GiB'", "`fetch.read_ahead_min`"),
             ("root = 3", "line 1"),
             ("root = ", "line 1"),

@@ -178,6 +178,8 @@ impl Daemon {
         let mount = Mount::find(&config.root, &mut inherited)?;
         let parts = Parts::new(config, Arc::clone(&store), &mount)?;
         let keeper = parts.show(mount, config)?;
+        // What was not restored is used by nobody.
+        store.start_evicting();
         let Parts { metadata, trees, models, layers, .. } = parts;
         let snapshots = Snapshots::open(&config.root, Arc::clone(&metadata), layers)?;
         let mut listen = |name, path| listen(&mut inherited, keeper, name, path);

@@ -1,30 +1,47 @@
 //! One blob: its segments, what of them is published, and reads.
 //!
-//! Invariants: a slice covers only published bytes, and they never change while it is held. A
-//! read that finds everything takes no lock that a fetch can hold. A poisoned blob serves
-//! nothing more.
+//! Invariants: a slice covers only published bytes, holds their extents, and so they never change
+//! while it is there. A read that finds everything takes no lock that a fetch can hold. A poisoned
+//! blob serves nothing more.
+
+mod evict;
+mod kernel;
+mod recorder;
+mod slice;
 
 use std::fmt;
 use std::fs::File;
 use std::io;
-use std::ops::{Deref, Range};
+use std::ops::Range;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, OnceLock, PoisonError, RwLock};
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
 use tokio::runtime::Handle;
 use tokio::time::Instant;
 
+pub(crate) use self::evict::Candidate;
+use self::kernel::HandedOut;
+pub use self::kernel::SegmentHold;
+use self::recorder::Recorder;
+pub(crate) use self::slice::Hold;
+pub use self::slice::Slice;
+use self::slice::SliceBytes;
+use crate::budget::Budget;
 use crate::chunk::{ChunkNo, ChunkTable, Place, VerifiedChunk};
-use crate::fetch::{Fetcher, Priority, Scheduler};
+use crate::extents::Extents;
+use crate::fetch::{Failure, Fetcher, Priority, Scheduler};
 use crate::hash::{Follow, Hashers, RunningHash};
 use crate::interest::Interest;
+use crate::loose::LooseChunks;
 use crate::presence::{Bits, Presence, ones};
+use crate::rank::Ranks;
 use crate::read_ahead::{Advice, ReadAhead};
 use crate::segment::{Segments, View};
-use crate::shared::{Entered, Shared, lock};
+use crate::shared::{Entered, Epochs, Shared, lock};
 use crate::state::{Record, Verdict};
-use crate::store::{Background, FetchOptions};
+use crate::store::{Background, FetchOptions, touch};
+use crate::trust::{Era, Judgement, Settled};
 use crate::{BlobId, Layout, ReadError, Source};
 
 /// Sources that a blob can have at the most: the registry under a few names, and peers.
@@ -61,11 +78,16 @@ pub struct Blob {
     table: ChunkTable,
     segments: Segments,
     presence: Presence,
-    verdict: OnceLock<Verdict>,
+    extents: Extents,
+    handed_out: HandedOut,
+    ranks: Ranks,
+    judgement: Judgement,
+    /// The epoch of its records.
+    epoch: AtomicU64,
     hash: RunningHash,
     /// Segments that were written to since they were last synced.
     unsynced: Bits,
-    recorder: Mutex<Recorder>,
+    recorder: Recorder,
     sources: RwLock<Sources>,
     fetcher: Fetcher,
     readers: Mutex<Readers>,
@@ -97,15 +119,6 @@ struct Notice {
     whole: bool,
 }
 
-/// Whether records of the blob can still be written.
-#[derive(Debug, PartialEq, Eq)]
-enum Recorder {
-    Ready,
-    /// A sync failed: the kernel may have dropped what it could not write and calls it clean, so
-    /// no later sync proves anything.
-    Broken,
-}
-
 /// What a read finds.
 #[derive(Debug)]
 pub enum Read {
@@ -115,42 +128,14 @@ pub enum Read {
     Missing(Miss),
 }
 
-/// Published bytes, straight from the cache file's mapping; they stay as long as this is held.
-#[derive(Debug)]
-pub struct Slice {
-    blob: Arc<Blob>,
-    bytes: SliceBytes,
-}
-
-#[derive(Debug)]
-enum SliceBytes {
-    Empty,
-    /// In the mapping of a segment, counted from its start.
-    Mapped {
-        segment: usize,
-        range: Range<usize>,
-    },
-    Copied(Vec<u8>),
-}
-
-impl Deref for Slice {
-    type Target = [u8];
-
-    fn deref(&self) -> &[u8] {
-        match &self.bytes {
-            SliceBytes::Empty => &[],
-            SliceBytes::Mapped { segment, range } => self.blob.segments.mapped(*segment, range),
-            SliceBytes::Copied(bytes) => bytes,
-        }
-    }
-}
-
 /// A read that waits for its bytes. Nothing is asked for before [`Miss::wait`] is polled.
 #[derive(Debug)]
 pub struct Miss {
     blob: Arc<Blob>,
     range: Range<u64>,
     place: Place,
+    /// `None` if one of its extents was just being evicted.
+    hold: Option<Hold>,
     notice: Notice,
     until: Instant,
 }
@@ -163,14 +148,30 @@ impl Miss {
     /// When no source gave the bytes in time, or one refused for good; when the cache files can't
     /// be written; when the blob turned out to be poisoned.
     pub async fn wait(self) -> Result<Slice, ReadError> {
-        let Self { blob, range, place, notice, until } = self;
+        let Self { blob, range, place, hold, notice, until } = self;
+        // From here on nothing of it is evicted before the slice is dropped.
+        let hold = match hold {
+            Some(hold) => hold,
+            None => blob.hold(&place.extents, until).await.ok_or_else(|| blob.too_late())?,
+        };
         let access = notice.advice.access;
-        let tickets = blob.fetcher.demand(&blob, &place.chunks, access, until);
+        let (mut loose, tickets) = blob.demand(&place, access, until);
         // After the demand, so that it comes after it in the queue, too.
         blob.follow(&notice);
-        blob.fetcher.wait(&blob, tickets, until).await?;
+        let mut waited = blob.fetcher.wait(tickets, until).await;
+        // It had joined a request that nobody else waited for.
+        while let Err(Failure::NoRoom) = waited {
+            let (known, tickets) = blob.demand(&place, access, until);
+            loose = known;
+            waited = blob.fetcher.wait(tickets, until).await;
+        }
+        loose.extend(waited.map_err(|failure| failure.into_read_error(&blob))?);
         blob.check_trust()?;
-        blob.slice(&range, &place)
+        if loose.is_empty() {
+            blob.slice(&range, &place, hold)
+        } else {
+            blob.assembled(&range, &place, hold, &loose)
+        }
     }
 }
 
@@ -183,15 +184,23 @@ impl Blob {
         record: Option<Record>,
         shared: Arc<Shared>,
     ) -> Arc<Self> {
-        let segments = Segments::new(dir, table.layout().segments(), Arc::clone(&shared.mappings));
+        let (disk, mappings) = (Arc::clone(&shared.disk), Arc::clone(&shared.mappings));
+        let segments = Segments::new(dir, table.layout().segments(), disk, mappings);
         let presence = Presence::new(table.all().end.0);
-        let verdict = OnceLock::new();
+        let extents = Extents::new(table.extents());
+        for segment in kernel::still_read(&segments, &shared.boot) {
+            tracing::debug!(blob = %id.digest, segment, "read by the kernel since an earlier run");
+            // Never released: the end of it can't be seen from here.
+            extents.hold(&table.extents_of(&table.of_segment(segment)));
+        }
+        let Epochs { now, doubt_before } = shared.epochs;
+        let (mut verdict, mut epoch) = (None, now);
         if let Some(record) = record {
-            restore(id, &table, &segments, &presence, &record);
-            if let Some(judged) = record.verdict
-                && (presence.is_complete() || judged != Verdict::Verified)
-            {
-                let _ = verdict.set(judged);
+            verdict = restore(id, &table, &segments, &presence, &record);
+            if record.epoch < doubt_before {
+                // Served, but not called verified before it was hashed again.
+                verdict = verdict.filter(|verdict| *verdict != Verdict::Verified);
+                epoch = record.epoch;
             }
         }
         let follow = if presence.bytes() == 0 { Follow::Prefix } else { Follow::Whole };
@@ -199,11 +208,15 @@ impl Blob {
         let blob = Arc::new(Self {
             id,
             segments,
+            recorder: Recorder::new(presence.snapshot()),
+            extents,
+            handed_out: HandedOut::default(),
+            ranks: Ranks::new(table.extents()),
             presence,
-            verdict,
+            epoch: AtomicU64::new(epoch),
+            judgement: Judgement::new(verdict),
             hash: RunningHash::new(follow),
             unsynced: Bits::new(u32::try_from(table.layout().segments()).unwrap_or(u32::MAX)),
-            recorder: Mutex::new(Recorder::Ready),
             sources: RwLock::default(),
             fetcher: Fetcher::default(),
             readers: Mutex::new(Readers {
@@ -273,20 +286,34 @@ impl Blob {
     pub fn read(self: &Arc<Self>, range: Range<u64>) -> Result<Read, ReadError> {
         self.check_trust()?;
         if range.start == range.end && range.end <= self.layout().size() {
-            return Ok(Read::Ready(Slice { blob: Arc::clone(self), bytes: SliceBytes::Empty }));
+            let hold = self.try_hold(&(0..0)).ok_or_else(|| self.too_late())?;
+            return Ok(Read::Ready(Slice { hold, bytes: SliceBytes::Empty }));
         }
         let place = self.table.locate(&range).ok_or(ReadError::OutOfRange {
             digest: self.id.digest,
             start: range.start,
             end: range.end,
         })?;
-        if self.presence.has_all(&place.chunks) {
-            self.note_hit(&range, &place);
-            return self.slice(&range, &place).map(Read::Ready);
+        // First the hold, then the look: what is seen to be here stays.
+        let hold = self.try_hold(&place.extents);
+        for extent in place.extents.clone() {
+            self.ranks.read(extent, &self.shared.clock);
+        }
+        let hold = match hold {
+            Some(hold) if self.presence.has_all(&place.chunks) => {
+                self.note_hit(&range, &place);
+                return self.slice(&range, &place, hold).map(Read::Ready);
+            }
+            hold => hold,
+        };
+        if let Some(loose) = self.loose_chunks(&place)
+            && let Some(hold) = hold
+        {
+            return self.assembled(&range, &place, hold, &loose).map(Read::Ready);
         }
         let notice = self.notice(&mut lock(&self.readers), &range, &place, true);
         let until = Instant::now() + self.shared.fetch.deadline;
-        Ok(Read::Missing(Miss { blob: Arc::clone(self), range, place, notice, until }))
+        Ok(Read::Missing(Miss { blob: Arc::clone(self), range, place, hold, notice, until }))
     }
 
     /// Whether every chunk that `range` touches is published. Not so for a range that is not
@@ -302,7 +329,7 @@ impl Blob {
             size: self.layout().size(),
             cached: self.presence.bytes(),
             fetched: self.fetched.load(Ordering::Relaxed),
-            trust: match self.verdict.get() {
+            trust: match self.judgement.verdict() {
                 None => Trust::Transport,
                 Some(Verdict::Verified) => Trust::Verified,
                 Some(Verdict::Poisoned { .. }) => Trust::Poisoned,
@@ -317,23 +344,41 @@ impl Blob {
 
     /// The cache file of a complete segment, for reading (FUSE passthrough): byte 0 of the
     /// segment is byte 0 of the file. `None` if a chunk of it is absent or the blob is poisoned.
+    /// Nothing of it is evicted before the hold is dropped, which must outlive all readers.
     ///
     /// # Errors
     /// When the file can't be opened.
-    pub fn segment_file(&self, segment: usize) -> io::Result<Option<File>> {
+    pub fn segment_file(
+        self: &Arc<Self>,
+        segment: usize,
+    ) -> io::Result<Option<(File, SegmentHold)>> {
         let chunks = self.table.of_segment(segment);
+        let extents = self.table.extents_of(&chunks);
+        let Some(hold) = self.try_hold(&extents) else { return Ok(None) };
         if chunks.is_empty() || self.check_trust().is_err() || !self.presence.has_all(&chunks) {
             return Ok(None);
         }
-        self.segments.open(segment).map(Some)
+        extents.for_each(|extent| self.ranks.read(extent, &self.shared.clock));
+        let file = self.segments.open(segment)?;
+        Ok(Some((file, SegmentHold::new(self, segment, hold)?)))
     }
 
     fn check_trust(&self) -> Result<(), ReadError> {
-        match self.verdict.get() {
+        match self.judgement.verdict() {
             Some(Verdict::Poisoned { actual }) => {
-                Err(ReadError::Poisoned { digest: self.id.digest, actual: *actual })
+                Err(ReadError::Poisoned { digest: self.id.digest, actual })
             }
             Some(Verdict::Verified) | None => Ok(()),
+        }
+    }
+
+    /// A read that ended while it waited for an eviction.
+    fn too_late(&self) -> ReadError {
+        let deadline = self.shared.fetch.deadline;
+        ReadError::Deadline {
+            digest: self.id.digest,
+            deadline,
+            cause: "evicting takes long".into(),
         }
     }
 
@@ -400,16 +445,21 @@ impl Blob {
         self.rounding_off.store(false, Ordering::Release);
     }
 
-    fn slice(self: &Arc<Self>, range: &Range<u64>, place: &Place) -> Result<Slice, ReadError> {
+    /// Published bytes, whose extents are held.
+    fn slice(&self, range: &Range<u64>, place: &Place, hold: Hold) -> Result<Slice, ReadError> {
+        Ok(Slice { hold, bytes: self.view(range, place)? })
+    }
+
+    /// Where published bytes are; their extents are held.
+    fn view(&self, range: &Range<u64>, place: &Place) -> Result<SliceBytes, ReadError> {
         let cache = |cause| ReadError::Cache { digest: self.id.digest, cause: Arc::new(cause) };
         let offset = |at: u64| usize::try_from(at - place.covers.start).map_err(io::Error::other);
         let within = offset(range.start).map_err(cache)?..offset(range.end).map_err(cache)?;
         let len = place.covers.end - place.covers.start;
-        let bytes = match self.segments.view(place.segment, len, &within).map_err(cache)? {
-            View::Mapped => SliceBytes::Mapped { segment: place.segment, range: within },
-            View::Copied(bytes) => SliceBytes::Copied(bytes),
-        };
-        Ok(Slice { blob: Arc::clone(self), bytes })
+        match self.segments.view(place.segment, len, &within).map_err(cache)? {
+            View::Mapped => Ok(SliceBytes::Mapped { segment: place.segment, range: within }),
+            View::Copied(bytes) => Ok(SliceBytes::Copied(bytes)),
+        }
     }
 }
 
@@ -448,7 +498,7 @@ impl Blob {
     }
 
     pub(crate) fn verdict(&self) -> Option<Verdict> {
-        self.verdict.get().copied()
+        self.judgement.verdict()
     }
 
     pub(crate) fn sources(&self) -> Vec<Arc<dyn Source>> {
@@ -458,6 +508,22 @@ impl Blob {
     /// Whose line its requests take a place on; empty if it has no source.
     pub(crate) fn host(&self) -> Arc<str> {
         Arc::clone(&self.sources.read().unwrap_or_else(PoisonError::into_inner).host)
+    }
+
+    pub(crate) fn budget(&self) -> &Budget {
+        &self.shared.budget
+    }
+
+    pub(crate) fn loose(&self) -> &LooseChunks {
+        &self.shared.loose
+    }
+
+    /// A chunk is served that is not published.
+    pub(crate) fn serve_unpublished(&self, _chunk: ChunkNo) {
+        if self.judgement.is_verified() {
+            // Nobody can say whether it is the one that was hashed.
+            self.judgement.replaced();
+        }
     }
 
     pub(crate) fn scheduler(&self) -> &Scheduler {
@@ -478,81 +544,114 @@ impl Blob {
     }
 
     /// Makes a chunk readable whose bytes were written while `entered` was held.
-    pub(crate) fn publish(self: &Arc<Self>, chunk: &VerifiedChunk, entered: &Entered<'_>) {
+    pub(crate) fn publish(
+        self: &Arc<Self>,
+        chunk: &VerifiedChunk,
+        priority: Priority,
+        entered: &Entered<'_>,
+    ) {
+        let only = chunk.chunk()..chunk.chunk().next();
+        for extent in self.table.extents_of(&only) {
+            match priority {
+                Priority::Demand | Priority::ReadAhead | Priority::Profile => {
+                    self.ranks.wanted(extent, &self.shared.clock);
+                }
+                Priority::Background => self.ranks.unasked(extent, &self.shared.clock),
+            }
+        }
         if let Some((segment, _)) = self.table.bytes_of(chunk.chunk()) {
             // Before the chunk is published, so that a record that has the chunk knows what to
             // sync: see `record`.
             self.unsynced.set(u32::try_from(segment).unwrap_or(u32::MAX));
         }
+        if self.judgement.is_verified() || self.hash.is_past(chunk.chunk()) {
+            self.judgement.replaced();
+        }
         self.presence.publish(chunk);
-        self.shared.changed(self, entered);
+        self.shared.changed(self, chunk.len(), entered);
     }
 
-    /// The bytes of a published chunk.
-    pub(crate) fn chunk_bytes(self: &Arc<Self>, chunk: ChunkNo) -> Result<Slice, ReadError> {
+    /// The bytes of a chunk, if it is published.
+    pub(crate) fn chunk_bytes(
+        self: &Arc<Self>,
+        chunk: ChunkNo,
+    ) -> Result<Option<Slice>, ReadError> {
         let range = self.table.bytes_of(chunk).map_or(0..0, |(_, range)| range);
         let place = self.table.locate(&range).ok_or(ReadError::OutOfRange {
             digest: self.id.digest,
             start: range.start,
             end: range.end,
         })?;
-        self.slice(&range, &place)
+        match self.try_hold(&place.extents) {
+            Some(hold) if self.presence.has(chunk) => self.slice(&range, &place, hold).map(Some),
+            _ => Ok(None),
+        }
     }
 
-    /// Sets the judgement of the whole blob; whether there was none before.
-    pub(crate) fn settle(self: &Arc<Self>, verdict: Verdict) -> bool {
-        let first = self.verdict.set(verdict).is_ok();
-        // A store that is closed records nothing: the next one hashes the blob again.
-        if first && let Ok(entered) = self.enter() {
-            self.shared.changed(self, &entered);
-        }
-        first
+    /// See [`Judgement::era`].
+    pub(crate) fn era(&self) -> Era {
+        self.judgement.era()
     }
 
-    /// Makes what is published now survive a restart.
-    pub(crate) fn record(&self) -> io::Result<()> {
-        let mut recorder = lock(&self.recorder);
-        if *recorder == Recorder::Broken {
-            return Ok(());
-        }
-        // The order is what makes the record true. First what it will say: a chunk in it is in a
-        // segment that was marked before. Then the marks; then the data of these segments; last
-        // the record itself.
-        let record = Record { verdict: self.verdict(), present: self.presence.snapshot() };
-        for segment in self.unsynced.take() {
-            if let Err(error) = self.segments.sync(usize::try_from(segment).unwrap_or(usize::MAX)) {
-                *recorder = Recorder::Broken;
-                return Err(error);
+    /// Settles the judgement of the whole blob, which was hashed in `era`.
+    pub(crate) fn settle(self: &Arc<Self>, verdict: Verdict, era: Era) -> Settled {
+        let settled = self.judgement.settle(verdict, era);
+        match (settled, verdict) {
+            (Settled::Now, Verdict::Verified) => {
+                self.epoch.store(self.shared.epochs.now, Ordering::Release);
             }
+            (Settled::Now, Verdict::Poisoned { .. }) => self.shared.loose.forget(self.id),
+            (Settled::Before | Settled::Outdated, _) => {}
         }
-        record.write(self.segments.dir(), self.layout())
+        // A store that is closed records nothing: the next one hashes the blob again.
+        if settled == Settled::Now
+            && let Ok(entered) = self.enter()
+        {
+            self.shared.changed(self, 0, &entered);
+        }
+        settled
     }
 }
 
-/// Publishes what a record says, as far as its files bear it out.
+/// Publishes what a record says, as far as its files bear it out. Gives its verdict, if that is
+/// still about what is here.
 fn restore(
     id: BlobId,
     table: &ChunkTable,
     segments: &Segments,
     presence: &Presence,
     record: &Record,
-) {
-    let mut last = None;
+) -> Option<Verdict> {
+    let mut last: Option<(usize, Vec<Range<u64>>)> = None;
+    let mut lost = 0u64;
     for chunk in ones(record.present.iter().copied()).map(ChunkNo) {
         let Some((segment, bytes)) = table.bytes_of(chunk) else { continue };
-        let (_, whole) = match last {
-            Some((known, whole)) if known == segment => (known, whole),
-            _ => {
-                let len = table.layout().segment(segment).map_or(0, |at| at.end - at.start);
-                let whole = segments.is_whole(segment, len);
-                if !whole {
-                    tracing::warn!(blob = %id.digest, segment, "cache file is gone or cut: fetched again");
-                }
-                *last.insert((segment, whole))
-            }
+        let filled = match last.take() {
+            Some(known) if known.0 == segment => known.1,
+            _ => segments.filled(segment, table.layout()),
         };
-        if whole && let Some(verified) = VerifiedChunk::check(table, chunk, &bytes) {
+        let within = table.within_segment(&(chunk..chunk.next()));
+        let is_there = within.is_some_and(|within| {
+            filled.iter().any(|range| range.start <= within.start && within.end <= range.end)
+        });
+        if !is_there {
+            lost += 1;
+        } else if let Some(verified) = VerifiedChunk::check(table, chunk, &bytes) {
             presence.publish(&verified);
+        }
+        last = Some((segment, filled));
+    }
+    if lost > 0 {
+        tracing::warn!(blob = %id.digest, chunks = lost, "cache files are gone or cut: fetched again");
+    }
+    record.verdict.filter(|verdict| lost == 0 || *verdict != Verdict::Verified)
+}
+
+impl Drop for Blob {
+    fn drop(&mut self) {
+        self.shared.loose.forget(self.id);
+        if let Ok(_entered) = self.shared.enter() {
+            touch(self.segments.dir());
         }
     }
 }

@@ -4,6 +4,10 @@
 //! counted from the segment's start, so a chunk never straddles a cut and the last one of a
 //! segment may be short.
 
+//!
+//! Extents are numbered alike: [`EXTENT_CHUNKS`] chunks in sequence, counted from each segment's
+//! start.
+
 use std::ops::Range;
 
 use crate::layout::{CHUNK_BYTES, Layout};
@@ -11,6 +15,10 @@ use crate::layout::{CHUNK_BYTES, Layout};
 /// Bytes of the largest blob that is accepted (16 TiB). The size comes from foreign manifests and
 /// decides how much memory the presence bitmap takes: 2 MiB at this size.
 pub const MAX_BLOB_BYTES: u64 = 1 << 44;
+
+/// Chunks of an extent, the unit of eviction (16 MiB): large enough that recording and punching
+/// cost little for each byte, small enough to keep to a small budget.
+pub(crate) const EXTENT_CHUNKS: u32 = 16;
 
 /// The number of a chunk in its blob.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -36,6 +44,8 @@ pub(crate) struct Place {
     pub(crate) covers: Range<u64>,
     /// The chunks that the bytes touch.
     pub(crate) chunks: Range<ChunkNo>,
+    /// The extents that these lie in.
+    pub(crate) extents: Range<u32>,
 }
 
 /// A layout with its chunks numbered.
@@ -44,7 +54,10 @@ pub(crate) struct ChunkTable {
     layout: Layout,
     /// The first chunk of each segment.
     first: Box<[u32]>,
+    /// The first extent of each segment.
+    first_extent: Box<[u32]>,
     total: u32,
+    extents: u32,
 }
 
 impl ChunkTable {
@@ -53,15 +66,70 @@ impl ChunkTable {
         if layout.size() > MAX_BLOB_BYTES {
             return None;
         }
-        let mut total = 0u32;
+        let (mut total, mut extents) = (0u32, 0u32);
         let mut first = Vec::with_capacity(layout.segments());
+        let mut first_extent = Vec::with_capacity(layout.segments());
         for index in 0..layout.segments() {
             let covers = layout.segment(index)?;
             first.push(total);
-            let chunks = (covers.end - covers.start).div_ceil(CHUNK_BYTES);
-            total = total.checked_add(u32::try_from(chunks).ok()?)?;
+            first_extent.push(extents);
+            let chunks = u32::try_from((covers.end - covers.start).div_ceil(CHUNK_BYTES)).ok()?;
+            total = total.checked_add(chunks)?;
+            extents = extents.checked_add(chunks.div_ceil(EXTENT_CHUNKS))?;
         }
-        Some(Self { layout, first: first.into(), total })
+        let (first, first_extent) = (first.into(), first_extent.into());
+        Some(Self { layout, first, first_extent, total, extents })
+    }
+
+    /// Number of extents.
+    pub(crate) fn extents(&self) -> u32 {
+        self.extents
+    }
+
+    /// The extents of chunks that lie in one segment.
+    pub(crate) fn extents_of(&self, chunks: &Range<ChunkNo>) -> Range<u32> {
+        let Some(segment) = self.segment_of(chunks.start) else { return 0..0 };
+        if chunks.is_empty() {
+            return 0..0;
+        }
+        self.extents_within(segment, chunks)
+    }
+
+    fn extents_within(&self, segment: usize, chunks: &Range<ChunkNo>) -> Range<u32> {
+        let chunk = self.first.get(segment).copied().unwrap_or(0);
+        let extent = self.first_extent.get(segment).copied().unwrap_or(0);
+        let number = |at: u32| extent + at.saturating_sub(chunk) / EXTENT_CHUNKS;
+        number(chunks.start.0)..number(chunks.end.0.saturating_sub(1)) + 1
+    }
+
+    /// The segment of an extent, and its chunks.
+    pub(crate) fn chunks_of_extent(&self, extent: u32) -> Option<(usize, Range<ChunkNo>)> {
+        if extent >= self.extents {
+            return None;
+        }
+        let after = self.first_extent.partition_point(|first| *first <= extent);
+        let segment = after.checked_sub(1)?;
+        let within = extent - self.first_extent.get(segment)?;
+        let whole = self.of_segment(segment);
+        let start = whole.start.0 + within * EXTENT_CHUNKS;
+        Some((segment, ChunkNo(start)..whole.end.min(ChunkNo(start + EXTENT_CHUNKS))))
+    }
+
+    /// Bytes of a chunk; 0 if there is no such chunk.
+    pub(crate) fn len_of(&self, chunk: ChunkNo) -> u64 {
+        self.bytes_of(chunk).map_or(0, |(_, bytes)| bytes.end - bytes.start)
+    }
+
+    /// The bytes of chunks of one segment, counted from its start.
+    pub(crate) fn within_segment(&self, chunks: &Range<ChunkNo>) -> Option<Range<u64>> {
+        let (segment, first) = self.bytes_of(chunks.start)?;
+        let (_, last) = self.bytes_of(ChunkNo(chunks.end.0.checked_sub(1)?))?;
+        let origin = self.layout.segment(segment)?.start;
+        Some(first.start - origin..last.end - origin)
+    }
+
+    fn segment_of(&self, chunk: ChunkNo) -> Option<usize> {
+        self.first.partition_point(|first| *first <= chunk.0).checked_sub(1)
     }
 
     pub(crate) fn layout(&self) -> &Layout {
@@ -90,7 +158,9 @@ impl ChunkTable {
         let first = *self.first.get(segment)?;
         let number = |at: u64| u32::try_from((at - covers.start) / CHUNK_BYTES).ok();
         let chunks = ChunkNo(first + number(range.start)?)..ChunkNo(first + number(range.end - 1)?);
-        Some(Place { segment, covers, chunks: chunks.start..chunks.end.next() })
+        let chunks = chunks.start..chunks.end.next();
+        let extents = self.extents_within(segment, &chunks);
+        Some(Place { segment, covers, chunks, extents })
     }
 
     /// The segment that a chunk lies in, and the bytes of the blob that it covers.
@@ -98,7 +168,7 @@ impl ChunkTable {
         if chunk.0 >= self.total {
             return None;
         }
-        let segment = self.first.partition_point(|first| *first <= chunk.0).checked_sub(1)?;
+        let segment = self.segment_of(chunk)?;
         let covers = self.layout.segment(segment)?;
         let before = u64::from(chunk.0 - self.first.get(segment)?) * CHUNK_BYTES;
         let start = covers.start + before;
@@ -167,6 +237,29 @@ mod tests {
             assert_eq!(table.locate(&range), None, "{range:?}");
         }
         assert_eq!(table.locate(&(MIB + 1..3 * MIB)).unwrap().chunks, ChunkNo(1)..ChunkNo(3));
+    }
+
+    #[test]
+    fn extents_cover_every_chunk_once_and_stop_at_cuts() {
+        let table = table(100 * MIB, &[5, 40 * MIB + 5, 41 * MIB]);
+        let mut next = ChunkNo(0);
+        for extent in 0..table.extents() {
+            let (segment, chunks) = table.chunks_of_extent(extent).unwrap();
+            assert_eq!(chunks.start, next);
+            assert!(!chunks.is_empty() && chunks.end.0 - chunks.start.0 <= EXTENT_CHUNKS);
+            for chunk in each(&chunks) {
+                let (of_chunk, bytes) = table.bytes_of(chunk).unwrap();
+                assert_eq!(of_chunk, segment);
+                assert_eq!(table.locate(&bytes).unwrap().extents, extent..extent + 1);
+            }
+            assert_eq!(table.extents_of(&chunks), extent..extent + 1);
+            next = chunks.end;
+        }
+        assert_eq!(next, table.all().end);
+        assert_eq!(table.chunks_of_extent(table.extents()), None);
+        // 5 bytes; 40 MiB; most of a MiB; 59 MiB.
+        assert_eq!(table.extents(), 1 + 3 + 1 + 4);
+        assert_eq!(table.extents_of(&table.of_segment(1)), 1..4);
     }
 
     #[test]

@@ -4,12 +4,12 @@
 //! On disk: `WEIGHTFS`, the kind (u32), the version (u32), the payload's length (u64), its
 //! sha256 (32 bytes), the payload. Numbers are little-endian.
 
-use std::fs::{self, File};
-use std::io::{self, Read, Write};
+use std::fs::File;
+use std::io::{self, Read};
 use std::path::Path;
-use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::Digest;
+use crate::disk::{Disk, Durability};
 
 /// Bytes of a document at the most. The largest layout takes some 20 MiB; listings of tar layers
 /// with a million members some 200.
@@ -29,56 +29,27 @@ pub(crate) enum Kind {
     State = 2,
     /// Something that the store's user keeps beside a blob.
     Attachment = 3,
-}
-
-/// How sure a write must be.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Durability {
-    /// Replaced atomically; after a power loss it may be gone or damaged, which is noticed.
-    Atomic,
-    /// Replaced atomically and on disk when the call returns.
-    Synced,
+    /// How the owner of the directory stopped.
+    Session = 4,
 }
 
 /// Replaces the document `name` of `dir`.
 pub(crate) fn write(
+    disk: &dyn Disk,
     dir: &Path,
     name: &str,
     kind: Kind,
     payload: &[u8],
     durability: Durability,
 ) -> io::Result<()> {
-    // Distinct names, so that two writers of one document don't write into one file.
-    static WRITES: AtomicU64 = AtomicU64::new(0);
-    let temporary = dir.join(format!(".{name}.{}", WRITES.fetch_add(1, Ordering::Relaxed)));
-    let written = write_new(&temporary, kind, payload, durability)
-        // The commit point: before it the old document holds, after it the new one.
-        .and_then(|()| fs::rename(&temporary, dir.join(name)));
-    if written.is_err() {
-        // The first failure is what counts; a left-over file is overwritten or removed later.
-        let _ = fs::remove_file(&temporary);
-        return written;
-    }
-    match durability {
-        Durability::Atomic => Ok(()),
-        Durability::Synced => File::open(dir)?.sync_all(),
-    }
-}
-
-fn write_new(path: &Path, kind: Kind, payload: &[u8], durability: Durability) -> io::Result<()> {
-    let mut header = Vec::with_capacity(HEADER_BYTES);
-    header.extend_from_slice(MAGIC);
-    header.extend_from_slice(&(kind as u32).to_le_bytes());
-    header.extend_from_slice(&VERSION.to_le_bytes());
-    header.extend_from_slice(&(payload.len() as u64).to_le_bytes());
-    header.extend_from_slice(Digest::of(payload).as_raw());
-    let mut file = File::create(path)?;
-    file.write_all(&header)?;
-    file.write_all(payload)?;
-    match durability {
-        Durability::Atomic => Ok(()),
-        Durability::Synced => file.sync_all(),
-    }
+    let mut content = Vec::with_capacity(HEADER_BYTES + payload.len());
+    content.extend_from_slice(MAGIC);
+    content.extend_from_slice(&(kind as u32).to_le_bytes());
+    content.extend_from_slice(&VERSION.to_le_bytes());
+    content.extend_from_slice(&(payload.len() as u64).to_le_bytes());
+    content.extend_from_slice(Digest::of(payload).as_raw());
+    content.extend_from_slice(payload);
+    disk.replace(&dir.join(name), &content, durability)
 }
 
 /// What is at a document's place.
@@ -130,7 +101,10 @@ fn decode(mut bytes: Vec<u8>, kind: Kind) -> Result<Vec<u8>, String> {
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
+
     use super::*;
+    use crate::disk::LocalDisk;
 
     #[test]
     fn what_is_written_is_read() {
@@ -138,7 +112,7 @@ mod tests {
         let path = dir.path().join("x");
         assert_eq!(read(&path, Kind::State), Found::Nothing);
         for payload in [&b"first, longer"[..], b"second", b""] {
-            write(dir.path(), "x", Kind::State, payload, Durability::Synced).unwrap();
+            write(&LocalDisk, dir.path(), "x", Kind::State, payload, Durability::Synced).unwrap();
             assert_eq!(read(&path, Kind::State), Found::Payload(payload.to_vec()));
         }
         assert!(matches!(read(&path, Kind::Layout), Found::Damaged(_)));
@@ -149,7 +123,7 @@ mod tests {
     fn every_cut_and_every_flipped_bit_is_noticed() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("x");
-        write(dir.path(), "x", Kind::Layout, b"payload", Durability::Atomic).unwrap();
+        write(&LocalDisk, dir.path(), "x", Kind::Layout, b"payload", Durability::Atomic).unwrap();
         let good = fs::read(&path).unwrap();
         for len in 0..good.len() {
             assert!(decode(good[..len].to_vec(), Kind::Layout).is_err(), "cut at {len}");
@@ -168,6 +142,6 @@ mod tests {
     fn a_failed_write_leaves_the_old_document() {
         let dir = tempfile::tempdir().unwrap();
         let gone = dir.path().join("gone");
-        assert!(write(&gone, "x", Kind::State, b"new", Durability::Synced).is_err());
+        assert!(write(&LocalDisk, &gone, "x", Kind::State, b"new", Durability::Synced).is_err());
     }
 }

@@ -13,9 +13,11 @@
 //! request ends, however that comes (the task's guard sees to it); failures are not remembered.
 //! No lock is held across I/O or an await, and hits take none of these.
 
+mod filler;
 mod line;
 mod plan;
 mod queue;
+mod room;
 mod scheduler;
 mod transfer;
 
@@ -33,6 +35,7 @@ pub(crate) use self::scheduler::Scheduler;
 use self::queue::{Queue, Request};
 use self::scheduler::Next;
 use crate::chunk::{ChunkNo, VerifiedChunk};
+use crate::loose::LooseChunk;
 use crate::read_ahead::Access;
 use crate::shared::{Entered, lock};
 use crate::{Blob, ReadError, SourceError};
@@ -49,6 +52,8 @@ pub(crate) enum Failure {
     },
     /// The cache file could not be written.
     Cache(Arc<std::io::Error>),
+    /// There is no room for it, and nobody waited.
+    NoRoom,
 }
 
 impl Failure {
@@ -61,7 +66,7 @@ impl Failure {
         Self::cache(std::io::Error::other("the fetch was abandoned"))
     }
 
-    fn into_read_error(self, blob: &Blob) -> ReadError {
+    pub(crate) fn into_read_error(self, blob: &Blob) -> ReadError {
         let digest = blob.id().digest;
         match self {
             Self::Final(cause) => ReadError::Source { digest, cause },
@@ -69,11 +74,27 @@ impl Failure {
                 ReadError::Deadline { digest, deadline: blob.fetch_options().deadline, cause }
             }
             Self::Cache(cause) => ReadError::Cache { digest, cause },
+            Self::NoRoom => {
+                let cause = std::io::Error::from(std::io::ErrorKind::StorageFull);
+                ReadError::Cache { digest, cause: Arc::new(cause) }
+            }
         }
     }
 }
 
 pub(crate) type Outcome = Result<(), Failure>;
+
+/// Where a chunk is that somebody waited for.
+#[derive(Debug, Clone)]
+pub(crate) enum Landed {
+    /// In the cache, published.
+    InCache,
+    /// Only in memory, because there is no room.
+    InMemory(ChunkNo, Arc<LooseChunk>),
+}
+
+/// Who waits for a chunk.
+type Waiter = oneshot::Sender<Result<Landed, Failure>>;
 
 /// How long a request may go on trying, and what went wrong last. Readers who join it extend it.
 #[derive(Debug)]
@@ -112,7 +133,7 @@ impl Patience {
 /// One chunk that a reader waits for.
 #[derive(Debug)]
 pub(crate) struct Ticket {
-    outcome: oneshot::Receiver<Outcome>,
+    outcome: oneshot::Receiver<Result<Landed, Failure>>,
     patience: Arc<Patience>,
 }
 
@@ -138,22 +159,26 @@ impl Fetcher {
         tickets
     }
 
-    /// Waits for what was asked for, but not beyond `until`.
+    /// Waits for what was asked for, but not beyond `until`. Gives the chunks that did not come
+    /// into the cache.
     pub(crate) async fn wait(
         &self,
-        blob: &Blob,
         tickets: Vec<Ticket>,
         until: Instant,
-    ) -> Result<(), ReadError> {
+    ) -> Result<Vec<(ChunkNo, Arc<LooseChunk>)>, Failure> {
+        let mut loose = vec![];
         for ticket in tickets {
             let outcome = match tokio::time::timeout_at(until, ticket.outcome).await {
                 Ok(Ok(outcome)) => outcome,
                 Ok(Err(_)) => Err(Failure::abandoned()),
                 Err(_) => Err(Failure::Expired { cause: ticket.patience.cause() }),
             };
-            outcome.map_err(|failure| failure.into_read_error(blob))?;
+            match outcome? {
+                Landed::InCache => {}
+                Landed::InMemory(chunk, bytes) => loose.push((chunk, bytes)),
+            }
         }
-        Ok(())
+        Ok(loose)
     }
 
     /// Fetches what nobody fetches yet of `chunks`, after what is in demand.
@@ -195,13 +220,31 @@ impl Fetcher {
     }
 
     /// Makes a chunk readable and wakes who waits for it.
-    fn publish(&self, blob: &Arc<Blob>, chunk: &VerifiedChunk, entered: &Entered<'_>) {
-        blob.publish(chunk, entered);
+    fn publish(
+        &self,
+        blob: &Arc<Blob>,
+        chunk: &VerifiedChunk,
+        priority: Priority,
+        entered: &Entered<'_>,
+    ) {
+        blob.publish(chunk, priority, entered);
         for waiter in lock(&self.queue).landed(chunk.chunk()) {
             // A reader that went away does not wait any more.
-            let _ = waiter.send(Ok(()));
+            let _ = waiter.send(Ok(Landed::InCache));
         }
         blob.hash().poke(blob);
+    }
+
+    /// Gives a chunk that has no room in the cache to those who wait for it.
+    fn hand_over(&self, chunk: ChunkNo, bytes: &Arc<LooseChunk>) {
+        for waiter in lock(&self.queue).landed(chunk) {
+            let _ = waiter.send(Ok(Landed::InMemory(chunk, Arc::clone(bytes))));
+        }
+    }
+
+    /// The first of `chunks` that somebody waits for.
+    fn first_waited_for(&self, chunks: &Range<ChunkNo>) -> Option<ChunkNo> {
+        lock(&self.queue).first_waited_for(chunks)
     }
 }
 
@@ -251,7 +294,7 @@ impl Drop for Running {
     fn drop(&mut self) {
         let blob = &self.blob;
         for waiter in lock(&blob.fetcher().queue).ended(&self.request) {
-            let _ = waiter.send(self.outcome.clone());
+            let _ = waiter.send(self.outcome.clone().map(|()| Landed::InCache));
         }
         blob.scheduler().ended(&self.host, self.request.priority, self.bytes);
         match self.outcome {

@@ -5,8 +5,8 @@
 //! with few cores it must not take time from readers, and it can catch up when they rest. Blobs
 //! take turns.
 //!
-//! Invariant: at most one thread hashes a blob; it sees each chunk once, in order, and only
-//! published ones.
+//! Invariants: at most one thread hashes a blob; it sees each chunk once, in order, and only
+//! published ones. When one that it has seen is fetched again, it begins anew: see [`crate::trust`].
 
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
@@ -18,6 +18,7 @@ use sha2::{Digest as _, Sha256};
 use crate::chunk::ChunkNo;
 use crate::shared::lock;
 use crate::state::Verdict;
+use crate::trust::{Era, Settled};
 use crate::{Blob, Digest};
 
 /// Chunks that must be ready before a thread is woken for them, so that it isn't for every one.
@@ -45,20 +46,42 @@ pub(crate) enum Follow {
 /// A hash in progress.
 #[derive(Debug)]
 pub(crate) struct RunningHash {
-    follow: Follow,
+    /// See [`Follow`].
+    waits_for_whole: AtomicBool,
     /// The first chunk that is not hashed yet.
     next: AtomicU32,
     running: AtomicBool,
-    hasher: Mutex<Sha256>,
+    pass: Mutex<Pass>,
+}
+
+/// The hash of what comes before `next`.
+#[derive(Debug, Default)]
+struct Pass {
+    hasher: Sha256,
+    era: Era,
 }
 
 impl RunningHash {
     pub(crate) fn new(follow: Follow) -> Self {
         Self {
-            follow,
+            waits_for_whole: AtomicBool::new(follow == Follow::Whole),
             next: AtomicU32::new(0),
             running: AtomicBool::new(false),
-            hasher: Mutex::default(),
+            pass: Mutex::default(),
+        }
+    }
+
+    /// Whether a chunk was hashed already.
+    pub(crate) fn is_past(&self, chunk: ChunkNo) -> bool {
+        chunk.0 < self.next.load(Ordering::Acquire)
+    }
+
+    /// Begins anew if something that was hashed has been fetched again.
+    fn keep_up(&self, pass: &mut Pass, era: Era) {
+        if pass.era != era {
+            *pass = Pass { era, ..Pass::default() };
+            self.waits_for_whole.store(true, Ordering::Release);
+            self.next.store(0, Ordering::Release);
         }
     }
 
@@ -76,10 +99,10 @@ impl RunningHash {
 
     fn has_work(&self, blob: &Blob, batch: u32) -> bool {
         let next = self.next.load(Ordering::Acquire);
-        match (blob.presence().is_complete(), self.follow) {
+        match (blob.presence().is_complete(), self.waits_for_whole.load(Ordering::Acquire)) {
             (true, _) => true,
-            (false, Follow::Whole) => false,
-            (false, Follow::Prefix) => {
+            (false, true) => false,
+            (false, false) => {
                 blob.presence().has_all(&(ChunkNo(next)..ChunkNo(next.saturating_add(batch))))
             }
         }
@@ -194,23 +217,25 @@ fn take_turn(blob: &Arc<Blob>) -> bool {
 
 fn hash_ready(blob: &Arc<Blob>) -> Turn {
     let hash = blob.hash();
-    let mut hasher = lock(&hash.hasher);
+    let mut pass = lock(&hash.pass);
     let total = blob.table().all().end.0;
     for _ in 0..TURN {
+        hash.keep_up(&mut pass, blob.era());
         let next = hash.next.load(Ordering::Acquire);
         if next >= total {
-            judge(blob, Digest::from_raw(std::mem::take(&mut *hasher).finalize().into()));
-            return Turn::Done;
-        }
-        if !blob.presence().has(ChunkNo(next)) {
-            return Turn::CaughtUp;
+            let actual = Digest::from_raw(std::mem::take(&mut pass.hasher).finalize().into());
+            match judge(blob, actual, pass.era) {
+                Settled::Now | Settled::Before => return Turn::Done,
+                Settled::Outdated => continue,
+            }
         }
         // Nobody waits for the judgement of a store that is closed.
         if blob.enter().is_err() {
             return Turn::Done;
         }
         match blob.chunk_bytes(ChunkNo(next)) {
-            Ok(bytes) => hasher.update(&*bytes),
+            Ok(Some(bytes)) => pass.hasher.update(&*bytes),
+            Ok(None) => return Turn::CaughtUp,
             Err(error) => {
                 // Not judged: the blob stays transport-trusted until it is opened again.
                 tracing::error!(blob = %blob.id().digest, %error, "blob can't be hashed");
@@ -230,11 +255,13 @@ fn lower_priority() {
     let _ = unsafe { nix::libc::setpriority(nix::libc::PRIO_PROCESS, 0, NICE) };
 }
 
-fn judge(blob: &Arc<Blob>, actual: Digest) {
+fn judge(blob: &Arc<Blob>, actual: Digest, era: Era) -> Settled {
     let promised = blob.id().digest;
     if actual == promised {
-        blob.settle(Verdict::Verified);
-    } else if blob.settle(Verdict::Poisoned { actual }) {
+        return blob.settle(Verdict::Verified, era);
+    }
+    let settled = blob.settle(Verdict::Poisoned { actual }, era);
+    if settled == Settled::Now {
         tracing::error!(
             blob = %promised,
             %actual,
@@ -242,4 +269,5 @@ fn judge(blob: &Arc<Blob>, actual: Digest) {
             "blob is poisoned: what its sources gave does not hash to its digest; nothing of it is served any more",
         );
     }
+    settled
 }

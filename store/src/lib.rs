@@ -2,18 +2,24 @@
 //! here, and whether they can be believed. It knows nothing of files, snapshots or containerd.
 //!
 //! A blob is cut into *segments*, each one sparse cache file, and each segment into *chunks* of
-//! [`CHUNK_BYTES`]. A chunk is absent or published; a published byte never changes.
+//! [`CHUNK_BYTES`]. A chunk is absent or published; a published byte never changes. What nobody
+//! uses can be evicted and is absent again.
 
 pub mod blob;
+mod budget;
 mod chunk;
 pub mod digest;
+mod disk;
 mod document;
 pub mod error;
+mod extents;
 mod fetch;
 mod hash;
 mod interest;
 pub mod layout;
+mod loose;
 mod presence;
+mod rank;
 mod read_ahead;
 pub mod registry;
 mod segment;
@@ -21,12 +27,22 @@ mod shared;
 pub mod source;
 mod state;
 pub mod store;
+mod trust;
 
-pub use blob::{Blob, BlobStats, Miss, Read, Slice, Trust};
+/// Atomics by a name of our own: the test of what threads do to each other puts those of loom in
+/// their place.
+mod atomic {
+    pub(crate) use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+}
+
+pub use blob::{Blob, BlobStats, Miss, Read, SegmentHold, Slice, Trust};
 pub use digest::{Digest, DigestError};
 pub use error::{OpenError, ReadError, SourceError};
 pub use layout::{CHUNK_BYTES, Layout, LayoutError};
 pub use oci_client::Reference;
 pub use registry::{MAX_MANIFEST_BYTES, Manifest, Registries, RegistryOptions, Repository};
 pub use source::{ByteStream, Source};
-pub use store::{Background, BlobId, FetchOptions, Form, Ingest, Store, StoreOptions};
+pub use store::{
+    Amount, Background, BlobId, BlobUsage, CacheOptions, Evicted, FetchOptions, Form, Ingest,
+    Pruned, Recheck, Store, StoreOptions, Usage,
+};

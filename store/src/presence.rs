@@ -1,62 +1,17 @@
 //! Which chunks are published: a bitmap that readers look at without a lock.
 //!
-//! Invariant: a bit is set (Release) only after the chunk's last byte is in the cache file; a
-//! reader that sees it (Acquire) sees the bytes.
+//! Invariants: a bit is set (Release) only after the chunk's last byte is in the cache file; a
+//! reader that sees it (Acquire) sees the bytes. It is cleared only while the chunk's extent is
+//! being evicted, so who holds the extent can rely on a bit that he has seen.
+
+mod bits;
 
 use std::ops::Range;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
+pub(crate) use self::bits::{Bits, ones};
+
 use crate::chunk::{ChunkNo, VerifiedChunk, each};
-
-/// A bitmap of fixed length that many threads change.
-#[derive(Debug)]
-pub(crate) struct Bits {
-    words: Box<[AtomicU64]>,
-    len: u32,
-}
-
-impl Bits {
-    pub(crate) fn new(len: u32) -> Self {
-        let words = (0..len.div_ceil(64)).map(|_| AtomicU64::new(0)).collect();
-        Self { words, len }
-    }
-
-    /// Sets a bit; whether it was clear.
-    pub(crate) fn set(&self, bit: u32) -> bool {
-        let Some(word) = self.word(bit) else { return false };
-        let mask = 1 << (bit % 64);
-        word.fetch_or(mask, Ordering::AcqRel) & mask == 0
-    }
-
-    pub(crate) fn get(&self, bit: u32) -> bool {
-        self.word(bit).is_some_and(|word| word.load(Ordering::Acquire) >> (bit % 64) & 1 == 1)
-    }
-
-    /// Clears all bits and gives those that were set.
-    pub(crate) fn take(&self) -> Vec<u32> {
-        let words = self.words.iter().map(|word| word.swap(0, Ordering::AcqRel));
-        ones(words).collect()
-    }
-
-    /// The words as they are now.
-    pub(crate) fn snapshot(&self) -> Vec<u64> {
-        self.words.iter().map(|word| word.load(Ordering::Acquire)).collect()
-    }
-
-    fn word(&self, bit: u32) -> Option<&AtomicU64> {
-        if bit >= self.len {
-            return None;
-        }
-        self.words.get(usize::try_from(bit / 64).ok()?)
-    }
-}
-
-/// The numbers of the bits that are set in `words`.
-pub(crate) fn ones(words: impl Iterator<Item = u64>) -> impl Iterator<Item = u32> {
-    (0u32..).step_by(64).zip(words).flat_map(|(base, word)| {
-        (0..64).filter(move |bit| word >> bit & 1 == 1).map(move |bit| base + bit)
-    })
-}
 
 /// The published chunks of a blob.
 #[derive(Debug)]
@@ -81,6 +36,16 @@ impl Presence {
         new
     }
 
+    /// Takes a chunk of `len` bytes away; whether it was published. Its extent is being evicted.
+    pub(crate) fn withdraw(&self, chunk: ChunkNo, len: u64) -> bool {
+        let known = self.bits.clear(chunk.0);
+        if known {
+            self.bytes.fetch_sub(len, Ordering::AcqRel);
+            self.chunks.fetch_sub(1, Ordering::AcqRel);
+        }
+        known
+    }
+
     pub(crate) fn has(&self, chunk: ChunkNo) -> bool {
         self.bits.get(chunk.0)
     }
@@ -95,7 +60,7 @@ impl Presence {
     }
 
     pub(crate) fn is_complete(&self) -> bool {
-        self.chunks.load(Ordering::Acquire) == self.bits.len
+        self.chunks.load(Ordering::Acquire) == self.bits.len()
     }
 
     /// Bytes published.
@@ -129,6 +94,18 @@ mod tests {
         assert!(presence.publish(&verified(0)) && presence.publish(&verified(1)));
         assert!(presence.is_complete() && presence.has_all(&table.all()));
         assert_eq!(presence.bytes(), 2 * CHUNK_BYTES + 9);
+    }
+
+    #[test]
+    fn a_chunk_that_was_withdrawn_is_absent_until_it_is_published_again() {
+        let table = ChunkTable::new(Layout::whole(CHUNK_BYTES)).unwrap();
+        let chunk = VerifiedChunk::check(&table, ChunkNo(0), &(0..CHUNK_BYTES)).unwrap();
+        let presence = Presence::new(1);
+        assert!(!presence.withdraw(ChunkNo(0), CHUNK_BYTES));
+        presence.publish(&chunk);
+        assert!(presence.withdraw(ChunkNo(0), CHUNK_BYTES));
+        assert_eq!((presence.bytes(), presence.is_complete()), (0, false));
+        assert!(!presence.has(ChunkNo(0)) && presence.publish(&chunk) && presence.is_complete());
     }
 
     #[test]

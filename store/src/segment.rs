@@ -15,10 +15,17 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock};
 
 use memmap2::{MmapOptions, MmapRaw};
+use nix::unistd::{Whence, lseek};
+
+use crate::Layout;
+use crate::disk::Disk;
 
 /// Mappings that a store keeps at the most. The kernel allows a process 65,530 by default
 /// (vm.max_map_count), and others in the process need some. What is not mapped is read by `pread`.
 const MAX_MAPPINGS: usize = 32_768;
+
+/// Bytes of a block of a file system at the most (xfs). A chunk is a multiple of it.
+const MAX_BLOCK_BYTES: u64 = 64 << 10;
 
 /// Counts the mappings of a store.
 #[derive(Debug, Default)]
@@ -61,13 +68,35 @@ pub(crate) enum View {
 #[derive(Debug)]
 pub(crate) struct Segments {
     dir: PathBuf,
+    disk: Arc<dyn Disk>,
     mappings: Box<[OnceLock<Mapping>]>,
     budget: Arc<MappingBudget>,
 }
 
 impl Segments {
-    pub(crate) fn new(dir: PathBuf, count: usize, budget: Arc<MappingBudget>) -> Self {
-        Self { dir, mappings: (0..count).map(|_| OnceLock::new()).collect(), budget }
+    pub(crate) fn new(
+        dir: PathBuf,
+        count: usize,
+        disk: Arc<dyn Disk>,
+        budget: Arc<MappingBudget>,
+    ) -> Self {
+        Self { dir, disk, mappings: (0..count).map(|_| OnceLock::new()).collect(), budget }
+    }
+
+    /// The disk that they are on.
+    pub(crate) fn disk(&self) -> &dyn Disk {
+        &*self.disk
+    }
+
+    /// Writes to the file of a segment, which [`Segments::open_to_fill`] gave.
+    pub(crate) fn write(
+        &self,
+        file: &File,
+        segment: usize,
+        bytes: &[u8],
+        offset: u64,
+    ) -> io::Result<()> {
+        self.disk.write_at(file, &path(&self.dir, segment), bytes, offset)
     }
 
     /// The directory that they are in.
@@ -96,14 +125,39 @@ impl Segments {
         File::open(path(&self.dir, segment))
     }
 
-    /// Whether the file is there and has its full length.
-    pub(crate) fn is_whole(&self, segment: usize, len: u64) -> bool {
-        fs::metadata(path(&self.dir, segment)).is_ok_and(|file| file.len() == len)
+    /// Where the file has blocks, in order and without what touches; nothing if it is not there or
+    /// was cut. A record that claims more was not written by us: a hole reads as zeros.
+    pub(crate) fn filled(&self, segment: usize, layout: &Layout) -> Vec<Range<u64>> {
+        let len = layout.segment(segment).map_or(0, |bytes| bytes.end - bytes.start);
+        let Ok(file) = self.open(segment) else { return vec![] };
+        if !file.metadata().is_ok_and(|found| found.len() == len) {
+            return vec![];
+        }
+        let mut ranges = vec![];
+        let mut at = 0;
+        // Ends with ENXIO behind the last block (lseek(2)).
+        while at < len
+            && let Ok(start) = seek(&file, at, Whence::SeekData)
+            && let Ok(end) = seek(&file, start, Whence::SeekHole)
+            && end > start
+        {
+            ranges.push(start..end);
+            at = end;
+        }
+        ranges
     }
 
     /// Makes what was written to the file so far survive a power loss.
     pub(crate) fn sync(&self, segment: usize) -> io::Result<()> {
-        self.open(segment)?.sync_data()
+        self.disk.sync_data(&path(&self.dir, segment))
+    }
+
+    /// Gives back the disk space of the bytes `range` of a file. Nobody may be reading them: they
+    /// are zeros from here on.
+    pub(crate) fn punch(&self, segment: usize, range: Range<u64>) -> io::Result<()> {
+        // With the rest of the last block, which is freed only as a whole (ext4_punch_hole).
+        let end = range.start + (range.end - range.start).next_multiple_of(MAX_BLOCK_BYTES);
+        self.disk.punch(&path(&self.dir, segment), range.start..end)
     }
 
     /// Readies the bytes `range` of a segment of `len` bytes, counted from its start; they must
@@ -158,10 +212,22 @@ impl Segments {
 
     /// Bytes that all files of the directory take on disk.
     pub(crate) fn disk_bytes(&self) -> u64 {
-        let Ok(entries) = fs::read_dir(&self.dir) else { return 0 };
-        let files = entries.filter_map(|entry| entry.ok()?.metadata().ok());
-        files.map(|file| file.blocks() * 512).sum()
+        disk_bytes(&self.dir)
     }
+}
+
+/// Bytes that all files of a directory take on disk (`st_blocks`, which is in units of 512 bytes
+/// whatever the file system's: stat(2)).
+pub(crate) fn disk_bytes(dir: &Path) -> u64 {
+    let Ok(entries) = fs::read_dir(dir) else { return 0 };
+    let files = entries.filter_map(|entry| entry.ok()?.metadata().ok());
+    files.map(|file| file.blocks() * 512).sum()
+}
+
+fn seek(file: &File, from: u64, whence: Whence) -> io::Result<u64> {
+    let from = i64::try_from(from).map_err(io::Error::other)?;
+    let found = lseek(file, from, whence)?;
+    u64::try_from(found).map_err(io::Error::other)
 }
 
 /// The file of a segment.
@@ -172,9 +238,10 @@ pub(crate) fn path(dir: &Path, segment: usize) -> PathBuf {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::disk::LocalDisk;
 
     fn segments(dir: &Path, budget: &Arc<MappingBudget>) -> Segments {
-        Segments::new(dir.to_owned(), 2, Arc::clone(budget))
+        Segments::new(dir.to_owned(), 2, Arc::new(LocalDisk), Arc::clone(budget))
     }
 
     #[test]
@@ -182,12 +249,16 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let segments = segments(dir.path(), &Arc::default());
         let file = segments.open_to_fill(1, 64 << 20).unwrap();
-        assert!(segments.is_whole(1, 64 << 20) && !segments.is_whole(0, 1));
+        let layout = Layout::new(65 << 20, [1 << 20]).unwrap();
+        assert!(segments.filled(1, &layout).is_empty() && segments.filled(0, &layout).is_empty());
         assert!(matches!(segments.view(1, 64 << 20, &(0..5)).unwrap(), View::Mapped));
         file.write_all_at(b"bytes", 1 << 20).unwrap();
         let at = 1 << 20;
         assert_eq!(segments.mapped(1, &(at..at + 5)), b"bytes");
         assert!(segments.disk_bytes() < 1 << 20);
+        let filled = segments.filled(1, &layout);
+        let holds = |at: u64| filled.iter().any(|range| range.contains(&at));
+        assert!(holds(1 << 20) && holds((1 << 20) + 4) && !holds(0) && !holds(3 << 20));
         assert!(segments.mapped(1, &(0..(64 << 20) + 1)).is_empty());
     }
 

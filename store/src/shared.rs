@@ -3,24 +3,47 @@
 
 use std::collections::HashMap;
 use std::io;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard};
-use std::time::Duration;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard};
+use std::time::{Duration, Instant};
 
 use tokio::runtime::Handle;
+use tokio::sync::Notify;
 
 use crate::Blob;
+use crate::budget::Budget;
+use crate::disk::Disk;
 use crate::fetch::Scheduler;
 use crate::hash::Hashers;
+use crate::loose::LooseChunks;
+use crate::rank::Clock;
 use crate::segment::MappingBudget;
 use crate::store::{BlobId, FetchOptions};
 
 /// The longest deadline of a read: as good as none, and sums with it don't overflow.
 const MAX_DEADLINE: Duration = Duration::from_secs(24 * 60 * 60);
 
+/// Published bytes that are synced and recorded at once, even before their time has come.
+const GROUP_BYTES: u64 = 64 << 20;
+
+/// The longest wait without a look: a condition variable can't wait for ever.
+const MAX_WAIT: Duration = Duration::from_secs(60);
+
+/// The share of the cache that the read-ahead of one stream may take at the most.
+const READ_AHEAD_SHARE: u64 = 4;
+
 /// A lock whose holder can't leave half a change behind: a panic in one holder does not take the
 /// others down.
 pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// See `store/session.rs`.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Epochs {
+    /// The one that this is.
+    pub(crate) now: u64,
+    /// What was recorded before it is in doubt.
+    pub(crate) doubt_before: u64,
 }
 
 /// Whether the store may still change its directory.
@@ -39,25 +62,69 @@ pub(crate) struct Entered<'a>(#[expect(dead_code, reason = "held")] RwLockReadGu
 pub(crate) struct Shared {
     pub(crate) fetch: FetchOptions,
     pub(crate) runtime: Handle,
+    pub(crate) disk: Arc<dyn Disk>,
     pub(crate) mappings: Arc<MappingBudget>,
     pub(crate) scheduler: Scheduler,
     pub(crate) hashers: Arc<Hashers>,
+    pub(crate) clock: Clock,
+    pub(crate) epochs: Epochs,
+    /// Names the boot of the machine.
+    pub(crate) boot: Box<str>,
+    pub(crate) budget: Budget,
+    pub(crate) loose: LooseChunks,
+    /// Told of each eviction that ended.
+    pub(crate) evicted: Notify,
     gate: RwLock<Gate>,
-    /// Blobs that changed since their last record. It holds them open until it is written.
-    changed: Mutex<HashMap<BlobId, Arc<Blob>>>,
+    changes: Mutex<Changes>,
+    /// For the thread that records.
+    told: Condvar,
+    /// Held while blobs are recorded.
+    recording: Mutex<()>,
+}
+
+/// What is to be recorded.
+#[derive(Debug, Default)]
+struct Changes {
+    /// Blobs that changed since their last record. They are held open until it is written.
+    blobs: HashMap<BlobId, Arc<Blob>>,
+    /// Bytes that were published since then.
+    bytes: u64,
+    /// When the first of them changed.
+    since: Option<Instant>,
+    ended: bool,
 }
 
 impl Shared {
-    pub(crate) fn new(fetch: FetchOptions, runtime: Handle) -> Self {
+    pub(crate) fn new(
+        fetch: FetchOptions,
+        disk: Arc<dyn Disk>,
+        budget: Budget,
+        epochs: Epochs,
+        boot: &str,
+        runtime: Handle,
+    ) -> Self {
         let deadline = fetch.deadline.min(MAX_DEADLINE);
+        // What is read ahead must not push itself out before it is read.
+        let window = budget.limits().limit.map_or(u64::MAX, |limit| limit / READ_AHEAD_SHARE);
+        let read_ahead_max = fetch.read_ahead_max.min(window);
+        let read_ahead_min = fetch.read_ahead_min.min(window);
         Self {
             scheduler: Scheduler::new(fetch.connections_per_host),
             hashers: Hashers::new(),
-            fetch: FetchOptions { deadline, ..fetch },
+            fetch: FetchOptions { deadline, read_ahead_min, read_ahead_max, ..fetch },
             runtime,
+            disk,
             mappings: Arc::default(),
+            clock: Clock::start(),
+            epochs,
+            boot: boot.into(),
+            budget,
+            loose: LooseChunks::default(),
+            evicted: Notify::new(),
             gate: RwLock::new(Gate::Open),
-            changed: Mutex::default(),
+            changes: Mutex::default(),
+            told: Condvar::new(),
+            recording: Mutex::default(),
         }
     }
 
@@ -78,13 +145,73 @@ impl Shared {
         drop(self.take_changed());
     }
 
-    /// Asks for a new record of a blob.
-    pub(crate) fn changed(&self, blob: &Arc<Blob>, _proof: &Entered<'_>) {
-        lock(&self.changed).insert(blob.id(), Arc::clone(blob));
+    /// Asks for a new record of a blob, of which so many more bytes are published.
+    pub(crate) fn changed(&self, blob: &Arc<Blob>, bytes: u64, _proof: &Entered<'_>) {
+        let mut changes = lock(&self.changes);
+        changes.blobs.insert(blob.id(), Arc::clone(blob));
+        let before = changes.bytes;
+        changes.bytes += bytes;
+        let is_first = changes.since.is_none();
+        changes.since.get_or_insert_with(Instant::now);
+        if is_first || (before < GROUP_BYTES && changes.bytes >= GROUP_BYTES) {
+            self.told.notify_all();
+        }
     }
 
-    /// The blobs that need a new record.
-    pub(crate) fn take_changed(&self) -> Vec<Arc<Blob>> {
-        lock(&self.changed).drain().map(|(_, blob)| blob).collect()
+    /// Waits until there is something to record that is `latest` old, or large enough; false when
+    /// no more is to be recorded.
+    pub(crate) fn await_group(&self, latest: Duration) -> bool {
+        let mut changes = lock(&self.changes);
+        while !changes.ended {
+            let left = match changes.since {
+                Some(_) if changes.bytes >= GROUP_BYTES => return true,
+                Some(since) => latest.saturating_sub(since.elapsed()),
+                None => Duration::MAX,
+            };
+            if left.is_zero() {
+                return true;
+            }
+            let woken = self.told.wait_timeout(changes, left.min(MAX_WAIT));
+            (changes, _) = woken.unwrap_or_else(PoisonError::into_inner);
+        }
+        false
+    }
+
+    /// Waits, unless it is ended.
+    pub(crate) fn pause_recording(&self, time: Duration) {
+        let changes = lock(&self.changes);
+        drop(self.told.wait_timeout_while(changes, time, |changes| !changes.ended));
+    }
+
+    /// Ends the waiting for groups.
+    pub(crate) fn end_groups(&self) {
+        lock(&self.changes).ended = true;
+        self.told.notify_all();
+    }
+
+    /// Runs `record` on the blobs that need a new record, after whoever does the same. Those of
+    /// which it fails need one still. Gives the first failure.
+    pub(crate) fn record_changed<E>(
+        self: &Arc<Self>,
+        record: impl Fn(&Arc<Blob>) -> Result<(), E>,
+    ) -> Result<(), E> {
+        let _recording = lock(&self.recording);
+        let mut result = Ok(());
+        for blob in self.take_changed() {
+            if let Err(error) = record(&blob) {
+                if let Ok(entered) = self.enter() {
+                    self.changed(&blob, 0, &entered);
+                }
+                result = result.and(Err(error));
+            }
+        }
+        result
+    }
+
+    fn take_changed(&self) -> Vec<Arc<Blob>> {
+        let mut changes = lock(&self.changes);
+        changes.bytes = 0;
+        changes.since = None;
+        changes.blobs.drain().map(|(_, blob)| blob).collect()
     }
 }

@@ -9,11 +9,17 @@ use std::path::Path;
 
 use crate::Digest;
 use crate::chunk::ChunkTable;
-use crate::document::{self, Durability, Found, Kind};
+use crate::disk::{Disk, Durability};
+use crate::document::{self, Found, Kind};
 use crate::layout::Layout;
 
 /// The file that holds it.
 const FILE: &str = "state";
+
+/// Removes the record in `dir`; it is gone from the disk when the call returns.
+pub(crate) fn remove(disk: &dyn Disk, dir: &Path) -> io::Result<()> {
+    disk.remove(&dir.join(FILE))
+}
 
 /// The judgement of a whole blob.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -32,25 +38,27 @@ pub(crate) enum Verdict {
 pub(crate) struct Record {
     /// The judgement, if the whole was hashed.
     pub(crate) verdict: Option<Verdict>,
+    /// The epoch in which what is here was written, or hashed, last: see `store/session.rs`.
+    pub(crate) epoch: u64,
     /// A bit for each chunk that is here.
     pub(crate) present: Vec<u64>,
 }
 
 impl Record {
     /// The record of a complete, believed blob.
-    pub(crate) fn complete(table: &ChunkTable) -> Self {
+    pub(crate) fn complete(table: &ChunkTable, epoch: u64) -> Self {
         let chunks = table.all().end.0;
         let word = |index: u32| match chunks - index * 64 {
             64.. => u64::MAX,
             rest => (1 << rest) - 1,
         };
         let present = (0..chunks.div_ceil(64)).map(word).collect();
-        Self { verdict: Some(Verdict::Verified), present }
+        Self { verdict: Some(Verdict::Verified), epoch, present }
     }
 
     /// Replaces the record in `dir`; it is on disk when the call returns.
-    pub(crate) fn write(&self, dir: &Path, layout: &Layout) -> io::Result<()> {
-        document::write(dir, FILE, Kind::State, &self.encode(layout), Durability::Synced)
+    pub(crate) fn write(&self, disk: &dyn Disk, dir: &Path, layout: &Layout) -> io::Result<()> {
+        document::write(disk, dir, FILE, Kind::State, &self.encode(layout), Durability::Synced)
     }
 
     /// The record in `dir`. A damaged or foreign one is said once, here, and is `None`.
@@ -69,7 +77,7 @@ impl Record {
     }
 
     /// The layout's fingerprint, the verdict (0 none, 1 verified, 2 poisoned), the digest that
-    /// the bytes have (zeros unless poisoned), the bitmap's words.
+    /// the bytes have (zeros unless poisoned), the epoch, the bitmap's words.
     fn encode(&self, layout: &Layout) -> Vec<u8> {
         let (tag, actual) = match self.verdict {
             None => (0u8, [0; 32]),
@@ -79,6 +87,7 @@ impl Record {
         let mut bytes = fingerprint(layout).as_raw().to_vec();
         bytes.push(tag);
         bytes.extend_from_slice(&actual);
+        bytes.extend_from_slice(&self.epoch.to_le_bytes());
         bytes.extend(self.present.iter().flat_map(|word| word.to_le_bytes()));
         bytes
     }
@@ -86,7 +95,9 @@ impl Record {
     fn decode(bytes: &[u8], table: &ChunkTable) -> Option<Self> {
         let (layout, rest) = bytes.split_first_chunk::<32>()?;
         let (tag, rest) = rest.split_first()?;
-        let (actual, words) = rest.split_first_chunk::<32>()?;
+        let (actual, rest) = rest.split_first_chunk::<32>()?;
+        let (epoch, words) = rest.split_first_chunk::<8>()?;
+        let epoch = u64::from_le_bytes(*epoch);
         let verdict = match tag {
             0 => None,
             1 => Some(Verdict::Verified),
@@ -97,8 +108,11 @@ impl Record {
         let present: Vec<u64> = words.iter().map(|word| u64::from_le_bytes(*word)).collect();
         let expected = usize::try_from(table.all().end.0.div_ceil(64)).ok()?;
         let fits = rest.is_empty() && present.len() == expected;
-        (fits && fingerprint(table.layout()).as_raw() == layout)
-            .then_some(Self { verdict, present })
+        (fits && fingerprint(table.layout()).as_raw() == layout).then_some(Self {
+            verdict,
+            epoch,
+            present,
+        })
     }
 }
 
@@ -115,6 +129,7 @@ mod tests {
     use std::fs;
 
     use super::*;
+    use crate::disk::LocalDisk;
     use crate::layout::CHUNK_BYTES;
 
     fn table(cuts: &[u64]) -> ChunkTable {
@@ -128,26 +143,26 @@ mod tests {
         let table = table(&[CHUNK_BYTES]);
         let actual = Digest::of(b"other");
         for verdict in [None, Some(Verdict::Verified), Some(Verdict::Poisoned { actual })] {
-            let record = Record { verdict, present: vec![5, 1 << 35] };
-            record.write(dir.path(), table.layout()).unwrap();
+            let record = Record { verdict, epoch: 7, present: vec![5, 1 << 35] };
+            record.write(&LocalDisk, dir.path(), table.layout()).unwrap();
             assert_eq!(Record::read(dir.path(), &table), Some(record));
         }
     }
 
     #[test]
     fn a_complete_record_has_each_chunk_and_no_more() {
-        assert_eq!(Record::complete(&table(&[])).present, [u64::MAX, (1 << 36) - 1]);
+        assert_eq!(Record::complete(&table(&[]), 1).present, [u64::MAX, (1 << 36) - 1]);
         let empty = ChunkTable::new(Layout::whole(0)).unwrap();
-        assert!(Record::complete(&empty).present.is_empty());
+        assert!(Record::complete(&empty, 1).present.is_empty());
         let even = ChunkTable::new(Layout::whole(128 * CHUNK_BYTES)).unwrap();
-        assert_eq!(Record::complete(&even).present, [u64::MAX; 2]);
+        assert_eq!(Record::complete(&even, 1).present, [u64::MAX; 2]);
     }
 
     #[test]
     fn a_record_of_other_cuts_means_nothing_is_cached() {
         let dir = tempfile::tempdir().unwrap();
         let one = table(&[CHUNK_BYTES]);
-        Record::complete(&one).write(dir.path(), one.layout()).unwrap();
+        Record::complete(&one, 1).write(&LocalDisk, dir.path(), one.layout()).unwrap();
         assert_eq!(Record::read(dir.path(), &table(&[2 * CHUNK_BYTES])), None);
         assert_eq!(Record::read(dir.path(), &table(&[])), None);
     }
@@ -157,7 +172,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let table = table(&[]);
         assert_eq!(Record::read(dir.path(), &table), None, "no record at all");
-        Record::complete(&table).write(dir.path(), table.layout()).unwrap();
+        Record::complete(&table, 1).write(&LocalDisk, dir.path(), table.layout()).unwrap();
         let good = fs::read(dir.path().join(FILE)).unwrap();
         for bad in [&good[..good.len() - 1], &[], &[0xaa; 4096]] {
             fs::write(dir.path().join(FILE), bad).unwrap();

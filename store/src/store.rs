@@ -2,38 +2,55 @@
 //!
 //! ```text
 //! lock                                     flock, and the owner's process id
-//! ingest/<n>/                              what is being written in sequence
+//! session                                  how the last owner stopped
+//! ingest/<n>/                              what is being written in sequence, or removed
+//! pins/<name>                              blobs that are never evicted
 //! blobs/sha256/<ab>/<hex>/                 a blob as its registry has it
 //! blobs/sha256/<ab>/<hex>.decompressed/    what it inflates to
-//!     layout  state  segment-<n>  attachment-<name>
+//!     layout  state  segment-<n>  attachment-<name>  kernel/<n>
 //! ```
 //!
 //! Invariants: one process owns the directory; after the store is closed nothing in it changes,
 //! even if blobs of it are still held. Lock order: the table of open blobs, then a blob's own.
 
+mod catalog;
 mod checkpoint;
+mod evictor;
 mod ingest;
 mod owner;
+mod pins;
+#[cfg(test)]
+mod power_loss;
+mod session;
+mod usage;
 
-use std::collections::HashMap;
 use std::fs::{self, DirBuilder};
 use std::io;
 use std::os::unix::fs::DirBuilderExt;
-use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, Weak};
+use std::path::Path;
+use std::sync::{Arc, Weak};
 use std::time::Duration;
 
+use nix::sys::statvfs::statvfs;
 use serde::{Deserialize, Serialize};
 use tokio::runtime::Handle;
 
 pub use self::ingest::Ingest;
+pub use self::usage::{BlobUsage, Evicted, Pruned, Usage};
 
+pub(crate) use self::catalog::touch;
+use self::catalog::{Catalog, Removal};
 use self::checkpoint::Checkpointer;
+use self::evictor::Evictor;
 use self::ingest::IngestArea;
 use self::owner::Owner;
+use self::pins::Pins;
+use self::session::Session;
+use crate::budget::{Budget, Limits};
 use crate::chunk::{ChunkTable, MAX_BLOB_BYTES};
-use crate::document::{self, Durability, Found, Kind};
-use crate::shared::{Shared, lock};
+use crate::disk::{Disk, Durability, LocalDisk};
+use crate::document::{self, Found, Kind};
+use crate::shared::{Epochs, Shared, lock};
 use crate::state::{Record, Verdict};
 use crate::{Blob, Digest, Layout, OpenError};
 
@@ -93,14 +110,58 @@ pub enum Background {
     Everything,
 }
 
+/// An amount of disk space.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Amount {
+    /// So many bytes.
+    Bytes(u64),
+    /// So many hundredths of the whole file system.
+    Percent(u8),
+}
+
+impl Amount {
+    fn of(self, file_system: u64) -> u64 {
+        match self {
+            Self::Bytes(bytes) => bytes,
+            Self::Percent(percent) => file_system / 100 * u64::from(percent),
+        }
+    }
+}
+
+/// How much disk the cache may take. Counted are the blocks that its files have.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct CacheOptions {
+    /// At the most; `None` is as much as the file system has.
+    pub limit: Option<Amount>,
+    /// What the file system keeps free, whoever fills it.
+    pub min_free: Amount,
+}
+
+/// When what an earlier owner recorded is hashed again before it counts as verified. It is served
+/// meanwhile.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Recheck {
+    /// Never.
+    Never,
+    /// After a power loss or a crash of the kernel.
+    AfterCrash,
+    /// After each start.
+    Always,
+}
+
 /// What a store needs to know.
 #[derive(Debug, Clone)]
 pub struct StoreOptions {
     /// How misses are filled.
     pub fetch: FetchOptions,
-    /// Time between two checkpoints. What was fetched since the last one is fetched again after a
-    /// power loss; much more often costs throughput (syncing each 4 MiB halves it).
+    /// How much may be kept.
+    pub cache: CacheOptions,
+    /// How long what was fetched may wait until it is synced and recorded; it comes earlier when
+    /// there is much. What is not recorded is fetched again after a kill or a power loss.
     pub checkpoint_interval: Duration,
+    /// What of an earlier run is hashed again.
+    pub recheck: Recheck,
 }
 
 /// The owner of a state directory's blobs. When it is dropped, it records what is published and
@@ -108,11 +169,10 @@ pub struct StoreOptions {
 /// they have and fetch nothing more.
 #[derive(Debug)]
 pub struct Store {
-    blobs: PathBuf,
-    ingests: IngestArea,
-    shared: Arc<Shared>,
-    open: Mutex<HashMap<BlobId, Weak<Blob>>>,
+    catalog: Arc<Catalog>,
+    evictor: Evictor,
     checkpointer: Checkpointer,
+    session: Session,
     /// Last, so that the directory is given up when all else is done.
     _owner: Owner,
 }
@@ -125,6 +185,15 @@ impl Store {
     /// Another owner, an unsuitable file system (tmpfs, overlay, network, FUSE), no permission,
     /// no runtime.
     pub fn open(root: &Path, options: StoreOptions) -> Result<Arc<Self>, OpenError> {
+        Self::open_on(root, options, Arc::new(LocalDisk), &Session::current_boot())
+    }
+
+    fn open_on(
+        root: &Path,
+        options: StoreOptions,
+        disk: Arc<dyn Disk>,
+        boot: &str,
+    ) -> Result<Arc<Self>, OpenError> {
         let runtime = Handle::try_current().map_err(|error| at(root)(io::Error::other(error)))?;
         // Whoever changes the working directory later must not move the cache.
         let root = &std::path::absolute(root).map_err(at(root))?;
@@ -132,20 +201,37 @@ impl Store {
         let blobs = root.join("blobs").join("sha256");
         make_dir(&blobs)?;
         let ingests = IngestArea::clean(root.join("ingest"))?;
-        let StoreOptions { fetch, checkpoint_interval } = options;
-        let shared = Arc::new(Shared::new(fetch, runtime));
+        let pins = Pins::open(root.join("pins"))?;
+        let StoreOptions { fetch, cache, checkpoint_interval, recheck } = options;
+        let session = Session::begin(root, Arc::clone(&disk), boot)?;
+        let doubt_before = match recheck {
+            Recheck::Never => 0,
+            Recheck::AfterCrash => session.doubt_before(),
+            Recheck::Always => session.epoch(),
+        };
+        let epochs = Epochs { now: session.epoch(), doubt_before };
+        let shared =
+            Arc::new(Shared::new(fetch, disk, budget(root, cache)?, epochs, boot, runtime));
         let checkpointer = Checkpointer::start(Arc::clone(&shared), checkpoint_interval);
         let checkpointer = checkpointer.map_err(at(root))?;
-        let open = Mutex::default();
-        Ok(Arc::new(Self { blobs, ingests, shared, open, checkpointer, _owner: owner }))
+        let catalog = Arc::new(Catalog::new(blobs, ingests, pins, shared));
+        let evictor = Evictor::start(Arc::clone(&catalog)).map_err(at(root))?;
+        Ok(Arc::new(Self { catalog, evictor, checkpointer, session, _owner: owner }))
+    }
+
+    /// Lets go of what is used least from now on, where the limits ask for it. To be called when
+    /// all blobs are open that are in use from before a restart: what is not open counts as
+    /// unused.
+    pub fn start_evicting(&self) {
+        self.catalog.start_evicting();
     }
 
     /// The layout of a blob that this store has on disk.
     pub fn layout(&self, id: BlobId) -> Option<Layout> {
-        if let Some(blob) = self.opened(id) {
+        if let Some(blob) = self.catalog.opened(id) {
             return Some(blob.layout().clone());
         }
-        read_layout(&self.dir(id))
+        read_layout(&self.catalog.dir(id))
     }
 
     /// Opens a blob, or creates an empty one. All openers share one [`Blob`].
@@ -154,7 +240,7 @@ impl Store {
     /// When it is there with another layout, is larger than 16 TiB, or the directory can't be
     /// used.
     pub fn blob(self: &Arc<Self>, id: BlobId, layout: &Layout) -> Result<Arc<Blob>, OpenError> {
-        let mut open = lock(&self.open);
+        let mut open = lock(&self.catalog.open);
         if let Some(blob) = open.get(&id).and_then(Weak::upgrade) {
             return same_layout(blob, layout);
         }
@@ -168,22 +254,24 @@ impl Store {
     }
 
     fn open_blob(&self, id: BlobId, layout: &Layout) -> Result<Arc<Blob>, OpenError> {
-        let dir = self.dir(id);
+        let dir = self.catalog.dir(id);
         let size = layout.size();
         let too_large = || {
             let why = format!("a blob of {size} bytes is over the limit of {MAX_BLOB_BYTES}");
             at(&dir)(io::Error::new(io::ErrorKind::InvalidInput, why))
         };
         let table = ChunkTable::new(layout.clone()).ok_or_else(too_large)?;
-        let _entered = self.shared.enter().map_err(at(&dir))?;
+        let _entered = self.catalog.shared.enter().map_err(at(&dir))?;
         make_dir(&dir)?;
         match read_layout(&dir) {
             Some(known) if known == *layout => {}
             Some(_) => return Err(OpenError::OtherLayout { digest: id.digest }),
-            None => write_layout(&dir, layout).map_err(at(&dir))?,
+            None => write_layout(&*self.catalog.shared.disk, &dir, layout).map_err(at(&dir))?,
         }
+        touch(&dir);
+        self.catalog.touched(id);
         let record = Record::read(&dir, &table);
-        Ok(Blob::open(id, dir, table, record, Arc::clone(&self.shared)))
+        Ok(Blob::open(id, dir, table, record, Arc::clone(&self.catalog.shared)))
     }
 
     /// Begins to write a blob in sequence whose cuts become known on the way. Nothing of it is
@@ -201,21 +289,24 @@ impl Store {
     /// # Errors
     /// Another name, more than 256 MiB, or the directory can't be used.
     pub fn attach(&self, id: BlobId, name: &str, bytes: &[u8]) -> Result<(), OpenError> {
-        let dir = self.dir(id);
+        let dir = self.catalog.dir(id);
         let failed = at(&dir);
         let refuse = |why: &str| failed(io::Error::new(io::ErrorKind::InvalidInput, why));
         let file = attachment_file(name).ok_or_else(|| refuse("not a name for a document"))?;
         if bytes.len() as u64 > document::MAX_DOCUMENT_BYTES {
             return Err(refuse("the document is over 256 MiB"));
         }
-        let _entered = self.shared.enter().map_err(&failed)?;
+        let _entered = self.catalog.shared.enter().map_err(&failed)?;
         make_dir(&dir)?;
-        document::write(&dir, &file, Kind::Attachment, bytes, Durability::Atomic).map_err(&failed)
+        self.catalog.touched(id);
+        let disk = &*self.catalog.shared.disk;
+        document::write(disk, &dir, &file, Kind::Attachment, bytes, Durability::Atomic)
+            .map_err(&failed)
     }
 
     /// A document kept beside a blob; `None` if there is none or it is damaged.
     pub fn attachment(&self, id: BlobId, name: &str) -> Option<Vec<u8>> {
-        let path = self.dir(id).join(attachment_file(name)?);
+        let path = self.catalog.dir(id).join(attachment_file(name)?);
         match document::read(&path, Kind::Attachment) {
             Found::Payload(bytes) => Some(bytes),
             Found::Nothing => None,
@@ -227,17 +318,17 @@ impl Store {
     }
 
     /// Makes what is published survive a restart: syncs data, then writes the records.
-    /// Also done every few seconds in the background and when the store is dropped.
+    /// Also done all the time in the background and when the store is dropped.
     ///
     /// # Errors
     /// The first failure; the other blobs are recorded all the same.
     pub fn checkpoint(&self) -> Result<(), OpenError> {
-        checkpoint::record_changed(&self.shared)
+        checkpoint::record_changed(&self.catalog.shared)
     }
 
     /// The blobs that are open now.
     pub fn open_blobs(&self) -> Vec<Arc<Blob>> {
-        lock(&self.open).values().filter_map(Weak::upgrade).collect()
+        self.catalog.all_open()
     }
 
     /// Removes all that is kept of a blob (a poisoned one, or one that nothing needs). What was
@@ -248,14 +339,7 @@ impl Store {
     pub fn discard(&self, id: BlobId) -> Result<bool, OpenError> {
         // Blobs that only wait for their record close.
         self.checkpoint()?;
-        let open = lock(&self.open);
-        if open.get(&id).is_some_and(|blob| blob.strong_count() > 0) {
-            return Ok(false);
-        }
-        let dir = self.dir(id);
-        let _entered = self.shared.enter().map_err(at(&dir))?;
-        self.ingests.remove(&dir)?;
-        Ok(true)
+        Ok(self.catalog.remove(id)? != Removal::Open)
     }
 
     /// Removes what an earlier user of a blob found poisoned, so that the next one asks its
@@ -264,7 +348,7 @@ impl Store {
     /// # Errors
     /// When the directory can't be changed.
     pub fn discard_poisoned(&self, id: BlobId) -> Result<bool, OpenError> {
-        let dir = self.dir(id);
+        let dir = self.catalog.dir(id);
         let table = read_layout(&dir).and_then(ChunkTable::new);
         let record = table.and_then(|table| Record::read(&dir, &table));
         let verdict = record.and_then(|record| record.verdict);
@@ -274,30 +358,28 @@ impl Store {
         tracing::warn!(blob = %id.digest, "poisoned bytes are discarded: they are fetched again");
         Ok(true)
     }
-
-    fn opened(&self, id: BlobId) -> Option<Arc<Blob>> {
-        lock(&self.open).get(&id).and_then(Weak::upgrade)
-    }
-
-    /// Where a blob's files are.
-    fn dir(&self, id: BlobId) -> PathBuf {
-        let hex = id.digest.hex();
-        let shard = self.blobs.join(hex.get(..2).unwrap_or_default());
-        match id.form {
-            Form::AsStored => shard.join(hex),
-            Form::Decompressed => shard.join(hex + ".decompressed"),
-        }
-    }
 }
 
 impl Drop for Store {
     fn drop(&mut self) {
+        self.evictor.stop();
         self.checkpointer.stop();
-        if let Err(error) = self.checkpoint() {
+        let recorded = self.checkpoint();
+        self.catalog.shared.close();
+        // Last: nothing changes any more.
+        if let Err(error) = recorded.and_then(|()| self.session.end()) {
             tracing::error!(%error, "what was fetched last is not recorded: it will be fetched again");
         }
-        self.shared.close();
     }
+}
+
+/// The limits in bytes, as the file system is now.
+fn budget(root: &Path, cache: CacheOptions) -> Result<Budget, OpenError> {
+    let space = statvfs(root).map_err(|error| at(root)(error.into()))?;
+    let whole = space.blocks() * space.fragment_size();
+    let limit = cache.limit.map(|limit| limit.of(whole));
+    let limits = Limits { limit, min_free: cache.min_free.of(whole) };
+    Ok(Budget::new(limits, evictor::free_bytes(root)?))
 }
 
 fn same_layout(blob: Arc<Blob>, layout: &Layout) -> Result<Arc<Blob>, OpenError> {
@@ -341,9 +423,9 @@ fn read_layout(dir: &Path) -> Option<Layout> {
 }
 
 /// Not synced: the blob's record has a fingerprint of the layout, so it stays good without it.
-fn write_layout(dir: &Path, layout: &Layout) -> io::Result<()> {
+fn write_layout(disk: &dyn Disk, dir: &Path, layout: &Layout) -> io::Result<()> {
     let payload = serde_json::to_vec(layout)?;
-    document::write(dir, LAYOUT, Kind::Layout, &payload, Durability::Atomic)
+    document::write(disk, dir, LAYOUT, Kind::Layout, &payload, Durability::Atomic)
 }
 
 /// Removes a directory and what is in it, if it is there.

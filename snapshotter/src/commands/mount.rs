@@ -113,6 +113,7 @@ async fn serve_here(
         () = &mut stop => return Ok(()),
     };
     downloads.finish();
+    store.start_evicting();
     let merged = tree.merge()?;
     let files = merged.files();
     let filesystem = Filesystem::of_one(TreeNumber(1), merged).context("no memory")?;

@@ -16,7 +16,7 @@ use tokio::time::Instant;
 
 use super::line::Priority;
 use super::plan::Plan;
-use super::{Outcome, Patience, Ticket};
+use super::{Patience, Ticket, Waiter};
 use crate::chunk::{ChunkNo, ChunkTable, each};
 use crate::layout::CHUNK_BYTES;
 use crate::presence::Presence;
@@ -97,7 +97,7 @@ struct Run {
 struct Flight {
     request: RequestId,
     patience: Arc<Patience>,
-    waiters: Vec<oneshot::Sender<Outcome>>,
+    waiters: Vec<Waiter>,
 }
 
 /// The requests of a blob.
@@ -222,7 +222,7 @@ impl Queue {
 
     /// A chunk was published: its flight is over. To be called after the publication, so that who
     /// finds no flight under the queue's lock finds the chunk.
-    pub(super) fn landed(&mut self, chunk: ChunkNo) -> Vec<oneshot::Sender<Outcome>> {
+    pub(super) fn landed(&mut self, chunk: ChunkNo) -> Vec<Waiter> {
         let Some(flight) = self.flights.remove(&chunk) else { return vec![] };
         if let Some(run) = self.running.get_mut(&flight.request) {
             run.front = chunk.next();
@@ -230,13 +230,21 @@ impl Queue {
         flight.waiters
     }
 
+    /// The first of `chunks` that somebody waits for.
+    pub(super) fn first_waited_for(&self, chunks: &Range<ChunkNo>) -> Option<ChunkNo> {
+        let waited = |chunk: &ChunkNo| {
+            self.flights.get(chunk).is_some_and(|flight| !flight.waiters.is_empty())
+        };
+        each(chunks).find(waited)
+    }
+
     /// A request ended. Gives who still waits for chunks of it.
-    pub(super) fn ended(&mut self, request: &Request) -> Vec<oneshot::Sender<Outcome>> {
+    pub(super) fn ended(&mut self, request: &Request) -> Vec<Waiter> {
         self.running.remove(&request.id);
         self.remove_flights(request)
     }
 
-    fn remove_flights(&mut self, request: &Request) -> Vec<oneshot::Sender<Outcome>> {
+    fn remove_flights(&mut self, request: &Request) -> Vec<Waiter> {
         let mut waiters = vec![];
         for chunk in each(&request.chunks) {
             if self.flights.get(&chunk).is_some_and(|flight| flight.request == request.id) {

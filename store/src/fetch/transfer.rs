@@ -1,22 +1,24 @@
-//! The run of one request: sources in turn, retries, and the way of bytes into the cache file.
+//! The run of one request: sources in turn, retries, deadlines.
 //!
 //! A body that ends early, a server that is busy or away: tried again from the first chunk that
 //! is still missing, with growing, jittered pauses, while the request's patience lasts.
+//!
+//! Its extents are held all the while: what it finds published stays so.
 
-use std::fs::File;
+use std::io;
 use std::ops::Range;
-use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 use std::time::Duration;
 
 use backon::{BackoffBuilder, ExponentialBackoff, ExponentialBuilder};
-use bytes::Bytes;
 use futures::StreamExt;
 use tokio::time::{Instant, timeout_at};
 
+use super::filler::Filler;
 use super::queue::Request;
+use super::room::{self, Gatherer, Room};
 use super::{Failure, Outcome, Patience, Running};
-use crate::chunk::{ChunkNo, VerifiedChunk};
+use crate::chunk::ChunkNo;
 use crate::source::{ByteStream, Source};
 use crate::{Blob, SourceError};
 
@@ -36,15 +38,41 @@ pub(super) async fn run(mut running: Running) {
     running.outcome = fill(&mut running).await;
 }
 
+/// How often a request finds the disk full before it gives up on it. The first time the evictor
+/// gets its chance.
+const MAX_DISK_FULL: u32 = 2;
+
 async fn fill(Running { blob, request, bytes, .. }: &mut Running) -> Outcome {
     let patience = &*request.patience;
+    let extents = blob.table().extents_of(&(request.start()..request.end()));
+    let Some(_hold) = blob.hold(&extents, patience.until()).await else {
+        return Err(Failure::Expired { cause: "evicting takes long".into() });
+    };
+    let mut from = request.start();
+    let mut disk_full = 0;
     let mut sources = Sources::new(blob.sources());
     let mut pauses = pauses();
     // Asked again each time: the request may have become shorter.
-    while let Some(first) = blob.presence().first_absent(&(request.start()..request.end())) {
+    while let Some(first) = blob.presence().first_absent(&(from..request.end())) {
         let Some(source) = sources.current() else { return Err(sources.into_failure()) };
-        let error = match attempt(blob, &*source, request, first, bytes).await {
-            Ok(()) => continue,
+        let room = room::find(blob, request, first, disk_full < MAX_DISK_FULL).await;
+        let room = room.ok_or_else(|| Failure::Expired { cause: "no room in memory".into() })?;
+        let loose = match room {
+            Room::Disk(_) => None,
+            Room::Memory(chunk, _) => Some(chunk),
+            Room::Nowhere => return Err(Failure::NoRoom),
+        };
+        let error = match attempt(blob, &*source, request, first, room, bytes).await {
+            Ok(()) => {
+                from = loose.map_or(from, ChunkNo::next);
+                continue;
+            }
+            Err(Trouble::Cache(error)) if is_full(&error) => {
+                tracing::debug!(blob = %blob.id().digest, %error, "the disk is full");
+                blob.budget().disk_is_full();
+                disk_full += 1;
+                continue;
+            }
             Err(Trouble::Cache(error)) => return Err(Failure::cache(error)),
             Err(Trouble::Source(error)) => error,
         };
@@ -133,9 +161,78 @@ fn asked_to_wait(error: &SourceError) -> Duration {
     }
 }
 
+fn is_full(error: &io::Error) -> bool {
+    matches!(error.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded)
+}
+
+/// Where an attempt's bytes go.
+enum Sink<'a> {
+    Disk(Filler<'a>),
+    Memory(Gatherer),
+}
+
+impl<'a> Sink<'a> {
+    fn open(blob: &Blob, request: &'a Request, first: ChunkNo, room: Room<'a>) -> io::Result<Self> {
+        let nowhere = || io::Error::from(io::ErrorKind::StorageFull);
+        match room {
+            Room::Disk(room) => Filler::open(blob, request, first, room).map(Self::Disk),
+            Room::Memory(chunk, berth) => {
+                Gatherer::new(blob, chunk, berth).map(Self::Memory).ok_or_else(nowhere)
+            }
+            Room::Nowhere => Err(nowhere()),
+        }
+    }
+
+    fn wanted(&self) -> Range<u64> {
+        match self {
+            Self::Disk(filler) => filler.wanted(),
+            Self::Memory(gatherer) => gatherer.wanted(),
+        }
+    }
+
+    fn is_done(&self) -> bool {
+        match self {
+            Self::Disk(filler) => filler.is_done(),
+            Self::Memory(gatherer) => gatherer.missing() == 0,
+        }
+    }
+
+    fn was_cut_short(&self) -> bool {
+        match self {
+            Self::Disk(filler) => filler.was_cut_short(),
+            Self::Memory(_) => false,
+        }
+    }
+
+    fn missing(&self) -> u64 {
+        match self {
+            Self::Disk(filler) => filler.missing(),
+            Self::Memory(gatherer) => gatherer.missing(),
+        }
+    }
+
+    fn take(&mut self, blob: &Arc<Blob>, piece: &[u8]) -> io::Result<()> {
+        match self {
+            Self::Disk(filler) => filler.take(blob, piece),
+            Self::Memory(gatherer) => {
+                gatherer.take(blob, piece);
+                Ok(())
+            }
+        }
+    }
+
+    fn finish(self, blob: &Arc<Blob>) {
+        match self {
+            // Chunk by chunk, as they came.
+            Self::Disk(_) => {}
+            Self::Memory(gatherer) => gatherer.finish(blob),
+        }
+    }
+}
+
 enum Trouble {
     Source(SourceError),
-    Cache(std::io::Error),
+    Cache(io::Error),
 }
 
 impl From<SourceError> for Trouble {
@@ -144,8 +241,8 @@ impl From<SourceError> for Trouble {
     }
 }
 
-impl From<std::io::Error> for Trouble {
-    fn from(error: std::io::Error) -> Self {
+impl From<io::Error> for Trouble {
+    fn from(error: io::Error) -> Self {
         Self::Cache(error)
     }
 }
@@ -156,135 +253,45 @@ async fn attempt(
     source: &dyn Source,
     request: &Request,
     first: ChunkNo,
+    room: Room<'_>,
     bytes: &mut u64,
 ) -> Result<(), Trouble> {
     let patience = &*request.patience;
-    let mut filler = Filler::open(blob, request, first)?;
+    let mut sink = Sink::open(blob, request, first, room)?;
     let silent = || SourceError::Unreachable {
         source_name: source.name().to_owned(),
         message: "gives no data".into(),
     };
-    let answer = source.fetch(filler.position..filler.end);
+    let answer = source.fetch(sink.wanted());
     let answer = timeout_at(next_byte_by(blob, patience), answer).await;
     let mut body: ByteStream = answer.map_err(|_| silent())??;
     loop {
         let piece = timeout_at(next_byte_by(blob, patience), body.next()).await;
         match piece.map_err(|_| silent())? {
             // More than it was asked for; what follows is not ours.
-            Some(_) if filler.is_done() => return Ok(()),
+            Some(_) if sink.is_done() => break,
             Some(piece) => {
                 let piece = piece?;
                 *bytes += piece.len() as u64;
-                filler.write(blob, &piece)?;
-                if filler.was_cut_short() {
-                    return Ok(());
+                sink.take(blob, &piece)?;
+                if sink.was_cut_short() {
+                    break;
                 }
             }
-            None if filler.is_done() => return Ok(()),
+            None if sink.is_done() => break,
             None => {
-                let message = format!("the body ended {} bytes early", filler.missing());
+                let message = format!("the body ended {} bytes early", sink.missing());
                 let source_name = source.name().to_owned();
                 return Err(SourceError::Unreachable { source_name, message }.into());
             }
         }
     }
+    sink.finish(blob);
+    Ok(())
 }
 
 /// When a source that gives nothing is given up.
 fn next_byte_by(blob: &Blob, patience: &Patience) -> Instant {
     let idle = (blob.fetch_options().deadline / TRIES_PER_DEADLINE).min(MAX_IDLE);
     patience.until().min(Instant::now() + idle)
-}
-
-/// Writes bytes in sequence to a cache file and publishes each chunk that is whole.
-struct Filler<'a> {
-    request: &'a Request,
-    file: File,
-    /// First byte of the segment.
-    origin: u64,
-    /// Next byte of the blob to write.
-    position: u64,
-    end: u64,
-    /// The end that the source was asked for.
-    asked: u64,
-    /// The chunk that is being written.
-    chunk: ChunkNo,
-    /// Its bytes in the blob.
-    covers: Range<u64>,
-    /// The first byte of it that was written.
-    began: u64,
-}
-
-impl<'a> Filler<'a> {
-    fn open(blob: &Blob, request: &'a Request, first: ChunkNo) -> std::io::Result<Self> {
-        let _entered = blob.enter()?;
-        let outside = || std::io::Error::other("no such chunk");
-        let table = blob.table();
-        let (segment, covers) = table.bytes_of(first).ok_or_else(outside)?;
-        let end = request.end().0.checked_sub(1).map(ChunkNo);
-        let (_, last) = end.and_then(|last| table.bytes_of(last)).ok_or_else(outside)?;
-        let whole = table.layout().segment(segment).ok_or_else(outside)?;
-        let file = blob.segments().open_to_fill(segment, whole.end - whole.start)?;
-        let (chunk, began) = (first, covers.start);
-        let (origin, end) = (whole.start, last.end);
-        Ok(Self { request, file, origin, position: began, end, asked: end, chunk, covers, began })
-    }
-
-    fn is_done(&self) -> bool {
-        self.position == self.end
-    }
-
-    /// Whether the request became shorter than what the source was asked for.
-    fn was_cut_short(&self) -> bool {
-        self.end < self.asked
-    }
-
-    fn missing(&self) -> u64 {
-        self.end.saturating_sub(self.position)
-    }
-
-    /// Writes the next bytes. This blocks, on an async worker: `pwrite` to the page cache takes
-    /// microseconds for such a piece, less than handing it to another thread and back. What may
-    /// take long is the disk's own pace when the page cache is full of dirty pages, and then it
-    /// is right to slow the sources down.
-    fn write(&mut self, blob: &Arc<Blob>, piece: &Bytes) -> Result<(), Trouble> {
-        blob.count_fetched(piece.len() as u64);
-        let mut rest: &[u8] = piece;
-        while !rest.is_empty() && !self.is_done() {
-            let entered = blob.enter()?;
-            let room = usize::try_from(self.covers.end - self.position).unwrap_or(usize::MAX);
-            let (now, later) = rest.split_at(rest.len().min(room));
-            self.file.write_all_at(now, self.position - self.origin)?;
-            self.position += now.len() as u64;
-            rest = later;
-            if self.position == self.covers.end {
-                self.land(blob, &entered)?;
-                self.request.patience.extend(Instant::now() + blob.fetch_options().deadline);
-            }
-        }
-        Ok(())
-    }
-
-    /// Publishes the chunk that was just completed and goes on to the next.
-    fn land(
-        &mut self,
-        blob: &Arc<Blob>,
-        entered: &crate::shared::Entered<'_>,
-    ) -> std::io::Result<()> {
-        let written = self.began..self.position;
-        let verified = VerifiedChunk::check(blob.table(), self.chunk, &written)
-            .ok_or_else(|| std::io::Error::other("not a whole chunk"))?;
-        blob.fetcher().publish(blob, &verified, entered);
-        self.chunk = self.chunk.next();
-        self.began = self.position;
-        if self.chunk >= self.request.end() {
-            // The rest has become another request's.
-            self.end = self.position;
-        }
-        if !self.is_done() {
-            let next = blob.table().bytes_of(self.chunk);
-            (_, self.covers) = next.ok_or_else(|| std::io::Error::other("no such chunk"))?;
-        }
-        Ok(())
-    }
 }

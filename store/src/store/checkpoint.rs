@@ -1,7 +1,7 @@
-//! The thread that records, every few seconds, what blobs have published.
+//! The thread that records what blobs have published: in groups, soon after it came, and off the
+//! path of those who fetch.
 
 use std::io;
-use std::sync::mpsc::{RecvTimeoutError, SyncSender, sync_channel};
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::Duration;
@@ -10,30 +10,43 @@ use super::at;
 use crate::OpenError;
 use crate::shared::{Shared, lock};
 
+/// The pause after a failure: whatever it is (a full disk, say), it takes a while to pass.
+const PAUSE: Duration = Duration::from_secs(1);
+
 /// The thread; it ends with [`Checkpointer::stop`].
 #[derive(Debug)]
 pub(super) struct Checkpointer {
-    thread: Mutex<Option<(SyncSender<()>, JoinHandle<()>)>>,
+    shared: Arc<Shared>,
+    thread: Mutex<Option<JoinHandle<()>>>,
 }
 
 impl Checkpointer {
-    pub(super) fn start(shared: Arc<Shared>, interval: Duration) -> io::Result<Self> {
-        let (stop, stopped) = sync_channel(1);
+    /// Nothing that was published stays unrecorded for much longer than `latest` and the time
+    /// that syncing takes.
+    pub(super) fn start(shared: Arc<Shared>, latest: Duration) -> io::Result<Self> {
+        let recorded = Arc::clone(&shared);
         let work = move || {
-            while stopped.recv_timeout(interval) == Err(RecvTimeoutError::Timeout) {
-                if let Err(error) = record_changed(&shared) {
-                    tracing::error!(%error, "blob state not recorded");
+            let mut failing = false;
+            while recorded.await_group(latest) {
+                match record_changed(&recorded) {
+                    Ok(()) => failing = false,
+                    Err(error) => {
+                        if !std::mem::replace(&mut failing, true) {
+                            tracing::error!(%error, "blob state not recorded; tried again");
+                        }
+                        recorded.pause_recording(PAUSE);
+                    }
                 }
             }
         };
         let thread = std::thread::Builder::new().name("weightfs-sync".into()).spawn(work)?;
-        Ok(Self { thread: Mutex::new(Some((stop, thread))) })
+        Ok(Self { shared, thread: Mutex::new(Some(thread)) })
     }
 
-    /// Ends the thread, after the checkpoint that it is at.
+    /// Ends the thread, after the group that it is at.
     pub(super) fn stop(&self) {
-        let Some((stop, thread)) = lock(&self.thread).take() else { return };
-        drop(stop);
+        let Some(thread) = lock(&self.thread).take() else { return };
+        self.shared.end_groups();
         if thread.join().is_err() {
             tracing::error!("the checkpoint thread panicked");
         }
@@ -41,12 +54,9 @@ impl Checkpointer {
 }
 
 /// Records all blobs that changed. The first failure is returned, after all were tried.
-pub(super) fn record_changed(shared: &Shared) -> Result<(), OpenError> {
-    let mut result = Ok(());
-    for blob in shared.take_changed() {
+pub(super) fn record_changed(shared: &Arc<Shared>) -> Result<(), OpenError> {
+    shared.record_changed(|blob| {
         let recorded = blob.enter().and_then(|_entered| blob.record());
-        let failed = recorded.map_err(at(blob.segments().dir()));
-        result = result.and(failed);
-    }
-    result
+        recorded.map_err(at(blob.segments().dir()))
+    })
 }

@@ -33,24 +33,30 @@ impl IngestArea {
         Ok(Self { root, next: AtomicU64::new(0) })
     }
 
+    /// Bytes that all of it takes on disk.
+    pub(super) fn disk_bytes(&self) -> u64 {
+        let Ok(drafts) = fs::read_dir(&self.root) else { return 0 };
+        drafts.filter_map(|draft| Some(segment::disk_bytes(&draft.ok()?.path()))).sum()
+    }
+
     fn fresh(&self) -> PathBuf {
         self.root.join(self.next.fetch_add(1, Ordering::Relaxed).to_string())
     }
 
-    /// Removes a directory of the store: out of sight by one rename, then bit by bit.
-    pub(super) fn remove(&self, dir: &Path) -> Result<(), OpenError> {
+    /// Takes a directory of the store away, by one rename; what was in it vanishes when the result
+    /// is dropped. It need not be there.
+    pub(super) fn take_away(&self, dir: &Path) -> Result<Draft, OpenError> {
         let doomed = self.fresh();
         match fs::rename(dir, &doomed) {
-            Ok(()) => remove_tree(&doomed).map_err(at(&doomed)),
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
-            Err(error) => Err(at(dir)(error)),
+            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(at(dir)(error)),
+            _ => Ok(Draft(doomed)),
         }
     }
 }
 
 /// A temporary directory; removed with what is in it unless it was renamed away.
 #[derive(Debug)]
-struct Draft(PathBuf);
+pub(super) struct Draft(PathBuf);
 
 impl Drop for Draft {
     fn drop(&mut self) {
@@ -75,8 +81,8 @@ pub struct Ingest {
 
 impl Ingest {
     pub(super) fn begin(store: Arc<Store>, id: BlobId) -> Result<Self, OpenError> {
-        let draft = Draft(store.ingests.fresh());
-        let entered = store.shared.enter().map_err(at(&draft.0));
+        let draft = Draft(store.catalog.ingests.fresh());
+        let entered = store.catalog.shared.enter().map_err(at(&draft.0));
         entered.and_then(|_entered| make_dir(&draft.0))?;
         Ok(Self { store, id, draft, starts: vec![], position: 0, file: None })
     }
@@ -108,10 +114,17 @@ impl Ingest {
         if bytes.is_empty() {
             return Ok(());
         }
-        let _entered = self.store.shared.enter()?;
+        let _entered = self.store.catalog.shared.enter()?;
         if self.position.saturating_add(bytes.len() as u64) > MAX_BLOB_BYTES {
             return Err(io::Error::other(format!("more than {MAX_BLOB_BYTES} bytes")));
         }
+        let budget = &self.store.catalog.shared.budget;
+        // Nothing of a blob that is made here can be served before all of it is here.
+        let mut room = budget.reserve_in_thread(bytes.len() as u64).ok_or_else(|| {
+            let why =
+                "no room in the cache, and nothing that could go: see cache.limit, cache.min_free";
+            io::Error::new(io::ErrorKind::StorageFull, why)
+        })?;
         let file = match &mut self.file {
             Some(file) => file,
             None if self.starts.len() == MAX_SEGMENTS => {
@@ -123,7 +136,12 @@ impl Ingest {
                 self.file.insert(BufWriter::with_capacity(BUFFER_BYTES, file))
             }
         };
-        file.write_all(bytes)
+        let written = file.write_all(bytes);
+        if written.as_ref().is_err_and(|error| error.kind() == io::ErrorKind::StorageFull) {
+            budget.disk_is_full();
+        }
+        room.spend(bytes.len() as u64);
+        written
     }
 
     /// Bytes written so far.
@@ -151,11 +169,16 @@ impl Ingest {
 
     /// Writes layout and record and syncs all files of the draft.
     fn seal(&self, layout: &Layout) -> io::Result<()> {
-        let _entered = self.store.shared.enter()?;
+        let _entered = self.store.catalog.shared.enter()?;
         let table = ChunkTable::new(layout.clone())
             .ok_or_else(|| io::Error::other(format!("more than {MAX_BLOB_BYTES} bytes")))?;
-        write_layout(&self.draft.0, layout)?;
-        Record::complete(&table).write(&self.draft.0, layout)?;
+        let disk = &*self.store.catalog.shared.disk;
+        write_layout(disk, &self.draft.0, layout)?;
+        Record::complete(&table, self.store.catalog.shared.epochs.now).write(
+            disk,
+            &self.draft.0,
+            layout,
+        )?;
         // The draft is invisible until the rename, so the order within it does not matter. One
         // call for all: a sync for each of thousands of segments would take minutes.
         nix::unistd::syncfs(File::open(&self.draft.0)?)?;
@@ -164,17 +187,18 @@ impl Ingest {
 
     /// Puts the draft in its place, unless the blob is open there.
     fn install(&self, layout: &Layout) -> Result<(), OpenError> {
-        let open = lock(&self.store.open);
+        let open = lock(&self.store.catalog.open);
         if open.get(&self.id).is_some_and(|blob| blob.strong_count() > 0) {
             return Ok(());
         }
-        let dir = self.store.dir(self.id);
+        let dir = self.store.catalog.dir(self.id);
         let failed = at(&dir);
-        let _entered = self.store.shared.enter().map_err(&failed)?;
+        let _entered = self.store.catalog.shared.enter().map_err(&failed)?;
         let parent = dir.parent().unwrap_or(&dir);
         make_dir(parent)?;
         self.keep_attachments(&dir).map_err(&failed)?;
-        self.store.ingests.remove(&dir)?;
+        drop(self.store.catalog.ingests.take_away(&dir)?);
+        self.store.catalog.touched(self.id);
         // The commit point.
         fs::rename(&self.draft.0, &dir).map_err(&failed)?;
         File::open(parent).and_then(|parent| parent.sync_all()).map_err(&failed)?;

@@ -171,7 +171,7 @@ async fn a_complete_segment_has_a_file_of_its_own() {
     assert!(blob.segment_file(1).unwrap().is_none(), "a chunk of it is absent");
     read(&blob, MIB + 5..3 * MIB).await.unwrap();
     let mut bytes = vec![];
-    blob.segment_file(1).unwrap().unwrap().read_to_end(&mut bytes).unwrap();
+    blob.segment_file(1).unwrap().unwrap().0.read_to_end(&mut bytes).unwrap();
     assert_eq!(bytes, data[MIB as usize + 5..]);
     assert!(blob.segment_file(0).unwrap().is_none() && blob.segment_file(2).unwrap().is_none());
 }

@@ -2,8 +2,11 @@
 //! server.
 
 mod blobs;
+mod disk;
+mod eviction;
 mod faults;
 mod ingest;
+mod kill;
 mod line;
 mod model;
 mod registry;
@@ -11,14 +14,15 @@ mod restart;
 mod scheduling;
 mod server;
 mod source;
+mod usage;
 
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
 use weightfs_store::{
-    Background, Blob, BlobId, Digest, FetchOptions, Form, Layout, Read, ReadError, Slice, Store,
-    StoreOptions, Trust,
+    Amount, Background, Blob, BlobId, CacheOptions, Digest, FetchOptions, Form, Layout, Read,
+    ReadError, Recheck, Slice, Store, StoreOptions, Trust,
 };
 
 use source::TestSource;
@@ -34,8 +38,10 @@ fn noise(len: u64, seed: u64) -> Vec<u8> {
         state ^= state << 17;
         state
     };
-    let mut bytes: Vec<u8> = (0..len.div_ceil(8)).flat_map(|_| next().to_le_bytes()).collect();
-    bytes.truncate(len as usize);
+    let mut bytes = vec![0; len as usize];
+    for piece in bytes.chunks_mut(8) {
+        piece.copy_from_slice(&next().to_le_bytes()[..piece.len()]);
+    }
     bytes
 }
 
@@ -55,7 +61,9 @@ fn options() -> StoreOptions {
             background: Background::Off,
             prefetch: true,
         },
+        cache: CacheOptions { limit: None, min_free: Amount::Bytes(0) },
         checkpoint_interval: Duration::from_secs(5),
+        recheck: Recheck::AfterCrash,
     }
 }
 

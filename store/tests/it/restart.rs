@@ -8,7 +8,7 @@ use weightfs_store::{Layout, OpenError, Read, Store, Trust};
 use super::source::TestSource;
 use super::{MIB, blob_of, id, judged, noise, open, options, read};
 
-fn find(root: &Path, name: &str) -> PathBuf {
+pub fn find(root: &Path, name: &str) -> PathBuf {
     let mut dirs = vec![root.to_owned()];
     while let Some(dir) = dirs.pop() {
         for entry in fs::read_dir(dir).unwrap() {
