@@ -6,7 +6,10 @@
 //!
 //! Invariants: a tree never changes once it was added. A removed tree vanishes from the root at
 //! once, but its inodes are served until the kernel has forgotten them all: overlayfs remembers
-//! a passing ENOENT below one of its layers for good.
+//! a passing ENOENT below one of its layers for good. How often the kernel looked up inodes of a
+//! tree is in the [`Ledger`] before the kernel has its answer, so that this holds across a restart.
+
+mod lookups;
 
 use std::collections::{BTreeMap, HashMap};
 use std::ffi::{OsStr, OsString};
@@ -14,15 +17,17 @@ use std::fmt;
 use std::fs::File;
 use std::io;
 use std::ops::Range;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use serde::{Deserialize, Serialize};
 use weightfs_store::{Blob, Read, ReadError, SegmentHold};
 
+use crate::ledger::Ledger;
 use crate::loader::Loader;
 use crate::profile::Recorder;
 use crate::tree::{Content, Node, NodeId, NodeKind, Tree};
+
+use lookups::{Inherited, Lookups};
 
 /// The root directory's inode (`FUSE_ROOT_ID`).
 pub const ROOT_INODE: u64 = 1;
@@ -91,6 +96,9 @@ enum Root {
 #[derive(Debug)]
 pub struct Filesystem {
     root: Root,
+    ledger: Arc<Ledger>,
+    /// What a predecessor counted of trees that were not added yet.
+    inherited: Inherited,
     trees: RwLock<HashMap<TreeNumber, Arc<MountedTree>>>,
     /// The trees that the root shows, a subset of `trees`.
     shown: RwLock<BTreeMap<TreeNumber, Arc<MountedTree>>>,
@@ -103,7 +111,7 @@ struct MountedTree {
     tree: Tree,
     loader: Loader,
     recorder: OnceLock<Arc<Recorder>>,
-    lookups: AtomicU64,
+    lookups: Lookups,
 }
 
 /// An inode, resolved.
@@ -132,30 +140,66 @@ pub struct Entry {
 }
 
 impl Filesystem {
-    /// A mount whose root lists all trees.
-    pub fn of_trees() -> Self {
-        Self { root: Root::AllTrees, trees: RwLock::default(), shown: RwLock::default() }
+    /// A mount whose root lists all trees. A ledger that a predecessor wrote says what of them the
+    /// kernel holds.
+    ///
+    /// # Errors
+    /// When the ledger can't be read.
+    pub fn of_trees(ledger: Arc<Ledger>) -> io::Result<Self> {
+        Ok(Self {
+            root: Root::AllTrees,
+            inherited: Inherited::of(&ledger)?,
+            ledger,
+            trees: RwLock::default(),
+            shown: RwLock::default(),
+        })
     }
 
     /// A mount whose root is the root of one tree.
-    pub fn of_one(number: TreeNumber, tree: Tree) -> Self {
-        let filesystem = Self { root: Root::OneTree(number), ..Self::of_trees() };
+    ///
+    /// # Errors
+    /// When there is no memory for its ledger.
+    pub fn of_one(number: TreeNumber, tree: Tree) -> io::Result<Self> {
+        let ledger = Arc::new(Ledger::new()?);
+        let filesystem = Self { root: Root::OneTree(number), ..Self::of_trees(ledger)? };
         filesystem.add(number, tree);
-        filesystem
+        Ok(filesystem)
     }
 
-    /// Shows a tree as directory [`TreeNumber::directory_name`] of the root.
-    pub fn add(&self, number: TreeNumber, tree: Tree) {
-        tree.blobs().for_each(Blob::shown);
-        let mounted = Arc::new(MountedTree {
-            number,
-            loader: Loader::of(&tree),
-            tree,
-            recorder: OnceLock::new(),
-            lookups: AtomicU64::new(0),
-        });
-        write(&self.trees).insert(number, Arc::clone(&mounted));
+    /// What the kernel holds of it.
+    pub fn ledger(&self) -> &Arc<Ledger> {
+        &self.ledger
+    }
+
+    /// Shows a tree as directory [`TreeNumber::directory_name`] of the root. `false` if the kernel
+    /// knows another tree by that number; then it is not shown.
+    pub fn add(&self, number: TreeNumber, tree: Tree) -> bool {
+        let Some(mounted) = self.serve(number, tree) else { return false };
         write(&self.shown).insert(number, mounted);
+        true
+    }
+
+    /// Serves a tree that was removed from the root while the kernel held inodes of it, until it
+    /// has forgotten them. `false` as for [`Filesystem::add`].
+    pub fn add_removed(&self, number: TreeNumber, tree: Tree) -> bool {
+        self.serve(number, tree).is_some()
+    }
+
+    fn serve(&self, number: TreeNumber, tree: Tree) -> Option<Arc<MountedTree>> {
+        let lookups = match self.inherited.take(number) {
+            None => Lookups::none(number, Arc::clone(&self.ledger)),
+            Some(inherited) => inherited.resume(&tree, Arc::clone(&self.ledger))?,
+        };
+        tree.blobs().for_each(Blob::shown);
+        let loader = Loader::of(&tree);
+        let mounted = Arc::new(MountedTree { number, loader, tree, recorder: OnceLock::new(), lookups });
+        write(&self.trees).insert(number, Arc::clone(&mounted));
+        Some(mounted)
+    }
+
+    /// Trees that the kernel holds inodes of and that were not added yet.
+    pub fn awaited(&self) -> Vec<TreeNumber> {
+        self.inherited.numbers()
     }
 
     /// Takes a tree out of the root. What of it the kernel still holds is served on. Says
@@ -185,6 +229,11 @@ impl Filesystem {
     /// Trees that are served: shown ones, and removed ones that the kernel has not forgotten.
     pub fn served(&self) -> usize {
         read(&self.trees).len()
+    }
+
+    /// Whether a tree is served, shown or not.
+    pub fn serves(&self, number: TreeNumber) -> bool {
+        read(&self.trees).contains_key(&number)
     }
 
     /// The inode of that number.
@@ -219,13 +268,13 @@ impl Filesystem {
                 let mounted = number.and_then(|number| shown.get(&number));
                 let mounted = mounted.ok_or(FsError::NotFound)?;
                 // Counted under the lock, so that a removal sees the count.
-                mounted.lookups.fetch_add(1, Ordering::Relaxed);
+                mounted.looked_up();
                 Ok(Inode::Node(NodeRef { mounted: Arc::clone(mounted), id: NodeId::ROOT }))
             }
             Inode::Node(parent) => {
                 parent.directory(directory)?;
                 let id = parent.mounted.tree.child(parent.id, name).ok_or(FsError::NotFound)?;
-                parent.mounted.lookups.fetch_add(1, Ordering::Relaxed);
+                parent.mounted.looked_up();
                 Ok(Inode::Node(NodeRef { id, ..parent }))
             }
         }
@@ -313,7 +362,7 @@ impl Filesystem {
     /// The kernel is told of this inode once more (by an entry of READDIRPLUS).
     pub fn looked_up(&self, inode: &Inode) {
         if let Inode::Node(node) = inode {
-            node.mounted.lookups.fetch_add(1, Ordering::Relaxed);
+            node.mounted.looked_up();
         }
     }
 
@@ -321,10 +370,9 @@ impl Filesystem {
     /// drops the tree.
     pub fn forget(&self, inode: u64, count: u64) {
         let Ok(Inode::Node(node)) = self.inode(inode) else { return };
-        // Saturating: a kernel that outlived a restart forgets lookups that were not counted here.
-        let less = |lookups: u64| Some(lookups.saturating_sub(count));
-        let _ = node.mounted.lookups.fetch_update(Ordering::Relaxed, Ordering::Relaxed, less);
-        self.drop_if_forgotten(&node.mounted);
+        if node.mounted.lookups.forget(count) == 0 {
+            self.drop_if_forgotten(&node.mounted);
+        }
     }
 
     /// Bytes of all files of all trees.
@@ -344,9 +392,15 @@ impl Filesystem {
             return;
         }
         let mut trees = write(&self.trees);
-        if mounted.lookups.load(Ordering::Relaxed) == 0 {
+        if mounted.lookups.end_if_none() {
             trees.remove(&mounted.number);
         }
+    }
+}
+
+impl MountedTree {
+    fn looked_up(&self) {
+        self.lookups.add(&self.tree);
     }
 }
 

@@ -5,22 +5,27 @@
 
 use std::ffi::OsStr;
 use std::io;
-use std::sync::Arc;
+use std::ptr::NonNull;
+use std::sync::{Arc, LazyLock, OnceLock};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use fuser::{
-    BackingId, Errno, FileAttr, FileHandle, FileType, FopenFlags, Generation, INodeNo, InitFlags,
+    Errno, FileAttr, FileHandle, FileType, FopenFlags, Generation, INodeNo, InitFlags,
     KernelConfig, LockOwner, OpenFlags, ReplyAttr, ReplyData, ReplyDirectory, ReplyDirectoryPlus,
     ReplyEmpty, ReplyEntry, ReplyOpen, ReplyStatfs, ReplyXattr, Request,
 };
+use nix::sys::mman::{MmapAdvise, madvise};
 use tokio::runtime::Handle;
 use tokio::sync::watch;
 use tracing::{debug, warn};
 use weightfs_store::{Read, ReadError, SegmentHold};
 
+use crate::device::Device;
 use crate::filesystem::{Filesystem, FsError, Inode, NodeRef};
-use crate::open_files::{Mode, OpenFiles};
+use crate::ledger::Negotiated;
+use crate::open_files::{BackingNumber, Mode, OpenFiles};
 use crate::tree::{Content, DeviceNumber, NodeKind, Timestamp};
+use crate::watchdog::{WaitingRead, Watchdog};
 
 /// How long the kernel may keep what it was told of a tree: it never changes.
 const FOR_GOOD: Duration = Duration::from_secs(24 * 3600);
@@ -39,27 +44,46 @@ const MAX_REQUEST_BYTES: u32 = 1 << 20;
 /// read-ahead of one stalled source hold up the hits of everybody else.
 const MAX_BACKGROUND: u16 = 512;
 
+/// What is asked of the kernel besides passthrough.
+const WANTED: [InitFlags; 5] = [
+    InitFlags::FUSE_PARALLEL_DIROPS,
+    InitFlags::FUSE_CACHE_SYMLINKS,
+    InitFlags::FUSE_ASYNC_DIO,
+    InitFlags::FUSE_DO_READDIRPLUS,
+    InitFlags::FUSE_READDIRPLUS_AUTO,
+];
+
+/// What else a successor has to find as it is: what fuser asks for, passthrough, and whether the
+/// kernel sends requests again.
+const KEPT: InitFlags = InitFlags::FUSE_ASYNC_READ
+    .union(InitFlags::FUSE_BIG_WRITES)
+    .union(InitFlags::FUSE_MAX_PAGES)
+    .union(InitFlags::FUSE_PASSTHROUGH)
+    .union(InitFlags::FUSE_HAS_RESEND);
+
+/// Size of a page of memory.
+static PAGE_BYTES: LazyLock<usize> = LazyLock::new(|| {
+    let size = nix::unistd::sysconf(nix::unistd::SysconfVar::PAGE_SIZE);
+    size.ok().flatten().and_then(|size| usize::try_from(size).ok()).unwrap_or(4096)
+});
+
 /// Block size reported by stat and statfs, in bytes.
 const BLOCK_BYTES: u32 = 4096;
-
-/// A cache file that the kernel reads by itself.
-#[derive(Debug)]
-pub(crate) struct Backing {
-    id: BackingId,
-    /// The store sees none of these reads: nothing of the file may be evicted meanwhile. After the
-    /// id, so that it is dropped last.
-    _hold: SegmentHold,
-}
 
 /// Answers the kernel from a [`Filesystem`].
 #[derive(Debug)]
 pub(crate) struct Adapter {
     pub(crate) filesystem: Arc<Filesystem>,
-    pub(crate) open_files: OpenFiles<Backing>,
+    /// With what keeps their cache files as they are: the store sees nothing of the kernel's reads.
+    pub(crate) open_files: OpenFiles<SegmentHold>,
+    /// Set when the session runs.
+    pub(crate) device: Arc<OnceLock<Device>>,
     /// Whether the kernel can serve complete files by itself.
     pub(crate) passthrough: bool,
     /// Where misses wait.
     pub(crate) runtime: Handle,
+    /// Who notices if one waits for too long.
+    pub(crate) watchdog: Arc<Watchdog>,
     /// Dropped with the adapter, when the session has ended.
     pub(crate) _serving: watch::Sender<()>,
 }
@@ -74,13 +98,19 @@ impl Adapter {
     }
 
     /// The cache file of a complete file, made known to the kernel.
-    fn backing(&self, ino: INodeNo, node: &NodeRef, reply: &ReplyOpen) -> Option<Backing> {
+    fn backing(
+        &self,
+        ino: INodeNo,
+        node: &NodeRef,
+        reply: &ReplyOpen,
+    ) -> Option<(BackingNumber, SegmentHold)> {
         if !self.passthrough {
             return None;
         }
         let backing = match node.cache_file() {
+            // Raw: dropped, it would be closed, and a successor needs it.
             Ok(Some((file, hold))) => {
-                reply.open_backing(&file).map(|id| Backing { id, _hold: hold })
+                reply.open_backing(&file).map(|id| (BackingNumber(id.into_raw()), hold))
             }
             Ok(None) => return None,
             Err(error) => Err(error),
@@ -121,13 +151,7 @@ impl fuser::Filesystem for Adapter {
         // Each setting falls back to what the kernel offers: an older one is only slower.
         let _ = config.set_max_write(MAX_REQUEST_BYTES);
         let _ = config.set_max_background(MAX_BACKGROUND);
-        for flag in [
-            InitFlags::FUSE_PARALLEL_DIROPS,
-            InitFlags::FUSE_CACHE_SYMLINKS,
-            InitFlags::FUSE_ASYNC_DIO,
-            InitFlags::FUSE_DO_READDIRPLUS,
-            InitFlags::FUSE_READDIRPLUS_AUTO,
-        ] {
+        for flag in WANTED {
             if let Err(missing) = config.add_capabilities(flag) {
                 debug!(?missing, "the kernel does not offer a FUSE capability");
             }
@@ -135,7 +159,12 @@ impl fuser::Filesystem for Adapter {
         // A depth of exactly 1: with 2, overlayfs refuses the mount as a lower layer.
         self.passthrough = config.add_capabilities(InitFlags::FUSE_PASSTHROUGH).is_ok()
             && config.set_max_stack_depth(1).is_ok();
-        Ok(())
+        let known = WANTED.into_iter().fold(KEPT, InitFlags::union);
+        let version = config.kernel_abi();
+        self.filesystem.ledger().set_negotiated(Negotiated {
+            version: (version.0, version.1),
+            capabilities: (config.capabilities() & known).bits(),
+        })
     }
 
     fn lookup(&self, _request: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
@@ -166,20 +195,25 @@ impl fuser::Filesystem for Adapter {
         }
     }
 
-    fn open(&self, _request: &Request, ino: INodeNo, _flags: OpenFlags, reply: ReplyOpen) {
+    fn open(&self, request: &Request, ino: INodeNo, _flags: OpenFlags, reply: ReplyOpen) {
         let node = self.filesystem.node(ino.0);
         let node = match &node {
             Ok(node) if node.content().is_some() => node,
             Ok(_) => return reply.error(errno(&FsError::NotAFile(ino.0))),
             Err(error) => return reply.error(errno(error)),
         };
-        let mode = self.open_files.open(ino.0, || self.backing(ino, node, &reply));
+        let backing = || self.backing(ino, node, &reply);
+        let mode = self.open_files.open(ino.0, request.unique().0, backing);
         let flags = FopenFlags::FOPEN_NOFLUSH;
         match mode {
-            Mode::Served => reply.opened(FileHandle(0), flags | FopenFlags::FOPEN_KEEP_CACHE),
-            Mode::Passthrough(backing) => {
-                reply.opened_passthrough(FileHandle(0), flags, &backing.id);
+            Ok(Mode::Served) => reply.opened(FileHandle(0), flags | FopenFlags::FOPEN_KEEP_CACHE),
+            Ok(Mode::Passthrough(backing)) => {
+                reply_passthrough(reply, flags, backing);
                 self.expect(self.filesystem.expected_after(node));
+            }
+            Err(error) => {
+                warn!(inode = format_args!("{:#x}", ino.0), %error, "an open can't be recorded");
+                reply.error(Errno::ENOMEM);
             }
         }
     }
@@ -194,8 +228,13 @@ impl fuser::Filesystem for Adapter {
         _flush: bool,
         reply: ReplyEmpty,
     ) {
-        self.open_files.release(ino.0);
+        // In this order: see `open_files`.
         reply.ok();
+        self.open_files.release(ino.0, |backing| {
+            if let Some(device) = self.device.get() {
+                device.close_backing(backing);
+            }
+        });
     }
 
     fn read(
@@ -211,11 +250,13 @@ impl fuser::Filesystem for Adapter {
     ) {
         match self.filesystem.read(ino.0, offset, size) {
             Ok(None) => reply.data(&[]),
-            Ok(Some(Read::Ready(slice))) => reply.data(&slice),
+            Ok(Some(Read::Ready(slice))) => reply_bytes(&slice, reply),
             Ok(Some(Read::Missing(miss))) => {
+                let watched = self.watchdog.watch(WaitingRead { inode: ino.0, offset, size });
                 self.runtime.spawn(async move {
+                    let _watched = watched;
                     match miss.wait().await {
-                        Ok(slice) => reply.data(&slice),
+                        Ok(slice) => reply_bytes(&slice, reply),
                         Err(error) => refuse_read(ino, offset, size, &error.into(), reply),
                     }
                 });
@@ -306,6 +347,15 @@ impl fuser::Filesystem for Adapter {
     }
 }
 
+fn reply_passthrough(reply: ReplyOpen, flags: FopenFlags, BackingNumber(raw): BackingNumber) {
+    // SAFETY: the id is open: `OpenFiles` has counted this open and closes it after the last
+    // release. It is not closed here, since it is made raw again.
+    #[expect(unsafe_code, reason = "the id's life is that of all opens of the file")]
+    let backing = unsafe { reply.wrap_backing(raw) };
+    reply.opened_passthrough(FileHandle(0), flags, &backing);
+    backing.into_raw();
+}
+
 /// Answers a size question (`size` 0), or the value if it fits (getxattr(2)).
 fn reply_xattr(value: &[u8], size: u32, reply: ReplyXattr) {
     match u32::try_from(value.len()) {
@@ -313,6 +363,24 @@ fn reply_xattr(value: &[u8], size: u32, reply: ReplyXattr) {
         Ok(length) if length <= size => reply.data(value),
         _ => reply.error(Errno::ERANGE),
     }
+}
+
+/// Replies with bytes of a mapping that are in memory. The kernel takes them page by page, and a
+/// page that is not there has to be read first; killed in the middle of that, the reply would fail
+/// and with it the read (`fuse_dev_do_write`: EIO), instead of being asked for again.
+fn reply_bytes(bytes: &[u8], reply: ReplyData) {
+    populate(bytes);
+    reply.data(bytes);
+}
+
+fn populate(bytes: &[u8]) {
+    let within = bytes.as_ptr().addr() % *PAGE_BYTES;
+    let start = bytes.as_ptr().wrapping_sub(within).cast_mut().cast();
+    let Some(start) = NonNull::new(start) else { return };
+    // SAFETY: it changes no byte of the pages, which hold a slice that is borrowed. Where it can't
+    // be done (before Linux 5.14, a bad disk), the reply says so.
+    #[expect(unsafe_code, reason = "advice is given for raw pages")]
+    let _ = unsafe { madvise(start, within + bytes.len(), MmapAdvise::MADV_POPULATE_READ) };
 }
 
 fn refuse_read(ino: INodeNo, offset: u64, size: u32, error: &FsError, reply: ReplyData) {

@@ -6,10 +6,12 @@
 
 pub mod archive;
 pub mod artifact;
+mod device;
 pub mod filesystem;
 mod fuse;
 pub mod index;
 pub mod layer;
+pub mod ledger;
 pub mod listing;
 mod loader;
 mod open_files;
@@ -19,6 +21,7 @@ pub mod session;
 #[cfg(test)]
 mod testing;
 pub mod tree;
+mod watchdog;
 
 pub use artifact::{
     Artifact, ArtifactError, ArtifactKind, Compression, LayerContent, LayerDescriptor, Platform,
@@ -26,7 +29,8 @@ pub use artifact::{
 };
 pub use filesystem::{Filesystem, FsError, Inode, TreeNumber};
 pub use layer::{LayerError, OpenLayer, Progress, Quiet, blob_id, open_layer, reopen_layer};
+pub use ledger::{Ledger, LedgerError};
 pub use listing::Listing;
 pub use profile::{MAX_PROFILE_BYTES, Profile, ProfileError, Recorder};
-pub use session::{Session, SpecialFiles};
+pub use session::{Misses, Session, SpecialFiles};
 pub use tree::{Base, Content, DeviceNumber, Node, NodeId, NodeKind, Timestamp, Tree, TreeError};

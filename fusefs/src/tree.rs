@@ -8,6 +8,7 @@
 //! model layers (ModelPack, ORAS) whiteouts mean nothing, owners are root, set-id bits, devices
 //! and privileged attributes are left out, and a file and a directory can't have one path.
 
+mod fingerprint;
 mod finish;
 mod merge;
 

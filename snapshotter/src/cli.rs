@@ -1,5 +1,6 @@
 //! The command line: what can be asked, and nothing of how it is done.
 
+use std::ffi::OsString;
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
@@ -32,7 +33,11 @@ pub enum Command {
     /// Unmount a model
     Umount {
         /// The directory that it was mounted on
-        dir: PathBuf,
+        #[arg(required_unless_present = "all")]
+        dir: Option<PathBuf>,
+        /// Take away what a stopped daemon left: its mount, and the models bound from it
+        #[arg(long, conflicts_with = "dir")]
+        all: bool,
     },
     /// List a model's files without mounting it
     Ls {
@@ -47,6 +52,16 @@ pub enum Command {
     Serve,
     /// Fetch a model's files into the cache before they are read
     Pull(PullArgs),
+    /// Run a daemon, start it again when it ends, and keep its mount meanwhile
+    ///
+    /// For nodes without systemd: what systemd's file descriptor store does for a unit, this does
+    /// for one command. Running containers wait while the daemon is replaced. SIGHUP starts the
+    /// daemon again, maybe as a new version; SIGTERM and SIGINT end it and take the mount away.
+    Keeper {
+        /// The command: weightfs serve, with its options
+        #[arg(required = true, trailing_var_arg = true, value_name = "COMMAND")]
+        command: Vec<OsString>,
+    },
     /// Pull an image into containerd without its lazy layers
     Rpull(RpullArgs),
     /// Push an image of the model beside it, for containers; uploads no weights

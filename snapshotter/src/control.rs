@@ -24,6 +24,7 @@ use weightfs_proto::control::{
 use weightfs_store::Reference;
 
 use crate::cache::{Cache, CacheError, Repair, Subject};
+use crate::handover::Keeper;
 use crate::metadata::{Backing, Metadata};
 use crate::models::{Models, ShownModel};
 use crate::trees::{Trees, trust_name};
@@ -49,6 +50,8 @@ pub struct ControlService {
     pub root: PathBuf,
     /// The snapshotter's socket, for status.
     pub snapshotter_address: PathBuf,
+    /// Who keeps the mount, for status.
+    pub keeper: Keeper,
 }
 
 /// Serves the control socket until `shutdown`.
@@ -144,6 +147,10 @@ impl Control for ControlService {
             snapshotter_address: self.snapshotter_address.display().to_string(),
             models: self.models.list().into_iter().map(model_message).collect(),
             layers: self.layers(),
+            keeper: match self.keeper {
+                Keeper::Nobody => String::new(),
+                keeper => keeper.to_string(),
+            },
         }))
     }
 

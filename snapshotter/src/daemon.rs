@@ -2,9 +2,18 @@
 //! apart in the right order, and does nothing else.
 //!
 //! Order of a start: the directory's lock, the metadata, the mount, what was mounted before, and
-//! only then the sockets: whoever can connect finds everything in place. A stop is the reverse.
+//! only then the sockets: whoever can connect finds everything in place. A mount that a keeper
+//! held is taken over instead, and only when everything that it showed is in place again; nothing
+//! before that may ask it for a file, since nobody would answer.
+//!
+//! An end leaves the mount to the keeper, or takes it away. What is left ends as if it were
+//! killed, only that what is cached is recorded: there is one way to take over, and it is used
+//! every time.
+
+mod mount;
 
 use std::io;
+use std::os::fd::AsFd as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -15,25 +24,25 @@ use tokio::net::UnixListener;
 use tokio::runtime::Handle;
 use tokio::sync::watch;
 use tracing::{info, warn};
-use weightfs_fusefs::session::detach;
-use weightfs_fusefs::{Filesystem, Session, SpecialFiles};
+use weightfs_fusefs::Misses;
 use weightfs_store::{OpenError, SourceError, Store};
 
 use crate::cache::Cache;
 use crate::config::Config;
+use crate::containerd;
 use crate::control::{self, ControlService};
+use crate::handover::{Inherited, Keeper, Name};
 use crate::images::ImageLayers;
-use crate::metadata::{Metadata, MetadataError};
-use crate::models::Models;
+use crate::metadata::{LazySnapshot, Metadata, MetadataError};
+use crate::models::{Models, MountState};
 use crate::owner::Announcement;
 use crate::references::References;
 use crate::snapshots::{SnapshotError, Snapshots};
-use crate::socket::{SocketError, bind_socket};
+use crate::socket::{Origin, SocketError, listen_at};
 use crate::trees::{Opener, Trees};
-use crate::{containerd, owner};
 
-/// Directory of the mount, below the root.
-const MOUNT_DIRECTORY: &str = "mnt";
+pub use mount::MOUNT_DIRECTORY;
+use mount::{Mount, forget, unmount};
 
 /// How long connections may take to end at a stop.
 const SHUTDOWN_DEADLINE: Duration = Duration::from_secs(5);
@@ -78,6 +87,73 @@ pub enum DaemonError {
     Join(#[from] tokio::task::JoinError),
 }
 
+/// How a daemon is asked to end.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Stop {
+    /// Another one comes: the mount is left to the keeper, if there is one.
+    Restart,
+    /// For good: the mount is taken away.
+    End,
+}
+
+/// What shows trees.
+struct Parts {
+    store: Arc<Store>,
+    opener: Opener,
+    metadata: Arc<Metadata>,
+    trees: Arc<Trees>,
+    models: Arc<Models>,
+    layers: Arc<ImageLayers>,
+}
+
+impl Parts {
+    fn new(config: &Config, store: Arc<Store>, mount: &Mount) -> Result<Self, DaemonError> {
+        let opener = opener(config, Arc::clone(&store))?;
+        let metadata = Arc::new(Metadata::open_or_rebuild(&config.root)?);
+        let trees = Arc::new(mount.trees(&config.root)?);
+        let models = Models::new(opener.clone(), Arc::clone(&trees), Arc::clone(&metadata));
+        let min_layer_bytes = config.snapshotter.min_layer_size.as_u64();
+        let layers = ImageLayers::new(
+            opener.clone(),
+            Arc::clone(&trees),
+            Arc::clone(&metadata),
+            min_layer_bytes,
+        );
+        let (models, layers) = (Arc::new(models), Arc::new(layers));
+        Ok(Self { store, opener, metadata, trees, models, layers })
+    }
+
+    /// Serves the mount with all that it showed before. Gives who keeps it.
+    fn show(&self, mount: Mount, config: &Config) -> Result<Keeper, DaemonError> {
+        let misses = Misses { runtime: Handle::current(), deadline: config.fetch.deadline };
+        let (keeper, missing) = match mount.state() {
+            MountState::New => {
+                let keeper = mount.serve(&self.trees, misses)?;
+                (keeper, self.restore(MountState::New)?)
+            }
+            MountState::TakenOver => {
+                let missing = self.restore(MountState::TakenOver)?;
+                self.trees.restore_removed(&self.opener);
+                // From here on there are requests under way, and what can't be finished must be
+                // left to a successor. A store that is closed would fail them.
+                std::mem::forget(Arc::clone(&self.store));
+                (mount.serve(&self.trees, misses)?, missing)
+            }
+        };
+        if !missing.is_empty() {
+            let layers = Arc::clone(&self.layers);
+            tokio::spawn(async move { layers.mend(missing).await });
+        }
+        Ok(keeper)
+    }
+
+    /// Shows what is on this machine; gives what is not.
+    fn restore(&self, state: MountState) -> Result<Vec<LazySnapshot>, DaemonError> {
+        self.models.restore(state)?;
+        Ok(self.layers.restore())
+    }
+}
+
 /// A daemon whose parts are in place.
 #[derive(Debug)]
 pub struct Daemon {
@@ -88,34 +164,31 @@ pub struct Daemon {
     snapshotter_socket: UnixListener,
     control_socket: UnixListener,
     announcement: Announcement,
+    keeper: Keeper,
 }
 
 impl Daemon {
-    /// Takes the state directory, mounts, shows what was mounted before, and listens.
+    /// Takes the state directory, takes over the mount or makes one, shows what was mounted
+    /// before, and listens.
     ///
     /// # Errors
     /// When a part can't be had; what was taken before is given back.
-    pub async fn start(config: &Config) -> Result<Self, DaemonError> {
+    pub async fn start(config: &Config, mut inherited: Inherited) -> Result<Self, DaemonError> {
         raise_file_limit();
         warn_of_private_mounts();
         let store = Store::open(&config.root, config.store_options())?;
-        let metadata = Arc::new(Metadata::open(&config.root)?);
-        let trees = Arc::new(Trees::new(mount(&config.root.join(MOUNT_DIRECTORY))?));
-        let opener = opener(config, Arc::clone(&store))?;
-        let cache = Cache::new(opener.clone(), &config.root);
-        let models =
-            Arc::new(Models::new(opener.clone(), Arc::clone(&trees), Arc::clone(&metadata)));
-        models.restore()?;
-        let min_layer_bytes = config.snapshotter.min_layer_size.as_u64();
-        let layers =
-            ImageLayers::new(opener, Arc::clone(&trees), Arc::clone(&metadata), min_layer_bytes);
-        layers.restore().await;
+        let mount = Mount::find(&config.root, &mut inherited)?;
+        let parts = Parts::new(config, Arc::clone(&store), &mount)?;
+        let keeper = parts.show(mount, config)?;
         // What was not restored is used by nobody.
         store.start_evicting();
-        let snapshots = Snapshots::open(&config.root, Arc::clone(&metadata), Arc::new(layers))?;
+        let Parts { metadata, trees, models, layers, opener, .. } = parts;
+        let cache = Cache::new(opener, &config.root);
+        let snapshots = Snapshots::open(&config.root, Arc::clone(&metadata), layers)?;
+        let mut listen = |name, path| listen(&mut inherited, keeper, name, path);
         let snapshotter_address = config.snapshotter.address.clone();
-        let snapshotter_socket = bind_socket(&snapshotter_address)?;
-        let control_socket = bind_socket(&config.control.address)?;
+        let snapshotter_socket = listen(Name::Snapshotter, &snapshotter_address)?;
+        let control_socket = listen(Name::Control, &config.control.address)?;
         let announcement = Announcement::new(&config.root, &config.control.address)
             .map_err(|source| OpenError::Io { path: config.root.clone(), source })?;
         let root = config.root.clone();
@@ -126,6 +199,7 @@ impl Daemon {
             cache,
             root,
             snapshotter_address,
+            keeper,
         };
         Ok(Self {
             store,
@@ -135,15 +209,20 @@ impl Daemon {
             snapshotter_socket,
             control_socket,
             announcement,
+            keeper,
         })
     }
 
-    /// Serves until `stop`, then unmounts and records what is cached.
+    /// Serves until `stop`, records what is cached, and leaves the mount or takes it away.
+    ///
+    /// After it, with an error or not, the process must end at once and take nothing down, the
+    /// runtime included: a request that is dropped is answered, with an error, and no successor
+    /// is asked for it again.
     ///
     /// # Errors
     /// When a socket breaks or somebody takes the mount away.
-    pub async fn run(self, stop: impl Future<Output = ()>) -> Result<(), DaemonError> {
-        let Self { store, trees, snapshots, control, .. } = self;
+    pub async fn run(self, stop: impl Future<Output = Stop>) -> Result<(), DaemonError> {
+        let Self { store, trees, snapshots, control, keeper, .. } = self;
         let (stopping, stopped) = watch::channel(());
         let wait = || {
             let mut stopped = stopped.clone();
@@ -153,18 +232,22 @@ impl Daemon {
         info!(
             snapshotter = %control.snapshotter_address.display(),
             root = %control.root.display(),
+            %keeper,
             "serving"
         );
-        let mountpoint = trees.session().mountpoint().to_owned();
         let mut snapshotter =
             tokio::spawn(containerd::serve(snapshots, self.snapshotter_socket, wait()));
         let mut controller = tokio::spawn(control::serve(control, self.control_socket, wait()));
+        keeper.tell_ready();
         let (result, running) = tokio::select! {
-            () = stop => (Ok(()), true),
-            () = trees.session().ended() => (Err(DaemonError::Unmounted(mountpoint)), true),
+            stop = stop => (Ok(stop), true),
+            () = ended(&trees) => {
+                (Err(DaemonError::Unmounted(trees.mountpoint().to_owned())), true)
+            }
             ended = &mut snapshotter => (flatten(ended), false),
             ended = &mut controller => (flatten(ended), false),
         };
+        keeper.tell_stopping();
         drop(stopping);
         if running {
             let servers = futures::future::join(&mut snapshotter, &mut controller);
@@ -174,18 +257,39 @@ impl Daemon {
         }
         snapshotter.abort();
         controller.abort();
+        let for_good = matches!(result, Ok(Stop::End) | Err(DaemonError::Unmounted(_)));
+        if keeper != Keeper::Nobody && !for_good {
+            return leave(&store, self.announcement, result);
+        }
         drop(self.announcement);
-        let unmounted = tokio::task::spawn_blocking(move || unmount(&trees)).await?;
+        let unmounted = tokio::task::spawn_blocking(move || unmount(&trees, keeper)).await?;
         store.checkpoint()?;
-        result.and(unmounted)
+        result?;
+        unmounted
     }
 }
 
-fn flatten<E>(ended: Result<Result<(), E>, tokio::task::JoinError>) -> Result<(), DaemonError>
+/// Leaves everything to a successor, also after an error: readers wait for it.
+fn leave(
+    store: &Arc<Store>,
+    announcement: Announcement,
+    result: Result<Stop, DaemonError>,
+) -> Result<(), DaemonError> {
+    announcement.leave();
+    // Not closed: reads go on till the end of this process.
+    std::mem::forget(Arc::clone(store));
+    store.checkpoint()?;
+    info!("the mount is left to the next daemon");
+    result.map(drop)
+}
+
+/// A server that ends by itself: the next daemon may do better.
+fn flatten<E>(ended: Result<Result<(), E>, tokio::task::JoinError>) -> Result<Stop, DaemonError>
 where
     DaemonError: From<E>,
 {
-    Ok(ended??)
+    ended??;
+    Ok(Stop::Restart)
 }
 
 fn opener(config: &Config, store: Arc<Store>) -> Result<Opener, DaemonError> {
@@ -197,22 +301,29 @@ fn opener(config: &Config, store: Arc<Store>) -> Result<Opener, DaemonError> {
     Ok(Opener { registries, store, references, deadline })
 }
 
-/// Mounts at `path`. What a dead daemon left there is detached first.
-fn mount(path: &Path) -> Result<Session, DaemonError> {
-    let failed = |source| DaemonError::Mount { path: path.to_owned(), source };
-    // Several daemons may have died on top of each other.
-    while owner::is_mountpoint(path).map_err(failed)? {
-        warn!(path = %path.display(), "detaching the mount of an earlier daemon");
-        detach(path).map_err(failed)?;
+/// Waits until somebody takes the mount away.
+async fn ended(trees: &Trees) {
+    match trees.session() {
+        Some(session) => session.ended().await,
+        None => std::future::pending().await,
     }
-    std::fs::create_dir_all(path).map_err(failed)?;
-    let filesystem = Arc::new(Filesystem::of_trees());
-    Session::mount(filesystem, path, SpecialFiles::Honoured, Handle::current()).map_err(failed)
 }
 
-fn unmount(trees: &Trees) -> Result<(), DaemonError> {
-    let path = trees.session().mountpoint();
-    trees.session().unmount().map_err(|source| DaemonError::Mount { path: path.to_owned(), source })
+/// Listens at `path`; a new socket is given to the keeper.
+fn listen(
+    inherited: &mut Inherited,
+    keeper: Keeper,
+    name: Name,
+    path: &Path,
+) -> Result<UnixListener, DaemonError> {
+    let (listener, origin) = listen_at(inherited.get(name), path)?;
+    if origin == Origin::New && keeper != Keeper::Nobody {
+        forget(keeper, name);
+        if let Err(error) = keeper.keep(name, listener.as_fd()) {
+            warn!(%keeper, %error, path = %path.display(), "the keeper did not take a socket");
+        }
+    }
+    Ok(listener)
 }
 
 /// Each blob that is read keeps its cache files open.

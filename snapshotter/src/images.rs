@@ -51,36 +51,51 @@ impl ImageLayers {
         Self { opener, trees, metadata, min_layer_bytes, manifests }
     }
 
-    /// Shows all lazy snapshots again. One that can't be shown is logged and left out: its
-    /// containers fail to start, and pulling the image anew mends it.
-    pub async fn restore(&self) {
+    /// Shows all lazy snapshots again, from what is on this machine. Gives those that it has not.
+    pub fn restore(&self) -> Vec<LazySnapshot> {
+        let mut missing = Vec::new();
         for snapshot in self.metadata.lazy_snapshots() {
-            let name = snapshot.name.clone();
-            if let Err(reason) = self.restore_one(snapshot).await {
-                error!(snapshot = name, reason, "a lazy snapshot can't be shown again");
+            if let Err(reason) = self.restore_one(&snapshot) {
+                warn!(snapshot = snapshot.name, reason, "a lazy snapshot is not shown yet");
+                missing.push(snapshot);
+            }
+        }
+        missing
+    }
+
+    /// Shows lazy snapshots of which something must be asked of the registry. One that can't be
+    /// shown is logged and left out: its containers fail to start, and pulling the image anew
+    /// mends it.
+    pub async fn mend(&self, missing: Vec<LazySnapshot>) {
+        for snapshot in missing {
+            match self.mend_one(&snapshot).await {
+                Ok(()) => info!(snapshot = snapshot.name, "a lazy snapshot is shown again"),
+                Err(reason) => {
+                    error!(
+                        snapshot = snapshot.name,
+                        reason, "a lazy snapshot can't be shown again"
+                    );
+                }
             }
         }
     }
 
-    async fn restore_one(&self, snapshot: LazySnapshot) -> Result<(), String> {
-        let remembered: Remembered =
-            serde_json::from_value(snapshot.record).map_err(|error| error.to_string())?;
+    async fn mend_one(&self, snapshot: &LazySnapshot) -> Result<(), String> {
+        let remembered = remembered(snapshot)?;
+        let layer = self.opener.open_layer(&remembered.layer, &Quiet).await;
+        layer.map_err(|error| error.to_string())?;
+        self.restore_one(snapshot)
+    }
+
+    fn restore_one(&self, snapshot: &LazySnapshot) -> Result<(), String> {
+        let remembered = remembered(snapshot)?;
         let below = match snapshot.parent_tree {
-            Some(tree) => Some(self.trees.get(tree).ok_or("its parent can't be shown")?),
+            Some(tree) => Some(self.trees.get(tree).ok_or("its parent is not shown")?),
             None => None,
         };
-        let record = TreeRecord {
-            layers: vec![remembered.layer.clone()],
-            over_foreign: remembered.over_foreign,
-        };
-        let own = match self.opener.reopen(record.clone()) {
-            Ok(own) => own,
-            Err(error) => {
-                warn!(snapshot = snapshot.name, %error, "asking the registry for a lazy layer");
-                let layer = self.opener.open_layer(&remembered.layer, &Quiet).await;
-                OpenTree { layers: vec![layer.map_err(|error| error.to_string())?], record }
-            }
-        };
+        let record =
+            TreeRecord { layers: vec![remembered.layer], over_foreign: remembered.over_foreign };
+        let own = self.opener.reopen(record).map_err(|error| error.to_string())?;
         let tree = stack(below.as_deref(), own);
         self.trees.show(snapshot.tree, tree).map_err(|error| error.to_string())
     }
@@ -203,6 +218,10 @@ impl LayerMounter for ImageLayers {
             inodes: layer.listing.entries().len() as u64,
         })
     }
+}
+
+fn remembered(snapshot: &LazySnapshot) -> Result<Remembered, String> {
+    Remembered::deserialize(&snapshot.record).map_err(|error| error.to_string())
 }
 
 /// A layer on top of the layers of a tree.

@@ -26,6 +26,10 @@ fn main() -> ExitCode {
 }
 
 fn run(cli: Cli) -> anyhow::Result<ExitCode> {
+    if let Command::Keeper { command } = &cli.command {
+        // Before there are threads: it forks.
+        return Ok(weightfs::keeper::run(command)?);
+    }
     let mut config = Config::load(cli.config.as_deref())?;
     if let Some(root) = &cli.root {
         config.root = std::path::absolute(root).context("--root")?;
@@ -36,19 +40,29 @@ fn run(cli: Cli) -> anyhow::Result<ExitCode> {
         .build()
         .context("can't start threads")?;
     let done = match cli.command {
+        Command::Keeper { .. } => Ok(()),
         Command::Config => {
             print!("{}", config.to_commented_toml());
             Ok(())
         }
         Command::Mount(arguments) if arguments.daemon => commands::mount::in_background(&arguments),
         Command::Mount(arguments) => runtime.block_on(commands::mount::run(&config, &arguments)),
-        Command::Umount { dir } => runtime.block_on(commands::umount::run(&config, &dir)),
+        Command::Umount { dir: Some(dir), .. } => {
+            runtime.block_on(commands::umount::run(&config, &dir))
+        }
+        Command::Umount { dir: None, .. } => runtime.block_on(commands::umount::all(&config)),
         Command::Ls { reference, json } => {
             runtime.block_on(commands::ls::run(&config, &reference, json))
         }
         Command::Image(arguments) => runtime.block_on(commands::image::run(&config, arguments)),
         Command::Index(arguments) => runtime.block_on(commands::index::run(&config, arguments)),
-        Command::Serve => runtime.block_on(commands::serve::run(&config)),
+        Command::Serve => {
+            let ended = runtime.block_on(commands::serve::run(&config));
+            // Taken down, it would drop the requests under way, and a dropped request is answered
+            // with an error. Nobody takes it down, and a successor is asked for them again.
+            std::mem::forget(runtime);
+            return ended.map(|()| ExitCode::SUCCESS);
+        }
         Command::Pull(arguments) => runtime.block_on(commands::pull::run(&config, arguments)),
         Command::Rpull(arguments) => runtime.block_on(commands::rpull::run(&config, arguments)),
         Command::Status { json } => runtime.block_on(commands::status::run(&config, json)),
@@ -76,7 +90,7 @@ fn describe(error: &anyhow::Error) -> String {
 /// Logs to stderr: a daemon's life in full, of a command only what went wrong.
 fn start_log(command: &Command) {
     let default = match command {
-        Command::Serve | Command::Mount(_) => "info",
+        Command::Serve | Command::Keeper { .. } | Command::Mount(_) => "info",
         _ => "warn",
     };
     let filter = EnvFilter::builder()

@@ -12,7 +12,9 @@
 //! on the disk.
 
 mod index;
+mod journal;
 mod models;
+mod rebuild;
 mod record;
 
 use std::fs::{File, OpenOptions};
@@ -26,6 +28,7 @@ use redb::backends::FileBackend;
 use redb::{Builder, Database, ReadableDatabase, ReadableTable, TableDefinition};
 
 pub(crate) use index::{Change, Index};
+use journal::{Journal, Line};
 pub use record::{
     Backing, DirectoryId, Kind, LazySnapshot, Record, SNAPSHOT_REF, SnapshotInfo, Usage,
 };
@@ -49,6 +52,8 @@ const COUNTERS: TableDefinition<'_, &str, u64> = TableDefinition::new("counters"
 const COUNTER_FORMAT: &str = "format";
 const COUNTER_DIRECTORY: &str = "next-directory";
 const COUNTER_TREE: &str = "next-tree";
+/// Directories below it may be of snapshots that a rebuilt database does not know.
+const COUNTER_UNKNOWN: &str = "unknown-below";
 
 /// The metadata database could not be used.
 #[derive(Debug, thiserror::Error)]
@@ -140,6 +145,9 @@ pub struct Metadata {
     writer: Mutex<Option<Database>>,
     index: RwLock<Index>,
     next_directory: AtomicU64,
+    unknown_below: u64,
+    /// `None` where it can't be written.
+    journal: Mutex<Option<Journal>>,
 }
 
 impl Metadata {
@@ -148,14 +156,23 @@ impl Metadata {
         let path = root.join(FILE_NAME);
         let database = open_database(&path)?;
         let index = read_index(&database, &path)?;
-        let next = read_counter(&database, COUNTER_DIRECTORY)
-            .map_err(|source| MetadataError::Open { path: path.clone(), source: source.into() })?;
-        Ok(Metadata {
+        let counter = |name| {
+            read_counter(&database, name)
+                .map_err(|source| MetadataError::Open { path: path.clone(), source: source.into() })
+        };
+        let next = counter(COUNTER_DIRECTORY)?;
+        let unknown_below = counter(COUNTER_UNKNOWN)?;
+        let metadata = Metadata {
             path,
-            writer: Mutex::new(Some(database)),
+            writer: Mutex::new(None),
             index: RwLock::new(index),
             next_directory: AtomicU64::new(next),
-        })
+            unknown_below,
+            journal: Mutex::new(None),
+        };
+        metadata.begin_journal(&database);
+        *metadata.writer() = Some(database);
+        Ok(metadata)
     }
 
     /// The record of a snapshot, from memory.
@@ -182,9 +199,12 @@ impl Metadata {
             Ok(next)
         });
         match next {
-            Ok(next) => u32::try_from(next)
-                .map(TreeNumber)
-                .map_err(|_| MetadataError::NoTreeNumber { path: self.path.clone() }),
+            Ok(next) => {
+                self.note(database, &[Line::NextTree(next.saturating_add(1))]);
+                u32::try_from(next)
+                    .map(TreeNumber)
+                    .map_err(|_| MetadataError::NoTreeNumber { path: self.path.clone() })
+            }
             Err(source) => {
                 *writer = None;
                 Err(self.write_error(source))
@@ -200,6 +220,11 @@ impl Metadata {
     /// A directory number that was never given before, once a record with it is stored.
     pub(crate) fn next_directory(&self) -> DirectoryId {
         DirectoryId(self.next_directory.fetch_add(1, Ordering::Relaxed))
+    }
+
+    /// Whether a directory without a record may be of a snapshot that was lost with the database.
+    pub(crate) fn is_unknown(&self, id: DirectoryId) -> bool {
+        id.0 < self.unknown_below
     }
 
     /// Never gives out this number or a lower one: a directory of it lies on the disk.
@@ -225,7 +250,9 @@ impl Metadata {
         let (change, value) = decide(&self.index())?;
         match write(database, &change) {
             Ok(()) => {
+                let lines = journal::lines(&change);
                 self.index_mut(|index| index.apply(change));
+                self.note(database, &lines);
                 Ok(value)
             }
             Err(source) => {
@@ -276,6 +303,30 @@ impl Metadata {
 
     fn unknown(&self, source: MetadataError) -> MetadataError {
         MetadataError::Unknown { path: self.path.clone(), source: source.into() }
+    }
+}
+
+impl MetadataError {
+    /// Whether the file is there and can't be what it should be.
+    fn is_damage(&self) -> bool {
+        match self {
+            Self::Open { source, .. } => match source.as_ref() {
+                redb::Error::Corrupted(_) => true,
+                redb::Error::Io(error) => {
+                    matches!(
+                        error.kind(),
+                        io::ErrorKind::InvalidData | io::ErrorKind::UnexpectedEof
+                    )
+                }
+                _ => false,
+            },
+            Self::Record { .. } | Self::Orphan { .. } => true,
+            Self::InUse { .. }
+            | Self::Format { .. }
+            | Self::Write { .. }
+            | Self::Unknown { .. }
+            | Self::NoTreeNumber { .. } => false,
+        }
     }
 }
 

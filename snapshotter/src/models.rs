@@ -13,6 +13,7 @@ use weightfs_store::{Digest, Reference};
 use crate::bind::{Bound, bound, rebind};
 use crate::metadata::{Metadata, MetadataError};
 use crate::profiles::{self, ProfileUseError};
+use crate::owner;
 use crate::trees::{OpenTree, Opener, TreeRecord, TreeStats, Trees, TreesError};
 
 /// Why a model can't be shown.
@@ -51,6 +52,15 @@ pub struct ModelRecord {
     pub target: PathBuf,
     /// Its layers.
     pub tree: TreeRecord,
+}
+
+/// What the daemon's mount is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum MountState {
+    /// Made by this daemon; what is bound elsewhere is dead.
+    New,
+    /// Taken over from a predecessor; what is bound elsewhere lives.
+    TakenOver,
 }
 
 /// A model that can be shown.
@@ -129,7 +139,7 @@ impl Models {
         if let Some(profile) = profile {
             profile.expect(&tree.layers);
         }
-        self.trees.show(number, tree).map_err(TreesError::from)?;
+        self.trees.show(number, tree)?;
         let remembered = serde_json::to_value(&record)
             .map_err(ModelError::from)
             .and_then(|json| Ok(self.metadata.put_model(number, &json)?));
@@ -159,29 +169,51 @@ impl Models {
         Ok(())
     }
 
-    /// Shows all models again that are still bound somewhere, and binds them anew; forgets those
-    /// that were unmounted while no daemon ran. One that can't be shown is logged and left out.
+    /// Shows all models again that are still bound somewhere, and forgets those that were
+    /// unmounted while no daemon ran. On a mount that was made anew they are bound anew; one that
+    /// was taken over is not served before they are shown, and nothing is asked of it here. One
+    /// that can't be shown is logged and left out.
     ///
     /// # Errors
     /// When the metadata can't be read.
-    pub fn restore(&self) -> Result<(), MetadataError> {
+    pub fn restore(&self, mount: MountState) -> Result<(), MetadataError> {
         for (number, json) in self.metadata.models()? {
-            if let Err(error) = self.restore_one(number, &json) {
+            if let Err(error) = self.restore_one(number, &json, mount) {
                 error!(model = %json["reference"], %error, "a model can't be shown again");
             }
         }
         Ok(())
     }
 
-    fn restore_one(&self, number: TreeNumber, json: &serde_json::Value) -> Result<(), ModelError> {
+    fn restore_one(
+        &self,
+        number: TreeNumber,
+        json: &serde_json::Value,
+        mount: MountState,
+    ) -> Result<(), ModelError> {
         let record = ModelRecord::deserialize(json)?;
-        if bound(&record.target) == Bound::Gone {
+        let bind_error = |source| ModelError::Bind { target: record.target.clone(), source };
+        let there = match mount {
+            MountState::New => bound(&record.target) == Bound::Dead,
+            MountState::TakenOver => {
+                let device = self.trees.filesystem().ledger().device();
+                owner::is_bound(&record.target, device, number).map_err(bind_error)?
+            }
+        };
+        if !there && mount == MountState::New {
             return Ok(self.metadata.remove_model(number)?);
         }
         let tree = self.opener.reopen(record.tree.clone())?;
-        self.trees.show(number, tree).map_err(TreesError::from)?;
-        rebind(&self.trees.directory(number), &record.target)
-            .map_err(|source| ModelError::Bind { target: record.target.clone(), source })?;
+        self.trees.show(number, tree)?;
+        if !there {
+            // Somebody may hold files of it all the same.
+            self.metadata.remove_model(number)?;
+            self.trees.hide(number);
+            return Ok(());
+        }
+        if mount == MountState::New {
+            rebind(&self.trees.directory(number), &record.target).map_err(bind_error)?;
+        }
         self.lock().insert(number, record);
         Ok(())
     }
@@ -200,7 +232,7 @@ impl Models {
     fn describe(&self, number: TreeNumber, record: &ModelRecord) -> ShownModel {
         let tree = self.trees.get(number);
         let stats = tree.map_or_else(TreeStats::nothing, |tree| tree.stats());
-        let files = self.trees.session().filesystem().with_tree(number, |tree| tree.files());
+        let files = self.trees.filesystem().with_tree(number, |tree| tree.files());
         ShownModel {
             number,
             reference: record.reference.clone(),

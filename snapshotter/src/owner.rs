@@ -17,7 +17,7 @@ const MAX_ADDRESS_BYTES: u64 = 108;
 
 /// Says in the state directory where the daemon answers; taken back when it is dropped.
 #[derive(Debug)]
-pub struct Announcement(PathBuf);
+pub struct Announcement(Option<PathBuf>);
 
 impl Announcement {
     /// Writes the address.
@@ -29,14 +29,21 @@ impl Announcement {
         let new = root.join(format!("{ADDRESS_FILE}.new"));
         std::fs::write(&new, address.as_os_str().as_bytes())?;
         std::fs::rename(new, &path)?;
-        Ok(Self(path))
+        Ok(Self(Some(path)))
+    }
+
+    /// Lets it stand: the socket outlives this process.
+    pub fn leave(mut self) {
+        self.0 = None;
     }
 }
 
 impl Drop for Announcement {
     fn drop(&mut self) {
         // Left behind, it names a socket where nobody answers.
-        let _ = std::fs::remove_file(&self.0);
+        if let Some(path) = &self.0 {
+            let _ = std::fs::remove_file(path);
+        }
     }
 }
 
@@ -58,12 +65,55 @@ pub fn is_mountpoint(path: &Path) -> io::Result<bool> {
     Ok(mounts.into_iter().any(|mount| unescape(&mount.mount_point) == path))
 }
 
+/// Whether a tree of the mount with that device number is bound at `target`. Asks the mount
+/// nothing.
+///
+/// # Errors
+/// When the mount table can't be read.
+pub fn is_bound(target: &Path, device: u64, tree: TreeNumber) -> io::Result<bool> {
+    let device = device_name(device);
+    let root = Path::new("/").join(tree.directory_name());
+    Ok(mounts()?.into_iter().any(|mount| {
+        mount.majmin == device
+            && Path::new(&mount.root) == root
+            && unescape(&mount.mount_point) == target
+    }))
+}
+
+/// Whether what is mounted at `path`, on top of all else, is the mount with that device number.
+/// Asks the mount nothing.
+///
+/// # Errors
+/// When the mount table can't be read.
+pub fn is_mount_of(path: &Path, device: u64) -> io::Result<bool> {
+    // The last one in the table is on top.
+    let mut at = mounts()?.into_iter().rev().filter(|mount| unescape(&mount.mount_point) == path);
+    Ok(at.next().is_some_and(|mount| mount.majmin == device_name(device)))
+}
+
+/// Where the mount at `path` is mounted, and what is bound from it; the last one first. Asks the
+/// mount nothing.
+///
+/// # Errors
+/// When the mount table can't be read.
+pub fn mounts_of(path: &Path) -> io::Result<Vec<PathBuf>> {
+    let all: Vec<_> = mounts()?.into_iter().collect();
+    let at = |mount: &&MountInfo| unescape(&mount.mount_point) == path;
+    let devices: Vec<_> = all.iter().filter(at).map(|mount| &mount.majmin).collect();
+    let same = all.iter().rev().filter(|mount| devices.contains(&&mount.majmin));
+    Ok(same.map(|mount| unescape(&mount.mount_point)).collect())
+}
+
+fn device_name(device: u64) -> String {
+    format!("{}:{}", major(device), minor(device))
+}
+
 /// Whether a file lies on a mount of WeightFS.
 ///
 /// # Errors
 /// When the mount table can't be read.
 pub fn is_weightfs(status: &FileStat) -> io::Result<bool> {
-    let device = format!("{}:{}", major(status.st_dev), minor(status.st_dev));
+    let device = device_name(status.st_dev);
     let ours = |mount: &MountInfo| {
         mount.fs_type == "fuse" && mount.mount_source.as_deref() == Some(SOURCE_NAME)
     };
@@ -125,5 +175,7 @@ mod tests {
         assert_eq!(control_address(dir.path()).as_deref(), Some(address));
         drop(announcement);
         assert_eq!(control_address(dir.path()), None);
+        Announcement::new(dir.path(), address).unwrap().leave();
+        assert_eq!(control_address(dir.path()).as_deref(), Some(address));
     }
 }

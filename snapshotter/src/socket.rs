@@ -1,4 +1,5 @@
-//! Unix sockets that only root may talk to, made without a moment in which others could.
+//! Unix sockets that only root may talk to, made without a moment in which others could, or
+//! inherited from whoever kept them while no daemon ran.
 
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -7,7 +8,8 @@ use std::path::{Path, PathBuf};
 
 use nix::errno::Errno;
 use nix::sys::socket::{
-    AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, connect, listen, socket,
+    AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, connect, getsockname, listen,
+    socket,
 };
 use nix::sys::stat::{Mode, fchmod};
 use tokio::net::UnixListener;
@@ -41,6 +43,44 @@ pub enum SocketError {
         #[source]
         source: io::Error,
     },
+}
+
+/// Where a socket comes from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Origin {
+    /// It listened before this process began.
+    Inherited,
+    /// It was made now.
+    New,
+}
+
+/// Listens at `path` on the inherited socket, if it is there, or else on a new one. Call it within
+/// a tokio runtime.
+pub fn listen_at(
+    inherited: Option<OwnedFd>,
+    path: &Path,
+) -> Result<(UnixListener, Origin), SocketError> {
+    let Some(inherited) = inherited else { return Ok((bind_socket(path)?, Origin::New)) };
+    if !is_at(&inherited, path) {
+        tracing::warn!(path = %path.display(), "the inherited socket is at another path; closed");
+        drop(inherited);
+        return Ok((bind_socket(path)?, Origin::New));
+    }
+    let failed = |source| SocketError::Io { action: "listen on", path: path.to_owned(), source };
+    let listener = std::os::unix::net::UnixListener::from(inherited);
+    listener.set_nonblocking(true).map_err(failed)?;
+    Ok((UnixListener::from_std(listener).map_err(failed)?, Origin::Inherited))
+}
+
+/// Whether a socket is the one that clients find at `path`, as far as can be told: it was bound
+/// there, and there is a socket.
+fn is_at(socket: &OwnedFd, path: &Path) -> bool {
+    let bound = getsockname::<UnixAddr>(socket.as_raw_fd()).ok();
+    let bound = bound.as_ref().and_then(UnixAddr::path).map(Path::canonicalize);
+    match (bound, path.canonicalize()) {
+        (Some(Ok(bound)), Ok(path)) => bound == path,
+        _ => false,
+    }
 }
 
 /// Listens on a new socket at `path`, mode 0600, and makes the directories above it. A socket that
@@ -124,6 +164,28 @@ mod tests {
         drop(first);
         assert!(path.exists(), "a listener leaves its file");
         bind_socket(&path).unwrap();
+    }
+
+    #[tokio::test]
+    async fn an_inherited_socket_is_used_where_it_is() {
+        let directory = tempfile::tempdir().unwrap();
+        let [a, b] = ["a.sock", "b.sock"].map(|name| directory.path().join(name));
+        let kept = listening(&a).unwrap();
+        // Somebody connects while no daemon runs.
+        let waiting = tokio::net::UnixStream::connect(&a).await.unwrap();
+        let (listener, origin) = listen_at(Some(kept.try_clone().unwrap()), &a).unwrap();
+        assert_eq!(origin, Origin::Inherited);
+        listener.accept().await.unwrap();
+        drop((listener, waiting));
+        // The configuration names another path now.
+        let (_, origin) = listen_at(Some(kept.try_clone().unwrap()), &b).unwrap();
+        assert_eq!(origin, Origin::New);
+        // Somebody has removed the file.
+        std::fs::remove_file(&a).unwrap();
+        let (listener, origin) = listen_at(Some(kept), &a).unwrap();
+        assert_eq!(origin, Origin::New);
+        let connected = tokio::net::UnixStream::connect(&a);
+        assert!(matches!(tokio::join!(listener.accept(), connected), (Ok(_), Ok(_))));
     }
 
     #[tokio::test]

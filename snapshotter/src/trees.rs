@@ -5,21 +5,26 @@
 //! Invariant: a tree is shown only when all of its layers are open; what fails before leaves
 //! nothing behind.
 
+mod removed;
+
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
 use futures::{StreamExt as _, TryStreamExt as _, stream};
 use serde::{Deserialize, Serialize};
-use tracing::warn;
+use tracing::{error, warn};
 use weightfs_fusefs::{
-    Artifact, ArtifactError, Base, LayerDescriptor, LayerError, OpenLayer, Progress, Session, Tree,
-    TreeError, TreeNumber, open_layer, reopen_layer,
+    Artifact, ArtifactError, Base, Filesystem, LayerDescriptor, LayerError, OpenLayer, Progress,
+    Session, Tree, TreeError, TreeNumber, open_layer, reopen_layer,
 };
 use weightfs_store::{BlobId, Digest, Reference, Registries, Repository, Store, Trust};
 
 use crate::cache;
 use crate::references::{Pin, References};
+
+pub use removed::Removed;
 
 /// Layers of one artifact that are opened at the same time: each may cost a few round trips.
 const LAYERS_AT_ONCE: usize = 8;
@@ -39,6 +44,12 @@ pub enum TreesError {
     /// The cache has lost the listing of a layer.
     #[error("layer {0}: its listing is no longer in the cache")]
     Forgotten(weightfs_store::Digest),
+    /// The kernel knows another tree by that number.
+    #[error(
+        "this version of weightfs numbers the files of tree {0} otherwise than the one that \
+         mounted it; end the containers that use it, and pull the image again"
+    )]
+    OtherNumbers(TreeNumber),
 }
 
 /// Opens artifacts with one store and one set of registries.
@@ -234,36 +245,85 @@ pub const fn trust_name(trust: Trust) -> &'static str {
 /// The trees of one mount.
 #[derive(Debug)]
 pub struct Trees {
-    session: Session,
+    filesystem: Arc<Filesystem>,
+    mountpoint: PathBuf,
+    removed: Removed,
+    /// Set when the mount is served.
+    session: OnceLock<Session>,
     shown: Mutex<HashMap<TreeNumber, Arc<OpenTree>>>,
 }
 
 impl Trees {
-    /// The trees of that mount; none yet.
-    pub fn new(session: Session) -> Self {
-        Self { session, shown: Mutex::default() }
+    /// The trees of a mount at `mountpoint`; none yet, and nobody serves it yet.
+    pub fn new(filesystem: Arc<Filesystem>, mountpoint: PathBuf, removed: Removed) -> Self {
+        let (session, shown) = Default::default();
+        Self { filesystem, mountpoint, removed, session, shown }
     }
 
-    /// The mount.
-    pub const fn session(&self) -> &Session {
-        &self.session
+    /// The mount is served from now on.
+    pub fn serve(&self, session: Session) -> &Session {
+        self.session.get_or_init(|| session)
     }
 
-    /// Shows a tree. The number must not have been used before.
+    /// The mount, once it is served.
+    pub fn session(&self) -> Option<&Session> {
+        self.session.get()
+    }
+
+    /// What the mount shows.
+    pub const fn filesystem(&self) -> &Arc<Filesystem> {
+        &self.filesystem
+    }
+
+    /// Where the mount is.
+    pub fn mountpoint(&self) -> &Path {
+        &self.mountpoint
+    }
+
+    /// Shows a tree. The number must not have been used before for another one.
     ///
     /// # Errors
-    /// Layers that contradict each other.
-    pub fn show(&self, number: TreeNumber, tree: OpenTree) -> Result<(), TreeError> {
+    /// Layers that contradict each other; a tree that the kernel knows otherwise.
+    pub fn show(&self, number: TreeNumber, tree: OpenTree) -> Result<(), TreesError> {
         let merged = tree.merge()?;
+        if !self.filesystem.add(number, merged) {
+            return Err(TreesError::OtherNumbers(number));
+        }
         self.lock().insert(number, Arc::new(tree));
-        self.session.filesystem().add(number, merged);
         Ok(())
+    }
+
+    /// Serves on what a predecessor had removed while it was in use. One that can't be served is
+    /// logged: its users get ESTALE.
+    pub fn restore_removed(&self, opener: &Opener) {
+        for number in self.filesystem.awaited() {
+            if let Err(error) = self.restore_one_removed(opener, number) {
+                error!(tree = number.0, error, "a removed tree is lost");
+            }
+        }
+        self.sweep();
+    }
+
+    fn restore_one_removed(&self, opener: &Opener, number: TreeNumber) -> Result<(), String> {
+        let record = self.removed.get(number).map_err(|error| error.to_string())?;
+        let tree = opener.reopen(record).map_err(|error| error.to_string())?;
+        let tree = tree.merge().map_err(|error| error.to_string())?;
+        if self.filesystem.add_removed(number, tree) {
+            return Ok(());
+        }
+        Err(TreesError::OtherNumbers(number).to_string())
     }
 
     /// Takes a tree away. Blocks as [`Session::remove`] does.
     pub fn hide(&self, number: TreeNumber) {
-        self.lock().remove(&number);
-        self.session.remove(number);
+        if let Some(tree) = self.lock().remove(&number) {
+            self.removed.put(number, &tree.record);
+        }
+        match self.session.get() {
+            Some(session) => session.remove(number),
+            None => drop(self.filesystem.remove(number)),
+        }
+        self.sweep();
     }
 
     /// A tree that is shown.
@@ -272,8 +332,12 @@ impl Trees {
     }
 
     /// The directory of a tree.
-    pub fn directory(&self, number: TreeNumber) -> std::path::PathBuf {
-        self.session.mountpoint().join(number.directory_name())
+    pub fn directory(&self, number: TreeNumber) -> PathBuf {
+        self.mountpoint.join(number.directory_name())
+    }
+
+    fn sweep(&self) {
+        self.removed.sweep(|number| self.filesystem.serves(number));
     }
 
     fn lock(&self) -> MutexGuard<'_, HashMap<TreeNumber, Arc<OpenTree>>> {

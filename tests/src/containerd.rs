@@ -95,10 +95,18 @@ impl Containerd {
 
     /// Stops the process, leaving its containers running, and starts it again.
     pub fn restart(&mut self, area: &Area) {
+        self.restart_and(area, || {});
+    }
+
+    /// Restarts it as [`Containerd::restart`] does, and calls `begun` as soon as the new one has
+    /// begun to start.
+    pub fn restart_and(&mut self, area: &Area, begun: impl FnOnce()) {
         self.service.signal(Signal::SIGTERM);
         self.service.wait();
         let command = command(self.programs.as_deref(), &self.dir.join("config.toml"));
         self.service = Service::start(area, "containerd", command);
+        self.service.wait_ready(|service| service.log().contains("loading plugin").then_some(()));
+        begun();
         self.wait_ready();
     }
 
@@ -207,7 +215,12 @@ impl Containerd {
         });
     }
 
-    fn remove_containers(&self, namespace: &str) {
+    /// Ends and removes all containers of `ctr`'s namespace.
+    pub fn remove_containers(&self) {
+        self.remove_containers_of("default");
+    }
+
+    fn remove_containers_of(&self, namespace: &str) {
         let list = run(&mut self.ctr_command(namespace, &["container", "ls", "-q"]));
         for id in first_words(&list.stdout, 0) {
             run(&mut self.ctr_command(namespace, &["task", "rm", "--force", &id]));
@@ -219,7 +232,7 @@ impl Containerd {
 impl Drop for Containerd {
     fn drop(&mut self) {
         if self.service.is_running() {
-            NAMESPACES.iter().for_each(|namespace| self.remove_containers(namespace));
+            NAMESPACES.iter().for_each(|namespace| self.remove_containers_of(namespace));
         }
     }
 }
@@ -252,11 +265,23 @@ pub struct Container<'a> {
 impl Container<'_> {
     /// Runs a command in the container.
     pub fn exec(&self, words: &[&str]) -> Outcome {
+        let arguments = self.exec_arguments(words);
+        let arguments: Vec<_> = arguments.iter().map(String::as_str).collect();
+        self.containerd.ctr(&arguments)
+    }
+
+    /// Starts a command in the container, and logs what it writes.
+    pub fn start(&self, area: &Area, words: &[&str]) -> Service {
+        let arguments = self.exec_arguments(words);
+        let arguments: Vec<_> = arguments.iter().map(String::as_str).collect();
+        Service::start(area, "exec", self.containerd.ctr_command("default", &arguments))
+    }
+
+    fn exec_arguments(&self, words: &[&str]) -> Vec<String> {
         let number = self.containerd.exec_count.fetch_add(1, Ordering::Relaxed);
         let exec_id = format!("exec-{number}");
-        let mut arguments = vec!["task", "exec", "--exec-id", &exec_id, &self.id];
-        arguments.extend(words);
-        self.containerd.ctr(&arguments)
+        let fixed = ["task", "exec", "--exec-id", &exec_id, &self.id];
+        fixed.iter().chain(words).map(|word| (*word).to_owned()).collect()
     }
 
     /// Its root file system, as the host sees it.

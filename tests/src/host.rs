@@ -28,12 +28,21 @@ pub struct Host {
 impl Host {
     /// Starts everything, without CRI.
     pub fn new() -> Self {
-        Self::start(Bed::new(), None, Version::Installed)
+        Self::on(Version::Installed)
     }
 
     /// Starts everything around that containerd, without CRI.
     pub fn on(version: Version) -> Self {
-        Self::start(Bed::new(), None, version)
+        let bed = Bed::new();
+        let daemon = bed.weightfs.serve(&bed.area);
+        Self::start(bed, daemon, None, version)
+    }
+
+    /// Starts everything, with a keeper and without CRI.
+    pub fn with_keeper() -> Self {
+        let bed = Bed::new();
+        let daemon = bed.weightfs.serve_kept(&bed.area);
+        Self::beside(bed, daemon)
     }
 
     /// Starts everything, with CRI on the snapshotter. The sandbox image is the small one.
@@ -44,13 +53,25 @@ impl Host {
     /// Starts everything around that containerd, with CRI.
     pub fn with_cri_on(version: Version) -> Self {
         let bed = Bed::new();
-        let small = image(&[busybox_layer(bed.area.path(), Compression::Plain)]);
-        let sandbox_image = bed.push(&small, "small");
-        Self::start(bed, Some(CriOptions { snapshotter: SNAPSHOTTER, sandbox_image }), version)
+        let daemon = bed.weightfs.serve(&bed.area);
+        let cri = cri(&bed);
+        Self::start(bed, daemon, Some(cri), version)
     }
 
-    fn start(bed: Bed, cri: Option<CriOptions>, version: Version) -> Self {
-        let daemon = bed.weightfs.serve(&bed.area);
+    /// Starts everything, with a keeper and with CRI.
+    pub fn with_keeper_and_cri() -> Self {
+        let bed = Bed::new();
+        let daemon = bed.weightfs.serve_kept(&bed.area);
+        let cri = cri(&bed);
+        Self::start(bed, daemon, Some(cri), Version::Installed)
+    }
+
+    /// Starts containerd beside a daemon, without CRI.
+    pub fn beside(bed: Bed, daemon: Daemon) -> Self {
+        Self::start(bed, daemon, None, Version::Installed)
+    }
+
+    fn start(bed: Bed, daemon: Daemon, cri: Option<CriOptions>, version: Version) -> Self {
         let weightfs = Some(bed.weightfs.snapshotter_socket());
         let options = ContainerdOptions { weightfs, cri, version, ..ContainerdOptions::default() };
         let containerd = Containerd::start(&bed.area, &options);
@@ -118,6 +139,11 @@ impl Host {
         daemon.stop();
         bed.area.assert_no_mounts();
     }
+}
+
+fn cri(bed: &Bed) -> CriOptions {
+    let small = image(&[busybox_layer(bed.area.path(), Compression::Plain)]);
+    CriOptions { snapshotter: SNAPSHOTTER, sandbox_image: bed.push(&small, "small") }
 }
 
 impl Default for Host {

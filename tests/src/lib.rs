@@ -19,6 +19,7 @@ pub mod modelpack;
 pub mod process;
 pub mod proxy;
 pub mod python;
+pub mod readers;
 pub mod registry;
 pub mod remote;
 pub mod snapshots;

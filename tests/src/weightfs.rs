@@ -5,7 +5,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use nix::sys::signal::Signal;
+use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
 use crate::area::{Area, is_mount_point};
@@ -129,7 +129,26 @@ impl Weightfs {
     pub fn serve(&self, area: &Area) -> Daemon {
         let mut service = Service::start(area, "weightfs-serve", self.serve_command());
         service.wait_ready(|service| service.log().contains("serving").then_some(()));
-        Daemon { service }
+        Daemon { service, kept: false }
+    }
+
+    /// Starts the daemon under a keeper and waits until it serves.
+    ///
+    /// # Panics
+    /// When the keeper ends instead.
+    pub fn serve_kept(&self, area: &Area) -> Daemon {
+        let mut command = self.command(["keeper", "--"]);
+        let serve = self.serve_command();
+        command.arg(serve.get_program()).args(serve.get_args());
+        let mut service = Service::start(area, "weightfs-keeper", command);
+        service.wait_ready(|service| (starts(service) == 1).then_some(()));
+        Daemon { service, kept: true }
+    }
+
+    /// The same state directory, run by another binary.
+    #[must_use]
+    pub fn with_binary(&self, binary: &Path) -> Self {
+        Self { binary: binary.to_owned(), home: self.home.clone() }
     }
 
     /// The daemon's command, not started.
@@ -206,21 +225,70 @@ impl Mounted {
     }
 }
 
-/// A running daemon.
+/// A running daemon, maybe under a keeper.
 #[derive(Debug)]
 pub struct Daemon {
     service: Service,
+    kept: bool,
 }
 
 impl Daemon {
-    /// Its process id.
+    /// Its process id; of a kept daemon that of the keeper.
     pub fn pid(&self) -> Pid {
         self.service.pid()
+    }
+
+    /// How often a daemon came to serve so far.
+    pub fn starts(&self) -> usize {
+        starts(&self.service)
+    }
+
+    /// Kills a kept daemon, as a crash would, waits until it is dead, and leaves its keeper. `None`
+    /// while there is none.
+    pub fn kill_kept(&self) -> Option<()> {
+        let child = self.child()?;
+        kill(child, Signal::SIGKILL).ok()?;
+        wait_until("the daemon is dead", || {
+            let status = fs::read_to_string(format!("/proc/{child}/status")).unwrap_or_default();
+            let threads = fs::read_dir(format!("/proc/{child}/task")).map_or(0, Iterator::count);
+            // A keeper that is stopped does not bury it; and its files close with its last thread.
+            threads == 0 || (threads == 1 && status.contains("State:\tZ"))
+        });
+        Some(())
+    }
+
+    /// The process that the keeper runs.
+    ///
+    /// # Panics
+    /// When there is no keeper.
+    pub fn child(&self) -> Option<Pid> {
+        assert!(self.kept, "no keeper, no child");
+        let pid = self.service.pid();
+        let children = fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).unwrap();
+        children.split_whitespace().next().map(|child| Pid::from_raw(child.parse().unwrap()))
+    }
+
+    /// Sends a signal to the daemon; of a kept one to the keeper.
+    pub fn signal(&self, signal: Signal) {
+        self.service.signal(signal);
+    }
+
+    /// Waits until a daemon came to serve that often.
+    pub fn wait_starts(&self, count: usize) {
+        wait_until("the daemon serves again", || self.starts() >= count);
     }
 
     /// What it has written.
     pub fn log(&self) -> String {
         self.service.log()
+    }
+
+    /// Waits for the end that something else brings about.
+    ///
+    /// # Panics
+    /// When it does not end well.
+    pub fn assert_ends_well(&mut self) {
+        assert_eq!(exit_code(self.service.wait()), 0, "{}", self.service.log());
     }
 
     /// Ends it as systemd does.
@@ -229,13 +297,17 @@ impl Daemon {
     /// When it does not end well.
     pub fn stop(mut self) {
         self.service.signal(Signal::SIGTERM);
-        assert_eq!(exit_code(self.service.wait()), 0, "{}", self.service.log());
+        self.assert_ends_well();
     }
 
     /// Kills it, as a crash would.
     pub fn kill(mut self) {
         self.service.kill();
     }
+}
+
+fn starts(service: &Service) -> usize {
+    service.log().matches("INFO serving").count()
 }
 
 /// Unmounts through the program and waits until the directory is no mount point.

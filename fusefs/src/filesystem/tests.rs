@@ -29,6 +29,16 @@ fn tree() -> Tree {
     Tree::merge(&[layer], Base::Nothing).unwrap()
 }
 
+fn filesystem() -> Filesystem {
+    Filesystem::of_trees(Arc::new(Ledger::new().unwrap())).unwrap()
+}
+
+/// The filesystem of the process that comes after this one was killed; it shows nothing yet.
+fn successor(filesystem: &Filesystem) -> Filesystem {
+    let ledger = filesystem.ledger().descriptor().try_clone_to_owned().unwrap();
+    Filesystem::of_trees(Arc::new(Ledger::inherited(ledger).unwrap())).unwrap()
+}
+
 fn look(filesystem: &Filesystem, directory: u64, name: &str) -> Result<u64, FsError> {
     let inode = filesystem.lookup(directory, OsStr::new(name))?;
     Ok(filesystem.number(&inode))
@@ -51,7 +61,7 @@ fn names(filesystem: &Filesystem, directory: u64, skip: u64, most: usize) -> Vec
 
 #[test]
 fn the_root_shows_trees_by_number_until_they_are_removed() {
-    let filesystem = Filesystem::of_trees();
+    let filesystem = filesystem();
     filesystem.add(B, tree());
     filesystem.add(A, tree());
     assert_eq!(names(&filesystem, ROOT_INODE, 0, 9), [".", "..", "7", "12"]);
@@ -68,7 +78,7 @@ fn the_root_shows_trees_by_number_until_they_are_removed() {
 #[test]
 fn inodes_are_a_function_of_what_is_mounted() {
     let numbers = || {
-        let filesystem = Filesystem::of_trees();
+        let filesystem = filesystem();
         filesystem.add(A, tree());
         let root = look(&filesystem, ROOT_INODE, "7").unwrap();
         let directory = look(&filesystem, root, "d").unwrap();
@@ -80,7 +90,7 @@ fn inodes_are_a_function_of_what_is_mounted() {
 
 #[test]
 fn a_removed_tree_is_served_until_the_kernel_has_forgotten_it() {
-    let filesystem = Filesystem::of_trees();
+    let filesystem = filesystem();
     filesystem.add(A, tree());
     let root = look(&filesystem, ROOT_INODE, "7").unwrap();
     let link = look(&filesystem, root, "l").unwrap();
@@ -96,7 +106,7 @@ fn a_removed_tree_is_served_until_the_kernel_has_forgotten_it() {
 
 #[test]
 fn a_removed_tree_that_nobody_looked_at_is_gone_at_once() {
-    let filesystem = Filesystem::of_trees();
+    let filesystem = filesystem();
     filesystem.add(A, tree());
     filesystem.remove(A);
     assert_eq!(filesystem.served(), 0);
@@ -104,7 +114,7 @@ fn a_removed_tree_that_nobody_looked_at_is_gone_at_once() {
 
 #[test]
 fn forgetting_more_than_was_counted_is_harmless() {
-    let filesystem = Filesystem::of_trees();
+    let filesystem = filesystem();
     filesystem.add(A, tree());
     filesystem.forget(7 << 32, 1000);
     filesystem.forget(99 << 32, 1);
@@ -113,8 +123,70 @@ fn forgetting_more_than_was_counted_is_harmless() {
 }
 
 #[test]
+fn a_successor_knows_what_the_kernel_holds() {
+    let first = filesystem();
+    first.add(A, tree());
+    first.add(B, tree());
+    let root = look(&first, ROOT_INODE, "7").unwrap();
+    let link = look(&first, root, "l").unwrap();
+    first.remove(A);
+
+    let second = successor(&first);
+    assert_eq!(second.awaited(), [A], "nobody looked at the other");
+    assert!(second.add(B, tree()));
+    assert!(second.add_removed(A, tree()));
+    assert_eq!(second.awaited(), []);
+    assert!(matches!(look(&second, ROOT_INODE, "7"), Err(FsError::NotFound)));
+    assert_eq!(second.node(link).unwrap().symlink(link).unwrap(), "d/f");
+    second.forget(link, 1);
+    assert!(second.serves(A));
+    second.forget(root, 1);
+    assert!(!second.serves(A), "forgotten as often as it was looked up in both lives");
+    assert_eq!(successor(&second).awaited(), []);
+}
+
+#[test]
+fn lookups_before_and_after_a_restart_are_one_count() {
+    let first = filesystem();
+    first.add(A, tree());
+    look(&first, ROOT_INODE, "7").unwrap();
+    let second = successor(&first);
+    second.add(A, tree());
+    let root = look(&second, ROOT_INODE, "7").unwrap();
+    second.forget(root, 1);
+    second.remove(A);
+    assert!(second.serves(A), "the kernel still holds it once");
+    second.forget(root, 1);
+    assert!(!second.serves(A));
+}
+
+#[test]
+fn another_tree_is_never_served_by_the_number_of_one_that_the_kernel_holds() {
+    let other = || {
+        let blob = testing::blob();
+        let layer = testing::listed(&blob, Digest::of(b"y"), LayerContent::ImageTar, vec![]);
+        Tree::merge(&[layer], Base::Nothing).unwrap()
+    };
+    let first = filesystem();
+    first.add(A, tree());
+    first.add(B, tree());
+    let root = look(&first, ROOT_INODE, "7").unwrap();
+    let second = successor(&first);
+    assert!(!second.add(A, other()));
+    assert!(matches!(second.inode(root), Err(FsError::Stale(_))));
+    assert!(second.add(B, other()), "the kernel knows nothing of it");
+}
+
+#[test]
+fn a_fingerprint_is_that_of_names_and_contents() {
+    assert_eq!(tree().fingerprint(), tree().fingerprint());
+    // Kept by mounts that outlive this version: it may change only with what it stands for.
+    assert_eq!(tree().fingerprint(), 6330856508132459151);
+}
+
+#[test]
 fn a_directory_is_listed_from_any_place_on() {
-    let filesystem = Filesystem::of_trees();
+    let filesystem = filesystem();
     filesystem.add(A, tree());
     let root = 7 << 32;
     let all = [".", "..", "d", "l"];
@@ -130,7 +202,7 @@ fn a_directory_is_listed_from_any_place_on() {
 
 #[test]
 fn one_tree_can_be_the_root_itself() {
-    let filesystem = Filesystem::of_one(TreeNumber(1), tree());
+    let filesystem = Filesystem::of_one(TreeNumber(1), tree()).unwrap();
     assert_eq!(names(&filesystem, ROOT_INODE, 0, 9), [".", "..", "d", "l"]);
     let directory = look(&filesystem, ROOT_INODE, "d").unwrap();
     let mut parent = None;
@@ -154,7 +226,7 @@ fn reads_are_clipped_to_the_file() {
 
 #[test]
 fn what_is_no_file_can_t_be_read() {
-    let filesystem = Filesystem::of_one(TreeNumber(1), tree());
+    let filesystem = Filesystem::of_one(TreeNumber(1), tree()).unwrap();
     let directory = look(&filesystem, ROOT_INODE, "d").unwrap();
     assert!(matches!(filesystem.read(directory, 0, 1), Err(FsError::NotAFile(_))));
     assert!(matches!(filesystem.read(99 << 32, 0, 1), Err(FsError::Stale(_))));

@@ -9,6 +9,7 @@ use std::process::{Command, Stdio};
 use std::sync::Arc;
 
 use anyhow::{Context as _, bail};
+use tokio::net::UnixStream;
 use tokio::runtime::Handle;
 use tokio::signal::unix::{SignalKind, signal};
 use tracing::info;
@@ -20,7 +21,7 @@ use weightfs::owner;
 use weightfs::profiles;
 use weightfs::trees::TreesError;
 use weightfs_fusefs::session::detach;
-use weightfs_fusefs::{Filesystem, Recorder, Session, SpecialFiles, TreeNumber};
+use weightfs_fusefs::{Filesystem, Misses, Recorder, Session, SpecialFiles, TreeNumber};
 use weightfs_proto::control::{MountRequest, Mounted, ReleaseRequest, StatusRequest};
 use weightfs_store::{Digest, OpenError, Store};
 
@@ -66,6 +67,12 @@ pub async fn run(config: &Config, arguments: &MountArgs) -> anyhow::Result<()> {
     let stop = asked_to_stop();
     tokio::pin!(stop);
     let target = check_mountpoint(&arguments.dir)?;
+    // Asked first: while a daemon is replaced nobody has the lock, but its socket is there.
+    if let Some(address) = owner::control_address(&config.root)
+        && UnixStream::connect(&address).await.is_ok()
+    {
+        return ask_daemon(&address, arguments, &target, stop).await;
+    }
     match Store::open(&config.root, config.store_options()) {
         Ok(store) => serve_here(config, arguments, &target, store, stop).await,
         Err(OpenError::Owned { root, pid }) => {
@@ -122,7 +129,7 @@ async fn serve_here(
     }
     let merged = tree.merge()?;
     let files = merged.files();
-    let filesystem = Arc::new(Filesystem::of_one(TREE, merged));
+    let filesystem = Arc::new(Filesystem::of_one(TREE, merged).context("no memory")?);
     let recording = arguments.record.as_ref().map(|file| Recording {
         file: file.as_deref(),
         recorder: Recorder::new(&tree.layers),
@@ -131,7 +138,8 @@ async fn serve_here(
     if let Some(recording) = &recording {
         filesystem.record(TREE, Arc::clone(&recording.recorder));
     }
-    let session = Session::mount(filesystem, target, SpecialFiles::Inert, Handle::current())
+    let misses = Misses { runtime: Handle::current(), deadline: config.fetch.deadline };
+    let session = Session::mount(filesystem, target, SpecialFiles::Inert, misses)
         .with_context(|| format!("can't mount on {}", target.display()))?;
     info!(reference = %arguments.reference, dir = %target.display(), files, "mounted");
     if arguments.detached {
@@ -224,7 +232,7 @@ async fn ask_daemon(
         println!("{READY}");
         return Ok(());
     }
-    let watched = watch(&mut daemon, &mounted, target, stop).await;
+    let watched = watch(&mut daemon, address, &mounted, target, stop).await;
     if owner::is_mountpoint(target).unwrap_or(true) {
         detach(target).with_context(|| format!("can't unmount {}", target.display()))?;
     }
@@ -233,9 +241,11 @@ async fn ask_daemon(
     Ok(())
 }
 
-/// Shows how the mount goes until a signal, an unmount, or the daemon's end.
+/// Shows how the mount goes until a signal, an unmount, or the daemon's end. A daemon that is
+/// replaced has not ended: its socket is there all the time.
 async fn watch(
     daemon: &mut weightfs_proto::control::control_client::ControlClient<tonic::transport::Channel>,
+    address: &Path,
     mounted: &Mounted,
     target: &Path,
     mut stop: Stop<'_>,
@@ -248,6 +258,9 @@ async fn watch(
         }
         let status = daemon.status(StatusRequest {}).await;
         let Ok(status) = status.map(tonic::Response::into_inner) else {
+            if UnixStream::connect(address).await.is_ok() {
+                continue;
+            }
             line.finish();
             bail!("the daemon went away; {} is unmounted", target.display());
         };
@@ -280,7 +293,7 @@ fn detach_output(root: &Path) -> anyhow::Result<()> {
 type Stop<'a> = Pin<&'a mut dyn Future<Output = ()>>;
 
 /// Waits for SIGINT, SIGTERM or SIGHUP; counts them from the call on.
-pub fn asked_to_stop() -> impl Future<Output = ()> {
+fn asked_to_stop() -> impl Future<Output = ()> {
     let kinds = [SignalKind::interrupt(), SignalKind::terminate(), SignalKind::hangup()];
     let mut signals: Vec<_> = kinds.into_iter().filter_map(|kind| signal(kind).ok()).collect();
     async move {

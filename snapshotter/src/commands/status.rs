@@ -56,14 +56,19 @@ fn to_json(status: &StatusReply) -> serde_json::Value {
         "version": status.version,
         "root": status.root,
         "snapshotter_address": status.snapshotter_address,
+        "keeper": status.keeper,
         "models": status.models.iter().map(model).collect::<Vec<_>>(),
         "layers": status.layers.iter().map(layer).collect::<Vec<_>>(),
     })
 }
 
 fn print(status: &StatusReply) {
-    let StatusReply { version, root, snapshotter_address, models, layers } = status;
+    let StatusReply { version, root, snapshotter_address, models, layers, keeper } = status;
     println!("weightfs {version} on {root}, snapshotter at {snapshotter_address}");
+    match keeper.as_str() {
+        "" => println!("nobody keeps the mount: a restart breaks running containers"),
+        keeper => println!("{keeper} keeps the mount over a restart"),
+    }
     if !models.is_empty() {
         println!("\nMODELS");
     }

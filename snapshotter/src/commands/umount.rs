@@ -1,4 +1,4 @@
-//! `weightfs umount`: takes a model's mount away, whoever serves it.
+//! `weightfs umount`: takes a model's mount away, whoever serves it, or all that a daemon left.
 
 use std::path::Path;
 
@@ -7,9 +7,24 @@ use nix::errno::Errno;
 use nix::mount::{MntFlags, umount2};
 use nix::sys::stat::stat;
 use weightfs::config::Config;
+use weightfs::daemon::MOUNT_DIRECTORY;
 use weightfs::{control, owner};
 use weightfs_fusefs::session::detach;
 use weightfs_proto::control::ReleaseRequest;
+use weightfs_store::Store;
+
+/// Takes away the mount that a stopped daemon left to its successor, and what is bound from it.
+/// Containers that use it get errors from now on.
+pub async fn all(config: &Config) -> anyhow::Result<()> {
+    // The directory's lock: no daemon serves, and none starts meanwhile.
+    let _store = Store::open(&config.root, config.store_options())
+        .context("only what no daemon serves can be taken away")?;
+    let mount = config.root.canonicalize()?.join(MOUNT_DIRECTORY);
+    for mount in owner::mounts_of(&mount)? {
+        detach(&mount).with_context(|| format!("can't unmount {}", mount.display()))?;
+    }
+    Ok(())
+}
 
 /// Unmounts `dir`, and tells the daemon if it served it.
 pub async fn run(config: &Config, dir: &Path) -> anyhow::Result<()> {

@@ -4,6 +4,7 @@
 use redb::{Database, ReadableDatabase, ReadableTable, TableDefinition};
 use serde_json::Value;
 
+use super::journal::Line;
 use super::{Metadata, MetadataError, TreeNumber};
 
 /// Tree number of a model to its record as JSON.
@@ -48,14 +49,17 @@ impl Metadata {
     fn change_model(&self, number: TreeNumber, json: Option<&[u8]>) -> Result<(), MetadataError> {
         let mut writer = self.writer();
         let database = self.reopened(&mut writer)?;
-        write(database, number, json).map_err(|source| {
+        if let Err(source) = write(database, number, json) {
             *writer = None;
-            self.write_error(source)
-        })
+            return Err(self.write_error(source));
+        }
+        let record = json.and_then(|json| serde_json::from_slice(json).ok()).unwrap_or(Value::Null);
+        self.note(database, &[Line::Model(number.0, record)]);
+        Ok(())
     }
 }
 
-fn read(database: &Database) -> Result<Vec<(u32, Vec<u8>)>, redb::Error> {
+pub(super) fn read(database: &Database) -> Result<Vec<(u32, Vec<u8>)>, redb::Error> {
     let table = match database.begin_read()?.open_table(MODELS) {
         Err(redb::TableError::TableDoesNotExist(_)) => return Ok(Vec::new()),
         table => table?,

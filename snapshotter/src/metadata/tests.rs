@@ -181,6 +181,92 @@ fn records_without_their_parents_are_refused() {
     }
 }
 
+/// Damages the database of a directory, in one of several ways.
+fn damage(root: &std::path::Path, way: usize) {
+    let path = root.join(FILE_NAME);
+    match way {
+        0 => fs::write(&path, [0x5a; 8192]).unwrap(),
+        1 => fs::OpenOptions::new().write(true).open(&path).unwrap().set_len(4096).unwrap(),
+        _ => {
+            let metadata = Metadata::open(root).unwrap();
+            let writer = metadata.writer();
+            let transaction = writer.as_ref().unwrap().begin_write().unwrap();
+            let json: &[u8] = b"{";
+            transaction.open_table(SNAPSHOTS).unwrap().insert("a", json).unwrap();
+            transaction.commit().unwrap();
+        }
+    }
+    assert!(Metadata::open(root).is_err());
+}
+
+#[test]
+fn a_damaged_database_is_set_aside_and_rebuilt() {
+    for way in 0..3 {
+        let root = tempfile::tempdir().unwrap();
+        fs::create_dir_all(root.path().join("snapshots/9")).unwrap();
+        let model = serde_json::json!({"reference": "localhost/m:1"});
+        let tree = {
+            let metadata = Metadata::open_or_rebuild(root.path()).unwrap();
+            put(&metadata, record("a", None, directory(3))).unwrap();
+            put(&metadata, record("gone", None, directory(4))).unwrap();
+            remove(&metadata, "gone").unwrap();
+            drop(metadata);
+            // What was there at a start, and what came after it.
+            let metadata = Metadata::open_or_rebuild(root.path()).unwrap();
+            assert!(!metadata.is_unknown(DirectoryId(9)));
+            put(&metadata, record("b", Some("a"), lazy(7))).unwrap();
+            metadata.put_model(TreeNumber(8), &model).unwrap();
+            metadata.put_model(TreeNumber(9), &model).unwrap();
+            metadata.remove_model(TreeNumber(9)).unwrap();
+            (0..20).map(|_| metadata.allocate_tree().unwrap()).max().unwrap()
+        };
+        damage(root.path(), way);
+        let metadata = Metadata::open_or_rebuild(root.path()).unwrap();
+        let names: Vec<_> =
+            metadata.snapshots().iter().map(|record| record.info.name.clone()).collect();
+        assert_eq!(names, ["a", "b"], "way {way}");
+        assert_eq!(*metadata.snapshot("b").unwrap(), record("b", Some("a"), lazy(7)));
+        assert_eq!(metadata.models().unwrap(), [(TreeNumber(8), model)]);
+        assert!(metadata.allocate_tree().unwrap() > tree, "no number is given twice");
+        assert!(metadata.next_directory().0 > 9);
+        assert!(metadata.is_unknown(DirectoryId(9)), "nobody may remove it");
+        assert!(!metadata.is_unknown(metadata.next_directory()));
+        assert!(root.path().join("metadata.db.damaged").exists());
+    }
+}
+
+#[test]
+fn without_a_journal_nothing_is_known_and_nothing_is_taken_for_left_over() {
+    let root = tempfile::tempdir().unwrap();
+    fs::create_dir_all(root.path().join("snapshots/9")).unwrap();
+    let metadata = Metadata::open(root.path()).unwrap();
+    put(&metadata, record("a", None, directory(9))).unwrap();
+    let tree = metadata.allocate_tree().unwrap();
+    drop(metadata);
+    damage(root.path(), 0);
+    fs::remove_file(root.path().join("metadata.journal")).unwrap();
+    let metadata = Metadata::open_or_rebuild(root.path()).unwrap();
+    assert!(metadata.snapshots().is_empty());
+    assert!(metadata.is_unknown(DirectoryId(9)));
+    assert!(metadata.allocate_tree().unwrap().0 > tree.0 + 1000);
+}
+
+#[test]
+fn a_journal_that_is_cut_short_says_what_it_can() {
+    let root = tempfile::tempdir().unwrap();
+    let metadata = Metadata::open(root.path()).unwrap();
+    put(&metadata, record("a", None, directory(1))).unwrap();
+    put(&metadata, record("b", Some("a"), directory(2))).unwrap();
+    drop(metadata);
+    damage(root.path(), 0);
+    let path = root.path().join("metadata.journal");
+    let mut journal = fs::read(&path).unwrap();
+    journal.truncate(journal.len() - 9);
+    fs::write(&path, journal).unwrap();
+    let metadata = Metadata::open_or_rebuild(root.path()).unwrap();
+    assert!(metadata.snapshot("a").is_some() && metadata.snapshot("b").is_none());
+}
+
 /// A tmpfs of 2 MiB, detached when the guard goes.
 struct SmallDisk(tempfile::TempDir);
 

@@ -117,7 +117,7 @@ impl Directories {
         // the two is seen by one of them.
         found.retain(|id| !self.pending().contains(id));
         let index = self.metadata.index();
-        found.retain(|id| !index.owns_directory(*id));
+        found.retain(|id| !index.owns_directory(*id) && !self.metadata.is_unknown(*id));
         Ok(found)
     }
 
