@@ -95,6 +95,8 @@ pub struct Blob {
     sources: RwLock<Sources>,
     fetcher: Fetcher,
     readers: Mutex<Readers>,
+    /// See [`Blob::sweep`].
+    swept: AtomicBool,
     /// Whether what nobody has asked for is to be fetched, too, because little is missing.
     rounding_off: AtomicBool,
     fetched: AtomicU64,
@@ -202,9 +204,10 @@ impl Blob {
             extents.hold(&table.extents_of(&table.of_segment(segment)));
         }
         let Epochs { now, doubt_before } = shared.epochs;
-        let (mut verdict, mut epoch) = (None, now);
+        let (mut verdict, mut epoch, mut claimed) = (None, now, vec![]);
         if let Some(record) = record {
             verdict = restore(id, &table, &segments, &presence, &record);
+            claimed.clone_from(&record.present);
             if record.epoch < doubt_before {
                 // Served, but not called verified before it was hashed again.
                 verdict = verdict.filter(|verdict| *verdict != Verdict::Verified);
@@ -216,7 +219,7 @@ impl Blob {
         let blob = Arc::new(Self {
             id,
             segments,
-            recorder: Recorder::new(presence.snapshot()),
+            recorder: Recorder::new(claimed),
             extents,
             handed_out: HandedOut::default(),
             ranks: Ranks::new(table.extents()),
@@ -232,11 +235,15 @@ impl Blob {
                 ahead: ReadAhead::new(read_ahead_min, read_ahead_max),
                 interest: Interest::default(),
             }),
+            swept: AtomicBool::new(false),
             rounding_off: AtomicBool::new(false),
             fetched: AtomicU64::new(0),
             table,
             shared,
         });
+        if let Err(error) = blob.take_back() {
+            tracing::error!(blob = %id.digest, %error, "what is lost can't be taken out of the record");
+        }
         // Complete but not judged: an earlier run ended before it had hashed the whole.
         blob.hash.poke(&blob);
         blob

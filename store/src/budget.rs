@@ -45,7 +45,7 @@ pub(crate) enum Claim {
 }
 
 /// What the evictor has to do.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub(crate) struct Task {
     /// Bytes to free, by whatever may go.
     pub(crate) anything: u64,
@@ -57,7 +57,7 @@ pub(crate) struct Task {
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub(crate) struct Freed {
     /// What was missing.
-    pub(crate) wanted: u64,
+    pub(crate) wanted: Task,
     /// By blobs that nobody used.
     pub(crate) unused: u64,
     /// By parts of blobs in use.
@@ -67,7 +67,14 @@ pub(crate) struct Freed {
 impl Freed {
     /// Whether there was something to do and nothing could be done.
     pub(crate) fn is_nothing(self) -> bool {
-        self.wanted > 0 && self.unused == 0 && self.parts == 0
+        self.is_nothing_for(Claim::Anything) || self.is_nothing_for(Claim::Unused)
+    }
+
+    fn is_nothing_for(self, claim: Claim) -> bool {
+        match claim {
+            Claim::Anything => self.wanted.anything > 0 && self.unused + self.parts == 0,
+            Claim::Unused => self.wanted.unused > 0 && self.unused == 0,
+        }
     }
 }
 
@@ -111,8 +118,10 @@ struct Space {
     /// Bytes written so far. It only grows.
     written: u64,
     passes: u64,
-    /// When a pass that freed nothing ended.
+    /// When a pass ended that found nothing that could go.
     barren: Option<Instant>,
+    /// When a pass ended that found no unused blob.
+    barren_of_unused: Option<Instant>,
     /// When parts of blobs in use were evicted last.
     pressed: Option<Instant>,
     disk_full: bool,
@@ -171,8 +180,12 @@ impl Space {
         Task { anything, unused: unused.max(anything) }
     }
 
-    fn is_barren(&self) -> bool {
-        self.barren.is_some_and(|ended| ended.elapsed() < BARREN)
+    fn is_barren(&self, claim: Claim) -> bool {
+        let ended = match claim {
+            Claim::Anything => self.barren,
+            Claim::Unused => self.barren_of_unused,
+        };
+        ended.is_some_and(|ended| ended.elapsed() < BARREN)
     }
 
     fn is_pressed(&self) -> bool {
@@ -265,6 +278,7 @@ impl Budget {
             written: 0,
             passes: 0,
             barren: None,
+            barren_of_unused: None,
             pressed: None,
             disk_full: false,
             call: Call::Work,
@@ -301,7 +315,7 @@ impl Budget {
             if let Some(room) = self.try_reserve(want, least, claim) {
                 return Some(room);
             }
-            if self.is_hopeless(asked_at) {
+            if self.is_hopeless(claim, asked_at) {
                 return None;
             }
             timeout_at(until, changed).await.ok()?;
@@ -320,7 +334,7 @@ impl Budget {
                 return Some(room);
             }
             let left = until.saturating_duration_since(Instant::now());
-            if left.is_zero() || self.is_hopeless(asked_at) {
+            if left.is_zero() || self.is_hopeless(Claim::Anything, asked_at) {
                 return None;
             }
             // At intervals, so that nothing is missed between the attempt and the wait.
@@ -337,7 +351,7 @@ impl Budget {
             return None;
         }
         self.ask(&mut space);
-        if space.is_barren() || (claim == Claim::Unused && space.is_pressed()) {
+        if space.is_barren(claim) || (claim == Claim::Unused && space.is_pressed()) {
             return None;
         }
         let waiting = Waiting::begin(self, &mut space, claim, bytes);
@@ -359,10 +373,10 @@ impl Budget {
     }
 
     /// Whether the evictor has tried since then, found nothing, and nobody will give room back.
-    fn is_hopeless(&self, asked_at: u64) -> bool {
+    fn is_hopeless(&self, claim: Claim, asked_at: u64) -> bool {
         let mut space = lock(&self.space);
         // The pass that ran when it was asked does not count.
-        let tried = space.passes >= asked_at + 2 && space.is_barren();
+        let tried = space.passes >= asked_at + 2 && space.is_barren(claim);
         self.ask(&mut space);
         space.call == Call::End || (tried && space.reserved == 0)
     }
@@ -426,7 +440,9 @@ impl Budget {
         if freed.parts > 0 {
             space.pressed = Some(Instant::now());
         }
-        space.barren = freed.is_nothing().then(Instant::now);
+        let now = Instant::now();
+        space.barren = freed.is_nothing_for(Claim::Anything).then_some(now);
+        space.barren_of_unused = freed.is_nothing_for(Claim::Unused).then_some(now);
         self.tell(&space);
     }
 
@@ -444,6 +460,7 @@ mod tests {
     use super::*;
 
     const MIB: u64 = 1 << 20;
+    const BOTH: Task = Task { anything: MIB, unused: MIB };
 
     fn budget(limit: u64, used: u64) -> Budget {
         let limits = Limits { limit: Some(limit), min_free: 10 * MIB };
@@ -478,7 +495,7 @@ mod tests {
         let budget = budget(1280 * MIB, 1265 * MIB);
         assert_eq!(lock(&budget.space).headroom(), 10 * MIB);
         assert_eq!(budget.try_reserve(8 * MIB, MIB, Claim::Unused).unwrap().left(), 5 * MIB);
-        budget.passed(Freed { wanted: 1, unused: 0, parts: 1 });
+        budget.passed(Freed { wanted: BOTH, unused: 0, parts: 1 });
         assert!(budget.try_reserve(8 * MIB, MIB, Claim::Unused).is_none(), "others had to go");
     }
 
@@ -517,7 +534,7 @@ mod tests {
         let evictor = async {
             tokio::task::yield_now().await;
             budget.measured(Measured { used: 50 * MIB, free: 1000 * MIB }, budget.written());
-            budget.passed(Freed { wanted: MIB, unused: 50 * MIB, parts: 0 });
+            budget.passed(Freed { wanted: BOTH, unused: 50 * MIB, parts: 0 });
         };
         let waiter = budget.reserve(16 * MIB, MIB, Claim::Anything, until);
         let (room, ()) = tokio::join!(waiter, evictor);
@@ -526,12 +543,21 @@ mod tests {
         let evictor = async {
             for _ in 0..2 {
                 tokio::task::yield_now().await;
-                budget.passed(Freed { wanted: MIB, unused: 0, parts: 0 });
+                budget.passed(Freed { wanted: BOTH, unused: 0, parts: 0 });
             }
         };
         let waiter = budget.reserve(16 * MIB, MIB, Claim::Anything, until);
         let (room, ()) = tokio::join!(waiter, evictor);
         assert!(room.is_none());
         assert!(budget.reserve(16 * MIB, MIB, Claim::Anything, until).await.is_none());
+    }
+
+    #[test]
+    fn that_no_blob_is_unused_does_not_keep_parts_from_going() {
+        let budget = budget(100 * MIB, 100 * MIB);
+        let wanted = Task { anything: 0, unused: MIB };
+        budget.passed(Freed { wanted, unused: 0, parts: 0 });
+        assert!(budget.begin_to_wait(MIB, Claim::Unused).is_none());
+        assert!(budget.begin_to_wait(MIB, Claim::Anything).is_some());
     }
 }

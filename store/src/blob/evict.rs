@@ -5,7 +5,9 @@
 //! a hole; whoever waits may fetch it again.
 
 use std::io;
+use std::ops::Range;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use super::Blob;
 use crate::chunk::{ChunkNo, each};
@@ -55,6 +57,60 @@ impl Blob {
             usable.then(|| Candidate { rank: self.ranks.of(extent), extent, bytes })
         };
         (0..self.table.extents()).filter_map(candidate).collect()
+    }
+
+    /// Frees blocks of chunks that are absent: what an earlier process had fetched and was killed
+    /// before it was recorded, or what a lost record spoke of. Once for each time the blob is
+    /// open: later ones are of fetches that go on. Gives the bytes freed. Blocking I/O.
+    pub(crate) fn sweep(&self) -> io::Result<u64> {
+        if self.swept.swap(true, Ordering::AcqRel) {
+            return Ok(0);
+        }
+        let _entered = self.shared.enter()?;
+        let mut freed = 0;
+        let mut last: Option<(usize, Vec<Range<u64>>)> = None;
+        for extent in 0..self.table.extents() {
+            let Some((segment, chunks)) = self.table.chunks_of_extent(extent) else { continue };
+            let filled = match last.take() {
+                Some((known, filled)) if known == segment => filled,
+                _ => self.segments.filled(segment, self.layout()),
+            };
+            freed += self.sweep_extent(extent, segment, &chunks, &filled)?;
+            last = Some((segment, filled));
+        }
+        Ok(freed)
+    }
+
+    fn sweep_extent(
+        &self,
+        extent: u32,
+        segment: usize,
+        chunks: &Range<ChunkNo>,
+        filled: &[Range<u64>],
+    ) -> io::Result<u64> {
+        let overlap = |bytes: &Range<u64>| -> u64 {
+            let first = filled.partition_point(|range| range.end <= bytes.start);
+            let ranges = filled.iter().skip(first).take_while(|range| range.start < bytes.end);
+            ranges.map(|range| range.end.min(bytes.end) - range.start.max(bytes.start)).sum()
+        };
+        let orphan = |chunk: ChunkNo| {
+            let bytes = self.table.within_segment(&(chunk..chunk.next()))?;
+            let blocks = overlap(&bytes);
+            (!self.presence.has(chunk) && blocks > 0).then_some((bytes, blocks))
+        };
+        // A look without holding: most extents have none.
+        if !each(chunks).any(|chunk| orphan(chunk).is_some())
+            || !self.extents.begin_eviction(extent)
+        {
+            return Ok(0);
+        }
+        let _evicting = Evicting { blob: self, extents: vec![extent] };
+        let mut freed = 0;
+        for (bytes, blocks) in each(chunks).filter_map(orphan) {
+            self.segments.punch(segment, bytes)?;
+            freed += blocks;
+        }
+        Ok(freed)
     }
 
     /// Evicts those of `extents` that nobody holds. Gives the published bytes that are gone.

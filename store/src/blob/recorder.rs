@@ -9,6 +9,7 @@ use std::sync::{Arc, Mutex};
 
 use super::Blob;
 use crate::chunk::ChunkNo;
+use crate::presence::ones;
 use crate::shared::{Entered, lock};
 use crate::state::{self, Record};
 
@@ -67,6 +68,20 @@ impl Blob {
         let mut said = lock(&self.recorder.said);
         said.recorded = std::mem::take(&mut said.pending);
         self.write_record(&said)
+    }
+
+    /// Makes the record on disk say no more than what is published. To be called before anything
+    /// is fetched: a chunk that the record claims must not be half written.
+    pub(super) fn take_back(self: &Arc<Self>) -> io::Result<()> {
+        let here = self.presence.snapshot();
+        let claimed = lock(&self.recorder.said).recorded.clone();
+        let lost = claimed.iter().zip(&here).map(|(claimed, here)| claimed & !here);
+        let lost: Vec<_> = ones(lost).map(ChunkNo).collect();
+        if lost.is_empty() {
+            return Ok(());
+        }
+        let entered = self.enter()?;
+        self.record_absence(&lost, &entered)
     }
 
     /// Makes it known that `chunks` are not here any more; it is on disk when this returns. They

@@ -85,7 +85,7 @@ impl Pass {
             return Ok(Freed::default());
         }
         if !self.catalog.may_evict() {
-            return Ok(Freed { wanted: task.unused, ..Freed::default() });
+            return Ok(Freed { wanted: task, ..Freed::default() });
         }
         let freed = self.make_room(task);
         let written = budget.written();
@@ -125,7 +125,7 @@ impl Pass {
             None | Some(0) => 0,
             Some(missing) => self.evict_parts(missing),
         };
-        Freed { wanted: task.unused, unused, parts }
+        Freed { wanted: task, unused, parts }
     }
 
     fn remove_unused(&self, wanted: u64) -> u64 {
@@ -156,6 +156,11 @@ impl Pass {
 
     fn evict_parts(&self, wanted: u64) -> u64 {
         let blobs: Vec<_> = self.catalog.all_open();
+        let swept: u64 = blobs.iter().map(sweep).sum();
+        if swept >= wanted {
+            return swept;
+        }
+        let wanted = wanted - swept;
         let blobs: Vec<_> =
             blobs.into_iter().filter(|blob| !self.catalog.pins.has(blob.id())).collect();
         let mut candidates: Vec<(Candidate, &Arc<Blob>)> = blobs
@@ -174,8 +179,16 @@ impl Pass {
             extents.push(candidate.extent);
         }
         let evicted = chosen.into_values().map(|(blob, extents)| evict(blob, &extents));
-        evicted.sum()
+        swept + evicted.sum::<u64>()
     }
+}
+
+/// Frees what a blob takes for nothing, in bytes.
+pub(super) fn sweep(blob: &Arc<Blob>) -> u64 {
+    blob.sweep().unwrap_or_else(|error| {
+        tracing::error!(blob = %blob.id().digest, %error, "blocks of absent chunks stay");
+        0
+    })
 }
 
 /// Evicts parts of a blob; the bytes that are gone.

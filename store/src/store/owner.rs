@@ -4,6 +4,7 @@ use std::fs::{File, OpenOptions, TryLockError};
 use std::io::{Read, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
+use std::time::{Duration, Instant};
 
 use nix::sys::statfs::statfs;
 
@@ -35,6 +36,10 @@ const UNSUITABLE: &[(u32, &str)] = &[
     (0x0000_564c, "NCP"),
 ];
 
+/// How long a lock is waited for, and the pause between two tries.
+const PATIENCE: Duration = Duration::from_millis(300);
+const PAUSE: Duration = Duration::from_millis(10);
+
 /// The lock on a state directory; held until it is dropped.
 #[derive(Debug)]
 pub(super) struct Owner {
@@ -51,7 +56,7 @@ impl Owner {
         let mut options = OpenOptions::new();
         options.read(true).write(true).create(true).truncate(false).mode(0o600);
         let mut lock = options.open(&path).map_err(at(&path))?;
-        match lock.try_lock() {
+        match lock_soon(&lock) {
             Ok(()) => {}
             Err(TryLockError::WouldBlock) => {
                 return Err(OpenError::Owned { pid: owner_of(lock), root: root.to_owned() });
@@ -61,6 +66,20 @@ impl Owner {
         let pid = std::process::id();
         lock.set_len(0).and_then(|()| writeln!(lock, "{pid}")).map_err(at(&path))?;
         Ok(Self { _lock: lock })
+    }
+}
+
+/// Takes the lock, in a moment if need be: a process that its owner has just forked keeps it until
+/// it executes its program, even if the owner is gone.
+fn lock_soon(lock: &File) -> Result<(), TryLockError> {
+    let until = Instant::now() + PATIENCE;
+    loop {
+        match lock.try_lock() {
+            Err(TryLockError::WouldBlock) if Instant::now() < until => {
+                std::thread::sleep(PAUSE);
+            }
+            other => return other,
+        }
     }
 }
 

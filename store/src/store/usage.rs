@@ -3,7 +3,7 @@
 use std::time::SystemTime;
 
 use super::catalog::Removal;
-use super::evictor::{evict, free_bytes};
+use super::evictor::{evict, free_bytes, sweep};
 use super::{Store, at, read_layout};
 use crate::budget::Limits;
 use crate::chunk::ChunkTable;
@@ -177,6 +177,7 @@ impl Store {
         let dir = self.catalog.dir(id);
         let before = segment::disk_bytes(&dir);
         if let Some(blob) = self.catalog.opened(id) {
+            sweep(&blob);
             let extents: Vec<_> =
                 blob.candidates().into_iter().map(|candidate| candidate.extent).collect();
             evict(&blob, &extents);

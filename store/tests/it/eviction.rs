@@ -316,3 +316,24 @@ async fn a_file_that_outlived_its_daemon_in_a_reader_is_not_touched_by_the_next(
     store.evict(id(&data)).unwrap();
     assert_eq!(blob.stats().cached, 0, "its last reader is gone");
 }
+
+#[tokio::test]
+async fn blocks_that_no_record_speaks_of_make_room() {
+    let dir = tempfile::tempdir().unwrap();
+    let data = noise(56 * MIB, 19);
+    {
+        let store = open(dir.path());
+        let (blob, _) = blob_of(&store, &data);
+        read_all(&blob, &data, MIB).await;
+        judged(&blob).await;
+    }
+    fs::write(find(dir.path(), "state"), b"noise").unwrap();
+    let store = open_limited(dir.path(), 64 * MIB);
+    let (blob, _) = blob_of(&store, &data);
+    let other = noise(40 * MIB, 23);
+    let (second, _) = blob_of(&store, &other);
+    assert_eq!(blob.stats().cached, 0);
+    read_all(&second, &other, MIB).await;
+    assert_eq!(second.stats().cached, 40 * MIB);
+    assert!(blob.disk_bytes() < 30 * MIB);
+}
