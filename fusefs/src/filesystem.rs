@@ -192,7 +192,8 @@ impl Filesystem {
         };
         tree.blobs().for_each(Blob::shown);
         let loader = Loader::of(&tree);
-        let mounted = Arc::new(MountedTree { number, loader, tree, recorder: OnceLock::new(), lookups });
+        let mounted =
+            Arc::new(MountedTree { number, loader, tree, recorder: OnceLock::new(), lookups });
         write(&self.trees).insert(number, Arc::clone(&mounted));
         Some(mounted)
     }

@@ -90,7 +90,7 @@ pub enum CacheError {
         /// The file.
         path: String,
         /// What is wrong.
-        source: ReadError,
+        source: Box<ReadError>,
     },
     /// A part of the work panicked.
     #[error("the work was given up: {0}")]

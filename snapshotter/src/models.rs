@@ -12,8 +12,8 @@ use weightfs_store::{Digest, Reference};
 
 use crate::bind::{Bound, bound, rebind};
 use crate::metadata::{Metadata, MetadataError};
-use crate::profiles::{self, ProfileUseError};
 use crate::owner;
+use crate::profiles::{self, ProfileUseError};
 use crate::trees::{OpenTree, Opener, TreeRecord, TreeStats, Trees, TreesError};
 
 /// Why a model can't be shown.

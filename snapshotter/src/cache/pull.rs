@@ -98,7 +98,10 @@ impl Cache {
                 let _ = events.try_send(event(pull_event::Event::Progress(progress)));
             })
             .await
-            .map_err(|source| CacheError::Read { path: file.path.clone(), source })?;
+            .map_err(|source| CacheError::Read {
+                path: file.path.clone(),
+                source: source.into(),
+            })?;
             all_bytes += file.size();
         }
         let files = wanted.len() as u64;
