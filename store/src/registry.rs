@@ -10,6 +10,7 @@ mod blob;
 mod host;
 mod push;
 mod referrers;
+mod target;
 
 use std::collections::BTreeMap;
 use std::num::NonZeroUsize;

@@ -7,10 +7,11 @@ use std::sync::Arc;
 use bytes::Bytes;
 use futures::future::BoxFuture;
 use futures::stream::{self, BoxStream, StreamExt};
-use reqwest::header::{CONTENT_RANGE, HeaderMap, HeaderValue, RANGE};
+use reqwest::header::{CONTENT_ENCODING, CONTENT_RANGE, HeaderMap, HeaderValue, RANGE};
 use reqwest::{Response, StatusCode};
 
 use super::host::{failed_status, unreachable};
+use super::target::{Target, is_stale};
 use super::{Registries, Repository};
 use crate::source::{ByteStream, Source};
 use crate::{Digest, SourceError};
@@ -24,6 +25,7 @@ pub(super) struct BlobSource {
     what: String,
     path: String,
     size: u64,
+    target: Target,
 }
 
 impl BlobSource {
@@ -35,24 +37,49 @@ impl BlobSource {
     ) -> Self {
         let (name, what, path) =
             (from.to_string(), format!("blob {digest}"), format!("blobs/{digest}"));
-        Self { registries, from, name, what, path, size }
+        Self { registries, from, name, what, path, size, target: Target::default() }
     }
 
     async fn get(&self, range: Range<u64>) -> Result<ByteStream, SourceError> {
         if range.is_empty() {
             return Ok(stream::empty().boxed());
         }
-        let host = self.registries.host(&self.from.registry)?;
         let wanted = format!("bytes={}-{}", range.start, range.end - 1);
         let wanted = HeaderValue::try_from(wanted).map_err(|error| self.bad(error.to_string()))?;
         let headers = HeaderMap::from_iter([(RANGE, wanted)]);
-        let answer = host.get(&self.from, &self.what, &self.path, &headers).await?;
+        let answer = self.ask(&headers).await?;
         self.check(&answer, &range)?;
         Ok(self.body(answer, range.end - range.start))
     }
 
+    /// Asks where the registry sent us last, else the registry.
+    async fn ask(&self, headers: &HeaderMap) -> Result<Response, SourceError> {
+        let host = self.registries.host(&self.from.registry)?;
+        if let Some(url) = self.target.current() {
+            let answer = host.get_elsewhere(&self.from, url.clone(), headers).await;
+            let status = answer.as_ref().map(Response::status);
+            if !status.is_ok_and(|status| status.is_success()) {
+                self.target.forget(&url);
+            }
+            if !status.is_ok_and(is_stale) {
+                return answer;
+            }
+        }
+        let url = host.url(&self.from, &self.path)?;
+        let answer = host.get(&self.from, &self.what, &self.path, headers).await?;
+        if answer.status().is_success() {
+            self.target.note(&url, answer.url());
+        }
+        Ok(answer)
+    }
+
     /// Whether the answer's body begins with what was asked for.
     fn check(&self, answer: &Response, range: &Range<u64>) -> Result<(), SourceError> {
+        if let Some(encoding) = answer.headers().get(CONTENT_ENCODING)
+            && encoding != "identity"
+        {
+            return Err(self.bad(format!("it comes with Content-Encoding {encoding:?}")));
+        }
         match answer.status() {
             StatusCode::PARTIAL_CONTENT => self.check_partial(answer, range),
             StatusCode::OK => self.check_whole(answer, range),

@@ -84,6 +84,17 @@ impl Host {
         self.ask(from, what, Right::Pull, build).await
     }
 
+    /// Asks another host, to which the registry sent us, without any authorization.
+    pub(super) async fn get_elsewhere(
+        &self,
+        from: &Repository,
+        url: Url,
+        headers: &HeaderMap,
+    ) -> Result<Response, SourceError> {
+        let request = self.client.get(url).headers(headers.clone());
+        send(from, request, &Authorization::None).await
+    }
+
     /// Sends what `build` makes, with the right to do so; see [`Host::get`].
     pub(super) async fn ask(
         &self,
