@@ -15,7 +15,10 @@ fn someone() -> Credentials {
 
 #[test]
 fn credentials_of_docker_login_open_a_registry() {
-    let bed = Bed::with_registry(RegistryOptions { credentials: Some(someone()), tls: false });
+    let bed = Bed::with_registry(RegistryOptions {
+        credentials: Some(someone()),
+        ..RegistryOptions::default()
+    });
     let source = bed.model(SMALL_MODEL);
     let reference = bed.push(&bed.pack_raw(&source, Dialect::Cncf), "private/model");
     bed.weightfs.log_in(&bed.proxy.address(), "someone", "pa:ss word");
@@ -26,7 +29,10 @@ fn credentials_of_docker_login_open_a_registry() {
 
 #[test]
 fn no_credentials_are_an_error_that_says_so() {
-    let bed = Bed::with_registry(RegistryOptions { credentials: Some(someone()), tls: false });
+    let bed = Bed::with_registry(RegistryOptions {
+        credentials: Some(someone()),
+        ..RegistryOptions::default()
+    });
     let source = bed.model(&SMALL_MODEL[..1]);
     let reference = bed.push(&bed.pack_raw(&source, Dialect::Cncf), "private/model");
     bed.assert_refused(&reference, &["private/model", "no credentials"]);
@@ -34,7 +40,10 @@ fn no_credentials_are_an_error_that_says_so() {
 
 #[test]
 fn wrong_credentials_are_an_error_that_keeps_the_password() {
-    let bed = Bed::with_registry(RegistryOptions { credentials: Some(someone()), tls: false });
+    let bed = Bed::with_registry(RegistryOptions {
+        credentials: Some(someone()),
+        ..RegistryOptions::default()
+    });
     let source = bed.model(&SMALL_MODEL[..1]);
     let reference = bed.push(&bed.pack_raw(&source, Dialect::Cncf), "private/model");
     bed.weightfs.log_in(&bed.proxy.address(), "someone", "guessed-wrong");
@@ -122,7 +131,7 @@ fn storage_that_the_registry_names_is_asked_until_it_refuses() {
 
 #[test]
 fn a_registry_with_its_own_authority_is_trusted_by_configuration() {
-    let bed = Bed::with_registry(RegistryOptions { credentials: None, tls: true });
+    let bed = Bed::with_registry(RegistryOptions { tls: true, ..RegistryOptions::default() });
     let source = bed.model(SMALL_MODEL);
     bed.pack_raw(&source, Dialect::Cncf).push(bed.registry.remote(), "tls/model", "v1");
     let reference = bed.registry.remote().reference("tls/model", "v1");

@@ -10,9 +10,9 @@ use futures::stream::{self, BoxStream, StreamExt};
 use reqwest::header::{CONTENT_ENCODING, CONTENT_RANGE, HeaderMap, HeaderValue, RANGE};
 use reqwest::{Response, StatusCode};
 
-use super::host::{failed_status, unreachable};
+use super::host::{Host, failed_status, unreachable};
 use super::target::{Target, is_stale};
-use super::{Registries, Repository};
+use super::{Failures, Registries, Repository, health};
 use crate::source::{ByteStream, Source};
 use crate::{Digest, SourceError};
 
@@ -40,23 +40,40 @@ impl BlobSource {
         Self { registries, from, name, what, path, size, target: Target::default() }
     }
 
+    /// From the first host that gives it. One that fails is asked last for a while.
     async fn get(&self, range: Range<u64>) -> Result<ByteStream, SourceError> {
         if range.is_empty() {
             return Ok(stream::empty().boxed());
         }
+        let hosts = self.registries.hosts(&self.from.registry)?;
+        let mut failures = Failures::default();
+        for host in health::by_health(&hosts).filter(|host| host.can().pull) {
+            match self.get_from(host, &range).await {
+                Ok(body) => return Ok(body),
+                Err(error) => failures.add(host, error),
+            }
+        }
+        Err(failures.into_error(&self.from.registry))
+    }
+
+    async fn get_from(
+        &self,
+        host: &Arc<Host>,
+        range: &Range<u64>,
+    ) -> Result<ByteStream, SourceError> {
         let wanted = format!("bytes={}-{}", range.start, range.end - 1);
         let wanted = HeaderValue::try_from(wanted).map_err(|error| self.bad(error.to_string()))?;
         let headers = HeaderMap::from_iter([(RANGE, wanted)]);
-        let answer = self.ask(&headers).await?;
-        self.check(&answer, &range)?;
-        Ok(self.body(answer, range.end - range.start))
+        let answer = self.ask(host, &headers).await?;
+        self.check(&answer, range)?;
+        Ok(self.body(host, answer, range.end - range.start))
     }
 
-    /// Asks where the registry sent us last, else the registry.
-    async fn ask(&self, headers: &HeaderMap) -> Result<Response, SourceError> {
-        let host = self.registries.host(&self.from.registry)?;
-        if let Some(url) = self.target.current() {
-            let answer = host.get_elsewhere(&self.from, url.clone(), headers).await;
+    /// Asks where the host sent us last, else the host.
+    async fn ask(&self, host: &Arc<Host>, headers: &HeaderMap) -> Result<Response, SourceError> {
+        let asked = host.url(&self.from, &self.path)?;
+        if let Some(url) = self.target.current(&asked) {
+            let answer = host.get_elsewhere(&self.from, &self.what, url.clone(), headers).await;
             let status = answer.as_ref().map(Response::status);
             if !status.is_ok_and(|status| status.is_success()) {
                 self.target.forget(&url);
@@ -65,10 +82,9 @@ impl BlobSource {
                 return answer;
             }
         }
-        let url = host.url(&self.from, &self.path)?;
         let answer = host.get(&self.from, &self.what, &self.path, headers).await?;
         if answer.status().is_success() {
-            self.target.note(&url, answer.url());
+            self.target.note(&asked, answer.url());
         }
         Ok(answer)
     }
@@ -132,16 +148,22 @@ impl BlobSource {
         }
     }
 
-    fn body(&self, answer: Response, wanted: u64) -> ByteStream {
+    fn body(&self, host: &Arc<Host>, answer: Response, wanted: u64) -> ByteStream {
         let from = self.from.clone();
         let pieces = answer
             .bytes_stream()
             .map(move |piece| piece.map_err(|error| unreachable(&from, error)));
         let name = self.name.clone();
-        exactly(pieces.boxed(), wanted, move |missing| SourceError::Unreachable {
+        let pieces = exactly(pieces.boxed(), wanted, move |missing| SourceError::Unreachable {
             source_name: name.clone(),
             message: format!("the body ended {missing} bytes early"),
-        })
+        });
+        let host = Arc::clone(host);
+        let noted = pieces.inspect(move |piece| match piece {
+            Ok(_) => host.health().well(),
+            Err(_) => host.health().failed(),
+        });
+        noted.boxed()
     }
 
     fn bad(&self, message: String) -> SourceError {

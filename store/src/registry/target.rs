@@ -25,6 +25,8 @@ pub(super) struct Target(Mutex<Option<Known>>);
 
 #[derive(Clone)]
 struct Known {
+    /// The question that it answers.
+    by: Url,
     url: Url,
     until: Instant,
 }
@@ -36,10 +38,10 @@ impl fmt::Debug for Known {
 }
 
 impl Target {
-    /// Where to ask, if it is known.
-    pub(super) fn current(&self) -> Option<Url> {
+    /// Where to ask instead of `asked`, if it is known.
+    pub(super) fn current(&self, asked: &Url) -> Option<Url> {
         let known = lock(&self.0).clone()?;
-        (Instant::now() < known.until).then_some(known.url)
+        (known.by == *asked && Instant::now() < known.until).then_some(known.url)
     }
 
     /// A request for `asked` was answered at `answered`. Only another host is remembered: what the
@@ -50,8 +52,8 @@ impl Target {
         }
         let lifetime = lifetime(answered, SystemTime::now()).saturating_sub(MARGIN);
         if !lifetime.is_zero() {
-            let known = Known { url: answered.clone(), until: Instant::now() + lifetime };
-            *lock(&self.0) = Some(known);
+            let until = Instant::now() + lifetime;
+            *lock(&self.0) = Some(Known { by: asked.clone(), url: answered.clone(), until });
         }
     }
 
@@ -115,16 +117,17 @@ mod tests {
     async fn only_another_host_is_remembered_and_not_for_long() {
         let (target, registry) = (Target::default(), url("https://registry/v2/a/blobs/b"));
         target.note(&registry, &url("https://registry/storage/b"));
-        assert_eq!(target.current(), None);
+        assert_eq!(target.current(&registry), None);
         let storage = url("https://storage/b?X-Amz-Expires=60");
         target.note(&registry, &storage);
-        assert_eq!(target.current().as_ref(), Some(&storage));
+        assert_eq!(target.current(&registry).as_ref(), Some(&storage));
+        assert_eq!(target.current(&url("https://mirror/v2/a/blobs/b")), None);
         target.forget(&url("https://storage/b?older"));
-        assert_eq!(target.current(), Some(storage));
+        assert_eq!(target.current(&registry), Some(storage));
         tokio::time::advance(Duration::from_secs(46)).await;
-        assert_eq!(target.current(), None);
+        assert_eq!(target.current(&registry), None);
         target.note(&registry, &url("https://storage/b?X-Amz-Expires=10"));
-        assert_eq!(target.current(), None, "it would end too soon to be of use");
+        assert_eq!(target.current(&registry), None, "it would end too soon to be of use");
     }
 
     #[test]
