@@ -229,6 +229,7 @@ fn least(a: Trust, b: Trust) -> Trust {
     match (a, b) {
         (Trust::Poisoned, _) | (_, Trust::Poisoned) => Trust::Poisoned,
         (Trust::Transport, _) | (_, Trust::Transport) => Trust::Transport,
+        (Trust::Indexed, _) | (_, Trust::Indexed) => Trust::Indexed,
         (Trust::Verified, Trust::Verified) => Trust::Verified,
     }
 }
@@ -237,6 +238,7 @@ fn least(a: Trust, b: Trust) -> Trust {
 pub const fn trust_name(trust: Trust) -> &'static str {
     match trust {
         Trust::Transport => "transport",
+        Trust::Indexed => "indexed",
         Trust::Verified => "verified",
         Trust::Poisoned => "poisoned",
     }

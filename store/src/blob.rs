@@ -4,6 +4,7 @@
 //! while it is there. A read that finds everything takes no lock that a fetch can hold. A poisoned
 //! blob serves nothing more.
 
+mod check;
 mod complete;
 mod evict;
 mod kernel;
@@ -22,6 +23,8 @@ use tokio::runtime::Handle;
 use tokio::sync::Notify;
 use tokio::time::Instant;
 
+use self::check::Checks;
+pub(crate) use self::check::Compared;
 pub(crate) use self::evict::Candidate;
 use self::kernel::HandedOut;
 pub use self::kernel::SegmentHold;
@@ -31,6 +34,7 @@ pub use self::slice::Slice;
 use self::slice::SliceBytes;
 use crate::budget::Budget;
 use crate::chunk::{ChunkNo, ChunkTable, Place, VerifiedChunk, each};
+use crate::digests::{ChunkDigests, Origin};
 use crate::extents::Extents;
 use crate::fetch::{Failure, Fetcher, Priority, Scheduler};
 use crate::hash::{Follow, Hashers, RunningHash};
@@ -54,6 +58,8 @@ const MAX_SOURCES: usize = 64;
 pub enum Trust {
     /// They came over a transport that the configuration trusts; the whole was not hashed yet.
     Transport,
+    /// Each chunk was compared with its digest in an index.
+    Indexed,
     /// The whole blob hashes to its digest.
     Verified,
     /// The whole blob does not hash to its digest.
@@ -65,10 +71,13 @@ pub enum Trust {
 pub struct BlobStats {
     /// Bytes of the blob.
     pub size: u64,
-    /// Bytes of it that are published.
+    /// Bytes of it that are in the cache.
     pub cached: u64,
     /// Bytes fetched from sources since it was opened.
     pub fetched: u64,
+    /// Chunks that were not what their digest promises since it was opened, in the cache file or
+    /// from a source. None of them was served, unless it was published before there were digests.
+    pub rejected: u64,
     /// What is known of its bytes.
     pub trust: Trust,
 }
@@ -84,7 +93,8 @@ pub struct Blob {
     handed_out: HandedOut,
     ranks: Ranks,
     judgement: Judgement,
-    /// Tells of a judgement.
+    checks: Checks,
+    /// Tells of a judgement, and when all that is here was compared with its digests.
     judged: Notify,
     /// The epoch of its records.
     epoch: AtomicU64,
@@ -160,7 +170,7 @@ impl Miss {
             Some(hold) => hold,
             None => blob.hold(&place.extents, until).await.ok_or_else(|| blob.too_late())?,
         };
-        if blob.shared.verify == Verify::Strict {
+        if blob.shared.verify == Verify::Strict && !blob.compares_all() {
             blob.complete().await?;
             return blob.slice(&range, &place, hold);
         }
@@ -192,6 +202,7 @@ impl Blob {
         dir: PathBuf,
         table: ChunkTable,
         record: Option<Record>,
+        digests: Option<ChunkDigests>,
         shared: Arc<Shared>,
     ) -> Arc<Self> {
         let (disk, mappings) = (Arc::clone(&shared.disk), Arc::clone(&shared.mappings));
@@ -204,15 +215,28 @@ impl Blob {
             extents.hold(&table.extents_of(&table.of_segment(segment)));
         }
         let Epochs { now, doubt_before } = shared.epochs;
+        let compared_with = digests.as_ref().map(ChunkDigests::id);
+        let checks = Checks::new(digests, table.all().end.0);
         let (mut verdict, mut epoch, mut claimed) = (None, now, vec![]);
         if let Some(record) = record {
-            verdict = restore(id, &table, &segments, &presence, &record);
+            let in_doubt = record.epoch < doubt_before;
+            let settled = record.verdict.is_some() || record.compared == compared_with;
+            let restored = match compared_with {
+                Some(_) if in_doubt || !settled => Restored::Unchecked,
+                _ => Restored::Believed,
+            };
+            verdict = restore(id, &table, &segments, (&presence, &checks), &record, restored);
             claimed.clone_from(&record.present);
-            if record.epoch < doubt_before {
-                // Served, but not called verified before it was hashed again.
+            if in_doubt {
+                // Served where there is nothing to compare it with, but not called verified
+                // before it was hashed again.
                 verdict = verdict.filter(|verdict| *verdict != Verdict::Verified);
                 epoch = record.epoch;
             }
+        }
+        if checks.are_done() && checks.origin() == Some(Origin::Whole) {
+            // What is here, or will be, is what the whole was made of.
+            verdict = verdict.or(Some(Verdict::Verified));
         }
         let follow = if presence.bytes() == 0 { Follow::Prefix } else { Follow::Whole };
         let FetchOptions { read_ahead_min, read_ahead_max, .. } = shared.fetch;
@@ -226,6 +250,7 @@ impl Blob {
             presence,
             epoch: AtomicU64::new(epoch),
             judgement: Judgement::new(verdict),
+            checks,
             judged: Notify::new(),
             hash: RunningHash::new(follow),
             unsynced: Bits::new(u32::try_from(table.layout().segments()).unwrap_or(u32::MAX)),
@@ -354,9 +379,14 @@ impl Blob {
     pub fn stats(&self) -> BlobStats {
         BlobStats {
             size: self.layout().size(),
-            cached: self.presence.bytes(),
+            cached: self.presence.bytes() + self.kept_bytes(),
             fetched: self.fetched.load(Ordering::Relaxed),
+            rejected: self.checks.rejected(),
             trust: match self.judgement.verdict() {
+                None if self.checks.are_done() => match self.checks.origin() {
+                    Some(Origin::Whole) => Trust::Verified,
+                    Some(Origin::Index) | None => Trust::Indexed,
+                },
                 None => Trust::Transport,
                 Some(Verdict::Verified) => Trust::Verified,
                 Some(Verdict::Poisoned { .. }) => Trust::Poisoned,
@@ -400,9 +430,18 @@ impl Blob {
         }
     }
 
-    /// Whether bytes may be served before the whole blob is judged, or it is verified.
+    /// Whether what is published may be served: the whole blob is verified, or each chunk was
+    /// compared, or need not be.
     fn may_serve(&self) -> bool {
-        self.shared.verify == Verify::Background || self.judgement.is_verified()
+        self.shared.verify == Verify::Background
+            || self.judgement.is_verified()
+            || self.compares_all()
+    }
+
+    /// Whether all that is published was compared with chunk digests, and will be.
+    fn compares_all(&self) -> bool {
+        // Marks of published chunks come before the digests do, and new ones only with others.
+        self.has_digests() && self.unchecked().iter().all(|chunk| !self.presence.has(*chunk))
     }
 
     /// A read that ended while it waited for an eviction.
@@ -464,7 +503,9 @@ impl Blob {
     /// only a whole blob can be verified.
     pub(crate) fn round_off(self: &Arc<Self>) {
         let size = self.layout().size();
-        let most = self.presence.bytes() >= size - size / 4 && !self.presence.is_complete();
+        let most = self.presence.bytes() >= size - size / 4
+            && !self.presence.is_complete()
+            && !self.has_digests();
         let wanted = most && self.shared.fetch.background != Background::Off;
         if wanted && self.fetcher.is_calm() && !self.rounding_off.swap(true, Ordering::AcqRel) {
             self.fetcher.plan(self, Priority::Background, self.table.all());
@@ -553,7 +594,7 @@ impl Blob {
 
     /// A chunk is served that is not published.
     pub(crate) fn serve_unpublished(&self, _chunk: ChunkNo) {
-        if self.judgement.is_verified() {
+        if self.judgement.is_verified() && self.checks.origin() != Some(Origin::Whole) {
             // Nobody can say whether it is the one that was hashed.
             self.judgement.replaced();
         }
@@ -597,7 +638,10 @@ impl Blob {
             // sync: see `record`.
             self.unsynced.set(u32::try_from(segment).unwrap_or(u32::MAX));
         }
-        if self.judgement.is_verified() || self.hash.is_past(chunk.chunk()) {
+        // What was compared with digests of the very bytes that were hashed changes nothing.
+        if self.checks.origin() != Some(Origin::Whole)
+            && (self.judgement.is_verified() || self.hash.is_past(chunk.chunk()))
+        {
             self.judgement.replaced();
         }
         self.presence.publish(chunk);
@@ -654,19 +698,29 @@ impl Blob {
     }
 }
 
+/// What becomes of the chunks of a record.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Restored {
+    /// They are published.
+    Believed,
+    /// They are compared with their digests before they are published.
+    Unchecked,
+}
+
 /// Publishes what a record says, as far as its files bear it out. Gives its verdict, if that is
 /// still about what is here.
 fn restore(
     id: BlobId,
     table: &ChunkTable,
     segments: &Segments,
-    presence: &Presence,
+    (presence, checks): (&Presence, &Checks),
     record: &Record,
+    restored: Restored,
 ) -> Option<Verdict> {
     let mut last: Option<(usize, Vec<Range<u64>>)> = None;
     let mut lost = 0u64;
     for chunk in ones(record.present.iter().copied()).map(ChunkNo) {
-        let Some((segment, bytes)) = table.bytes_of(chunk) else { continue };
+        let Some((segment, _)) = table.bytes_of(chunk) else { continue };
         let filled = match last.take() {
             Some(known) if known.0 == segment => known.1,
             _ => segments.filled(segment, table.layout()),
@@ -682,7 +736,9 @@ fn restore(
         });
         if !is_there {
             lost += 1;
-        } else if let Some(verified) = VerifiedChunk::check(table, chunk, &bytes) {
+        } else if restored == Restored::Unchecked {
+            checks.mark(chunk);
+        } else if let Some(verified) = VerifiedChunk::recorded(table, chunk) {
             presence.publish(&verified);
         }
         last = Some((segment, filled));

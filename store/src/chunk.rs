@@ -8,8 +8,11 @@
 //! Extents are numbered alike: [`EXTENT_CHUNKS`] chunks in sequence, counted from each segment's
 //! start.
 
+use std::io;
 use std::ops::Range;
 
+use crate::Digest;
+use crate::digests::ChunkDigests;
 use crate::layout::{CHUNK_BYTES, Layout};
 
 /// Bytes of the largest blob that is accepted (16 TiB). The size comes from foreign manifests and
@@ -176,6 +179,28 @@ impl ChunkTable {
     }
 }
 
+/// Why bytes are not the chunk that they should be.
+#[derive(Debug)]
+pub(crate) enum Unfit {
+    /// They are not exactly its bytes.
+    NotWhole,
+    /// They hash to something else.
+    Wrong {
+        /// The chunk.
+        chunk: ChunkNo,
+        /// What they hash to.
+        actual: Digest,
+    },
+    /// They can't be written, or read back.
+    Cache(io::Error),
+}
+
+impl From<io::Error> for Unfit {
+    fn from(error: io::Error) -> Self {
+        Self::Cache(error)
+    }
+}
+
 /// A chunk whose bytes are in its cache file and have passed every check there is for them.
 /// Only this can be published.
 #[derive(Debug)]
@@ -186,10 +211,33 @@ pub(crate) struct VerifiedChunk {
 
 impl VerifiedChunk {
     /// The one way to make one: `written`, the bytes of the blob that were written to the cache
-    /// file in one sequence, must be exactly the chunk.
-    pub(crate) fn check(table: &ChunkTable, chunk: ChunkNo, written: &Range<u64>) -> Option<Self> {
+    /// file in one sequence, must be exactly the chunk; and where there are chunk digests, they
+    /// must hash to the chunk's. `hash` gives what they hash to.
+    pub(crate) fn check(
+        table: &ChunkTable,
+        chunk: ChunkNo,
+        written: &Range<u64>,
+        digests: Option<&ChunkDigests>,
+        hash: impl FnOnce() -> io::Result<Digest>,
+    ) -> Result<Self, Unfit> {
+        let (_, bytes) = table.bytes_of(chunk).ok_or(Unfit::NotWhole)?;
+        if bytes != *written {
+            return Err(Unfit::NotWhole);
+        }
+        if let Some(digests) = digests {
+            let actual = hash()?;
+            if digests.get(chunk) != Some(actual) {
+                return Err(Unfit::Wrong { chunk, actual });
+            }
+        }
+        Ok(Self { chunk, len: bytes.end - bytes.start })
+    }
+
+    /// One that an earlier check let pass, as its record says; there is nothing to compare it
+    /// with, or it was compared with the same.
+    pub(crate) fn recorded(table: &ChunkTable, chunk: ChunkNo) -> Option<Self> {
         let (_, bytes) = table.bytes_of(chunk)?;
-        (bytes == *written).then_some(Self { chunk, len: bytes.end - bytes.start })
+        Some(Self { chunk, len: bytes.end - bytes.start })
     }
 
     pub(crate) fn chunk(&self) -> ChunkNo {
@@ -205,6 +253,8 @@ impl VerifiedChunk {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::digests::Origin;
+    use crate::disk::LocalDisk;
 
     const MIB: u64 = 1 << 20;
 
@@ -265,11 +315,37 @@ mod tests {
     #[test]
     fn only_an_exact_chunk_is_verified() {
         let table = table(2 * MIB + 5, &[]);
-        assert!(VerifiedChunk::check(&table, ChunkNo(2), &(2 * MIB..2 * MIB + 5)).is_some());
+        let check = |chunk, written: &Range<u64>| {
+            VerifiedChunk::check(&table, chunk, written, None, || {
+                unreachable!("nothing to compare")
+            })
+        };
+        assert!(check(ChunkNo(2), &(2 * MIB..2 * MIB + 5)).is_ok());
         for (chunk, written) in [(0, 0..MIB - 1), (1, 0..MIB), (2, 2 * MIB..2 * MIB + 4), (3, 0..0)]
         {
-            assert!(VerifiedChunk::check(&table, ChunkNo(chunk), &written).is_none());
+            assert!(matches!(check(ChunkNo(chunk), &written), Err(Unfit::NotWhole)));
         }
+    }
+
+    #[test]
+    fn where_there_are_digests_only_what_hashes_to_them_is_verified() {
+        let dir = tempfile::tempdir().unwrap();
+        let table = table(MIB + 5, &[]);
+        let of = |chunk: &[u8]| *Digest::of(chunk).as_raw();
+        let digests = [of(b"first"), of(b"second")].concat();
+        let digests =
+            ChunkDigests::write(&LocalDisk, dir.path(), &table, &digests, Origin::Index).unwrap();
+        let check = |chunk, written: Range<u64>, bytes: &[u8]| {
+            VerifiedChunk::check(&table, ChunkNo(chunk), &written, Some(&digests), || {
+                Ok(Digest::of(bytes))
+            })
+        };
+        assert!(check(0, 0..MIB, b"first").is_ok() && check(1, MIB..MIB + 5, b"second").is_ok());
+        let wrong = check(1, MIB..MIB + 5, b"first").unwrap_err();
+        assert!(
+            matches!(wrong, Unfit::Wrong { chunk: ChunkNo(1), actual } if actual == Digest::of(b"first"))
+        );
+        assert!(matches!(check(0, 0..5, b"first"), Err(Unfit::NotWhole)));
     }
 
     #[test]

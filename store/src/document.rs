@@ -8,12 +8,19 @@ use std::fs::File;
 use std::io::{self, Read};
 use std::path::Path;
 
+use memmap2::Mmap;
+use sha2::{Digest as _, Sha256};
+
 use crate::Digest;
 use crate::disk::{Disk, Durability};
 
 /// Bytes of a document at the most. The largest layout takes some 20 MiB; listings of tar layers
 /// with a million members some 200.
 pub(crate) const MAX_DOCUMENT_BYTES: u64 = 256 << 20;
+
+/// Bytes of a document at the most that is mapped and not read: the chunk digests of the largest
+/// blob take 512 MiB.
+const MAX_MAPPED_BYTES: u64 = (512 << 20) + 4096;
 
 const MAGIC: &[u8; 8] = b"WEIGHTFS";
 const VERSION: u32 = 1;
@@ -31,6 +38,8 @@ pub(crate) enum Kind {
     Attachment = 3,
     /// How the owner of the directory stopped.
     Session = 4,
+    /// What the chunks of a blob hash to.
+    Digests = 5,
 }
 
 /// Replaces the document `name` of `dir`.
@@ -42,14 +51,78 @@ pub(crate) fn write(
     payload: &[u8],
     durability: Durability,
 ) -> io::Result<()> {
-    let mut content = Vec::with_capacity(HEADER_BYTES + payload.len());
-    content.extend_from_slice(MAGIC);
-    content.extend_from_slice(&(kind as u32).to_le_bytes());
-    content.extend_from_slice(&VERSION.to_le_bytes());
-    content.extend_from_slice(&(payload.len() as u64).to_le_bytes());
-    content.extend_from_slice(Digest::of(payload).as_raw());
-    content.extend_from_slice(payload);
+    write_parts(disk, dir, name, kind, &[payload], durability)
+}
+
+/// Replaces the document `name` of `dir`; its payload comes in parts.
+pub(crate) fn write_parts(
+    disk: &dyn Disk,
+    dir: &Path,
+    name: &str,
+    kind: Kind,
+    parts: &[&[u8]],
+    durability: Durability,
+) -> io::Result<()> {
+    let len: usize = parts.iter().map(|part| part.len()).sum();
+    let mut hash = Sha256::new();
+    parts.iter().for_each(|part| hash.update(part));
+    let mut content = Vec::with_capacity(HEADER_BYTES + len);
+    content.extend_from_slice(&header(kind, len as u64, Digest::from_raw(hash.finalize().into())));
+    parts.iter().for_each(|part| content.extend_from_slice(part));
     disk.replace(&dir.join(name), &content, durability)
+}
+
+fn header(kind: Kind, len: u64, digest: Digest) -> Vec<u8> {
+    let mut header = Vec::with_capacity(HEADER_BYTES);
+    header.extend_from_slice(MAGIC);
+    header.extend_from_slice(&(kind as u32).to_le_bytes());
+    header.extend_from_slice(&VERSION.to_le_bytes());
+    header.extend_from_slice(&len.to_le_bytes());
+    header.extend_from_slice(digest.as_raw());
+    header
+}
+
+/// A document that is used where it lies.
+#[derive(Debug)]
+pub(crate) struct Mapped {
+    map: Mmap,
+    digest: Digest,
+}
+
+impl Mapped {
+    /// Maps a document and compares its checksum, once; `None` if there is none.
+    ///
+    /// # Errors
+    /// What is wrong with it.
+    pub(crate) fn open(path: &Path, kind: Kind) -> Result<Option<Self>, String> {
+        let file = match File::open(path) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+            opened => opened.map_err(|error| error.to_string())?,
+        };
+        let len = file.metadata().map_err(|error| error.to_string())?.len();
+        if len > MAX_MAPPED_BYTES || len < HEADER_BYTES as u64 {
+            return Err("it is not as long as it can be".into());
+        }
+        // SAFETY: documents are replaced by renames, never written or cut in place, and the
+        // directory has one owner.
+        #[expect(unsafe_code, reason = "a mapping of a file that does not change")]
+        let map = unsafe { Mmap::map(&file) }.map_err(|error| error.to_string())?;
+        let payload = map.get(HEADER_BYTES..).unwrap_or_default();
+        let digest = Digest::of(payload);
+        if !map.starts_with(&header(kind, payload.len() as u64, digest)) {
+            return Err(format!("no {kind:?} document of version {VERSION}, or a damaged one"));
+        }
+        Ok(Some(Self { map, digest }))
+    }
+
+    pub(crate) fn payload(&self) -> &[u8] {
+        self.map.get(HEADER_BYTES..).unwrap_or_default()
+    }
+
+    /// The sha256 of the payload.
+    pub(crate) fn digest(&self) -> Digest {
+        self.digest
+    }
 }
 
 /// What is at a document's place.

@@ -235,7 +235,7 @@ impl Fetcher {
     }
 
     /// Makes a chunk readable and wakes who waits for it.
-    fn publish(
+    pub(crate) fn publish(
         &self,
         blob: &Arc<Blob>,
         chunk: &VerifiedChunk,
@@ -254,6 +254,14 @@ impl Fetcher {
     fn hand_over(&self, chunk: ChunkNo, bytes: &Arc<LooseChunk>) {
         for waiter in lock(&self.queue).landed(chunk) {
             let _ = waiter.send(Ok(Landed::InMemory(chunk, Arc::clone(bytes))));
+        }
+    }
+
+    /// No source has a chunk as it should be: whoever waits for it fails, whoever waits for others
+    /// of the same request does not.
+    fn give_up(&self, chunk: ChunkNo, failure: &Failure) {
+        for waiter in lock(&self.queue).landed(chunk) {
+            let _ = waiter.send(Err(failure.clone()));
         }
     }
 

@@ -1,6 +1,9 @@
 //! The sha256 of a whole blob, off the read path: it follows the complete prefix while that is
 //! still in the page cache, and judges the blob when it becomes complete.
 //!
+//! Where a blob has chunk digests, they compare what is here from before instead, and never hash
+//! the whole.
+//!
 //! Hashing has threads of its own, few for the whole store: on a machine with few cores it must
 //! not take time from readers. While anything is being fetched they run only where a core would be
 //! idle; when it is, they catch up, at a low priority. Blobs take turns.
@@ -16,6 +19,7 @@ use std::thread;
 use sha2::{Digest as _, Sha256};
 
 use crate::chunk::ChunkNo;
+use crate::digests::Origin;
 use crate::shared::lock;
 use crate::state::Verdict;
 use crate::trust::{Era, Settled};
@@ -59,6 +63,8 @@ pub(crate) struct RunningHash {
 #[derive(Debug, Default)]
 struct Pass {
     hasher: Sha256,
+    /// The digests of its chunks, while they are in memory anyway: 32 bytes for each.
+    chunks: Vec<u8>,
     era: Era,
 }
 
@@ -93,7 +99,7 @@ impl RunningHash {
 
     /// To be called after chunks were published: goes on hashing if there is enough to do.
     pub(crate) fn poke(&self, blob: &Arc<Blob>) {
-        if blob.verdict().is_some() || !self.has_work(blob, BATCH) {
+        if !self.has_work(blob, BATCH) {
             return;
         }
         // Swaps here and in `run`: either this sees that the thread has stopped, or the thread's
@@ -104,6 +110,12 @@ impl RunningHash {
     }
 
     fn has_work(&self, blob: &Blob, batch: u32) -> bool {
+        if blob.has_digests() {
+            return blob.has_unchecked();
+        }
+        if blob.verdict().is_some() {
+            return false;
+        }
         let next = self.next.load(Ordering::Acquire);
         match (blob.presence().is_complete(), self.waits_for_whole.load(Ordering::Acquire)) {
             (true, _) => true,
@@ -221,7 +233,23 @@ fn take_turn(blob: &Arc<Blob>, pace: &mut Pace) -> bool {
     more && !hash.running.swap(true, Ordering::AcqRel)
 }
 
+/// Compares chunks that are here with their digests, a turn's worth.
+fn compare_ready(blob: &Arc<Blob>, pace: &mut Pace) -> Turn {
+    let unchecked = blob.unchecked();
+    for chunk in unchecked.iter().take(usize::try_from(TURN).unwrap_or(usize::MAX)) {
+        pace.follow(blob.scheduler().is_busy());
+        if let Err(error) = blob.check_marked(*chunk) {
+            tracing::error!(blob = %blob.id().digest, %error, "chunks can't be compared");
+            return Turn::Done;
+        }
+    }
+    if blob.has_unchecked() { Turn::Over } else { Turn::CaughtUp }
+}
+
 fn hash_ready(blob: &Arc<Blob>, pace: &mut Pace) -> Turn {
+    if blob.has_digests() {
+        return compare_ready(blob, pace);
+    }
     let hash = blob.hash();
     let mut pass = lock(&hash.pass);
     let total = blob.table().all().end.0;
@@ -230,18 +258,22 @@ fn hash_ready(blob: &Arc<Blob>, pace: &mut Pace) -> Turn {
         hash.keep_up(&mut pass, blob.era());
         let next = hash.next.load(Ordering::Acquire);
         if next >= total {
-            let actual = Digest::from_raw(std::mem::take(&mut pass.hasher).finalize().into());
-            match judge(blob, actual, pass.era) {
-                Settled::Now | Settled::Before => return Turn::Done,
-                Settled::Outdated => continue,
-            }
+            let Pass { hasher, chunks, era } = std::mem::take(&mut *pass);
+            let actual = Digest::from_raw(hasher.finalize().into());
+            return match judge(blob, actual, &chunks, era) {
+                Settled::Now | Settled::Before => Turn::Done,
+                Settled::Outdated => Turn::Over,
+            };
         }
         // Nobody waits for the judgement of a store that is closed.
         if blob.enter().is_err() {
             return Turn::Done;
         }
         match blob.chunk_bytes(ChunkNo(next)) {
-            Ok(Some(bytes)) => pass.hasher.update(&*bytes),
+            Ok(Some(bytes)) => {
+                pass.hasher.update(&*bytes);
+                pass.chunks.extend_from_slice(Digest::of(&bytes).as_raw());
+            }
             Ok(None) => return Turn::CaughtUp,
             Err(error) => {
                 // Not judged: the blob stays transport-trusted until it is opened again.
@@ -288,7 +320,18 @@ impl Pace {
     }
 }
 
-fn judge(blob: &Arc<Blob>, actual: Digest, era: Era) -> Settled {
-    let good = actual == blob.id().digest;
-    blob.judge(if good { Verdict::Verified } else { Verdict::Poisoned { actual } }, era)
+/// Judges the whole. What the chunks of the right bytes hash to is kept, whatever has become of
+/// them meanwhile: what is fetched again is compared with it.
+fn judge(blob: &Arc<Blob>, actual: Digest, chunks: &[u8], era: Era) -> Settled {
+    if actual != blob.id().digest {
+        return blob.judge(Verdict::Poisoned { actual }, era);
+    }
+    if let Err(error) = blob.adopt(chunks, Origin::Whole) {
+        tracing::warn!(blob = %blob.id().digest, %error, "chunk digests are not kept");
+    }
+    let settled = blob.judge(Verdict::Verified, era);
+    if settled == Settled::Now {
+        blob.all_are_checked();
+    }
+    settled
 }

@@ -9,6 +9,7 @@ pub mod blob;
 mod budget;
 mod chunk;
 pub mod digest;
+mod digests;
 mod disk;
 mod document;
 pub mod error;
@@ -46,5 +47,5 @@ pub use registry::{MAX_MANIFEST_BYTES, Manifest, Registries, RegistryOptions, Re
 pub use source::{ByteStream, Source};
 pub use store::{
     Amount, Background, BlobId, BlobUsage, CacheOptions, Checked, Evicted, FetchOptions, Form,
-    Ingest, Pruned, Recheck, Store, StoreOptions, Usage, Verify, VerifyError,
+    Ingest, Others, Pruned, Recheck, Store, StoreOptions, Usage, Verify, VerifyError,
 };

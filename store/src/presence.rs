@@ -83,10 +83,7 @@ mod tests {
     fn a_chunk_counts_once() {
         let table = ChunkTable::new(Layout::whole(2 * CHUNK_BYTES + 9)).unwrap();
         let presence = Presence::new(3);
-        let verified = |chunk| {
-            let chunk = ChunkNo(chunk);
-            VerifiedChunk::check(&table, chunk, &table.bytes_of(chunk).unwrap().1).unwrap()
-        };
+        let verified = |chunk| VerifiedChunk::recorded(&table, ChunkNo(chunk)).unwrap();
         assert!(presence.publish(&verified(2)));
         assert!(!presence.publish(&verified(2)));
         assert_eq!((presence.bytes(), presence.is_complete()), (9, false));
@@ -99,7 +96,7 @@ mod tests {
     #[test]
     fn a_chunk_that_was_withdrawn_is_absent_until_it_is_published_again() {
         let table = ChunkTable::new(Layout::whole(CHUNK_BYTES)).unwrap();
-        let chunk = VerifiedChunk::check(&table, ChunkNo(0), &(0..CHUNK_BYTES)).unwrap();
+        let chunk = VerifiedChunk::recorded(&table, ChunkNo(0)).unwrap();
         let presence = Presence::new(1);
         assert!(!presence.withdraw(ChunkNo(0), CHUNK_BYTES));
         presence.publish(&chunk);

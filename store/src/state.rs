@@ -38,6 +38,8 @@ pub(crate) enum Verdict {
 pub(crate) struct Record {
     /// The judgement, if the whole was hashed.
     pub(crate) verdict: Option<Verdict>,
+    /// What all that is here was compared with: see `digests.rs`. Only without a verdict.
+    pub(crate) compared: Option<Digest>,
     /// The epoch in which what is here was written, or hashed, last: see `store/session.rs`.
     pub(crate) epoch: u64,
     /// A bit for each chunk that is here.
@@ -53,7 +55,7 @@ impl Record {
             rest => (1 << rest) - 1,
         };
         let present = (0..chunks.div_ceil(64)).map(word).collect();
-        Self { verdict: Some(Verdict::Verified), epoch, present }
+        Self { verdict: Some(Verdict::Verified), compared: None, epoch, present }
     }
 
     /// Replaces the record in `dir`; it is on disk when the call returns.
@@ -76,17 +78,19 @@ impl Record {
         None
     }
 
-    /// The layout's fingerprint, the verdict (0 none, 1 verified, 2 poisoned), the digest that
-    /// the bytes have (zeros unless poisoned), the epoch, the bitmap's words.
+    /// The layout's fingerprint, the verdict (0 none, 1 verified, 2 poisoned, 3 none, but compared
+    /// chunk by chunk), the digest that the bytes have (2) or of the chunk digests (3) or zeros,
+    /// the epoch, the bitmap's words.
     pub(crate) fn encode(&self, layout: &Layout) -> Vec<u8> {
-        let (tag, actual) = match self.verdict {
-            None => (0u8, [0; 32]),
-            Some(Verdict::Verified) => (1, [0; 32]),
-            Some(Verdict::Poisoned { actual }) => (2, *actual.as_raw()),
+        let (tag, digest) = match (self.verdict, self.compared) {
+            (None, None) => (0u8, [0; 32]),
+            (Some(Verdict::Verified), _) => (1, [0; 32]),
+            (Some(Verdict::Poisoned { actual }), _) => (2, *actual.as_raw()),
+            (None, Some(digests)) => (3, *digests.as_raw()),
         };
         let mut bytes = fingerprint(layout).as_raw().to_vec();
         bytes.push(tag);
-        bytes.extend_from_slice(&actual);
+        bytes.extend_from_slice(&digest);
         bytes.extend_from_slice(&self.epoch.to_le_bytes());
         bytes.extend(self.present.iter().flat_map(|word| word.to_le_bytes()));
         bytes
@@ -95,13 +99,15 @@ impl Record {
     pub(crate) fn decode(bytes: &[u8], table: &ChunkTable) -> Option<Self> {
         let (layout, rest) = bytes.split_first_chunk::<32>()?;
         let (tag, rest) = rest.split_first()?;
-        let (actual, rest) = rest.split_first_chunk::<32>()?;
+        let (digest, rest) = rest.split_first_chunk::<32>()?;
+        let digest = Digest::from_raw(*digest);
         let (epoch, words) = rest.split_first_chunk::<8>()?;
         let epoch = u64::from_le_bytes(*epoch);
-        let verdict = match tag {
-            0 => None,
-            1 => Some(Verdict::Verified),
-            2 => Some(Verdict::Poisoned { actual: Digest::from_raw(*actual) }),
+        let (verdict, compared) = match tag {
+            0 => (None, None),
+            1 => (Some(Verdict::Verified), None),
+            2 => (Some(Verdict::Poisoned { actual: digest }), None),
+            3 => (None, Some(digest)),
             _ => return None,
         };
         let (words, rest) = words.as_chunks::<8>();
@@ -110,6 +116,7 @@ impl Record {
         let fits = rest.is_empty() && present.len() == expected;
         (fits && fingerprint(table.layout()).as_raw() == layout).then_some(Self {
             verdict,
+            compared,
             epoch,
             present,
         })
@@ -117,7 +124,7 @@ impl Record {
 }
 
 /// A digest that differs for layouts that differ.
-fn fingerprint(layout: &Layout) -> Digest {
+pub(crate) fn fingerprint(layout: &Layout) -> Digest {
     let starts = (0..layout.segments()).filter_map(|index| layout.segment(index));
     let mut bytes = layout.size().to_le_bytes().to_vec();
     bytes.extend(starts.flat_map(|segment| segment.start.to_le_bytes()));
@@ -142,8 +149,14 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let table = table(&[CHUNK_BYTES]);
         let actual = Digest::of(b"other");
-        for verdict in [None, Some(Verdict::Verified), Some(Verdict::Poisoned { actual })] {
-            let record = Record { verdict, epoch: 7, present: vec![5, 1 << 35] };
+        let standings = [
+            (None, None),
+            (Some(Verdict::Verified), None),
+            (Some(Verdict::Poisoned { actual }), None),
+            (None, Some(actual)),
+        ];
+        for (verdict, compared) in standings {
+            let record = Record { verdict, compared, epoch: 7, present: vec![5, 1 << 35] };
             record.write(&LocalDisk, dir.path(), table.layout()).unwrap();
             assert_eq!(Record::read(dir.path(), &table), Some(record));
         }

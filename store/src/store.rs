@@ -7,7 +7,7 @@
 //! pins/<name>                              blobs that are never evicted
 //! blobs/sha256/<ab>/<hex>/                 a blob as its registry has it
 //! blobs/sha256/<ab>/<hex>.decompressed/    what it inflates to
-//!     layout  state  segment-<n>  attachment-<name>  kernel/<n>
+//!     layout  state  digests  segment-<n>  attachment-<name>  kernel/<n>
 //! ```
 //!
 //! Invariants: one process owns the directory; after the store is closed nothing in it changes,
@@ -38,7 +38,7 @@ use tokio::runtime::Handle;
 
 pub use self::ingest::Ingest;
 pub use self::usage::{BlobUsage, Evicted, Pruned, Usage};
-pub use self::verify::{Checked, VerifyError};
+pub use self::verify::{Checked, Others, VerifyError};
 
 pub(crate) use self::catalog::touch;
 use self::catalog::{Catalog, Removal};
@@ -50,6 +50,7 @@ use self::pins::Pins;
 use self::session::Session;
 use crate::budget::{Budget, Limits};
 use crate::chunk::{ChunkTable, MAX_BLOB_BYTES};
+use crate::digests::{ChunkDigests, Origin};
 use crate::disk::{Disk, Durability, LocalDisk};
 use crate::document::{self, Found, Kind};
 use crate::shared::{Epochs, Shared, lock};
@@ -268,6 +269,51 @@ impl Store {
         Ok(blob)
     }
 
+    /// As [`Store::blob`], and says what each of its chunks hashes to: 32 bytes for each, segment
+    /// after segment. From now on each chunk is compared with that before it is served; what is
+    /// here from before is compared, too, before that if the blob was not open. They are kept
+    /// beside the blob for all who open it later.
+    ///
+    /// # Errors
+    /// As [`Store::blob`]; digests that are not one for each chunk.
+    pub fn indexed_blob(
+        self: &Arc<Self>,
+        id: BlobId,
+        layout: &Layout,
+        digests: &[u8],
+    ) -> Result<Arc<Blob>, OpenError> {
+        let dir = self.catalog.dir(id);
+        let failed = at(&dir);
+        let refuse = |why: &str| failed(io::Error::new(io::ErrorKind::InvalidInput, why));
+        let table = ChunkTable::new(layout.clone()).ok_or_else(|| refuse("it is too large"))?;
+        if !ChunkDigests::fit(&table, digests) {
+            return Err(refuse("there is not one digest for each of its chunks"));
+        }
+        if read_layout(&dir).is_some_and(|known| known != *layout) {
+            return Err(OpenError::OtherLayout { digest: id.digest });
+        }
+        if self.catalog.opened(id).is_none() {
+            // Before it is opened: what is here from before is not served until it was compared.
+            self.keep_digests(&dir, &table, digests).map_err(&failed)?;
+        }
+        let blob = self.blob(id, layout)?;
+        blob.adopt(digests, Origin::Index).map_err(&failed)?;
+        Ok(blob)
+    }
+
+    /// Puts digests beside a blob that is not open, unless it has the same, or some that were made
+    /// here.
+    fn keep_digests(&self, dir: &Path, table: &ChunkTable, digests: &[u8]) -> io::Result<()> {
+        let _entered = self.catalog.shared.enter()?;
+        let known = ChunkDigests::read(dir, table);
+        if known.is_some_and(|known| known.are(digests) || known.origin() == Origin::Whole) {
+            return Ok(());
+        }
+        DirBuilder::new().recursive(true).mode(0o700).create(dir)?;
+        let disk = &*self.catalog.shared.disk;
+        ChunkDigests::write(disk, dir, table, digests, Origin::Index).map(drop)
+    }
+
     fn open_blob(&self, id: BlobId, layout: &Layout) -> Result<Arc<Blob>, OpenError> {
         let dir = self.catalog.dir(id);
         let size = layout.size();
@@ -285,8 +331,8 @@ impl Store {
         }
         touch(&dir);
         self.catalog.touched(id);
-        let record = Record::read(&dir, &table);
-        Ok(Blob::open(id, dir, table, record, Arc::clone(&self.catalog.shared)))
+        let (record, digests) = (Record::read(&dir, &table), ChunkDigests::read(&dir, &table));
+        Ok(Blob::open(id, dir, table, record, digests, Arc::clone(&self.catalog.shared)))
     }
 
     /// Begins to write a blob in sequence whose cuts become known on the way. Nothing of it is

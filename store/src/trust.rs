@@ -3,7 +3,8 @@
 //! Invariants: a verdict is about bytes that were all published when they were hashed. When a
 //! chunk of those is fetched again after it was evicted, nobody knows that it is the same: the
 //! *era* ends, "verified" falls back to nothing, and a hash that began in an earlier era settles
-//! nothing. "Poisoned" is for good.
+//! nothing. Not so where what comes again is compared with digests that were made of the bytes
+//! that were hashed (`digests.rs`). "Poisoned" is for good.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, OnceLock};

@@ -5,7 +5,7 @@ use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use weightfs_fusefs::{Quiet, blob_id};
 use weightfs_proto::control::{VerifiedBlob, VerifyEvent, VerifyProgress, verify_event};
-use weightfs_store::{BlobId, Checked, Form, VerifyError};
+use weightfs_store::{BlobId, Checked, Form, Others, VerifyError};
 
 use super::{Cache, CacheError, Subject, names};
 use crate::trees::LayerRecord;
@@ -114,6 +114,13 @@ impl Cache {
                     Repair::Yes => self.repair(task.id, bad).await,
                 }
             }
+            Ok(Checked::BadChunks { count, others }) => {
+                let bad = format!("{count} of its chunks were wrong and are gone from the cache");
+                match repair {
+                    Repair::No => ("bad", bad),
+                    Repair::Yes => self.repair_chunks(task.id, bad, others).await,
+                }
+            }
             Err(VerifyError::Open(error)) => ("failed", error.to_string()),
             Err(VerifyError::Read(error)) => ("failed", error.to_string()),
         };
@@ -124,6 +131,23 @@ impl Cache {
             size: task.size,
             references: vec![],
         })
+    }
+
+    /// Fetches the chunks that are gone, if all others are here.
+    async fn repair_chunks(
+        &self,
+        id: BlobId,
+        bad: String,
+        others: Others,
+    ) -> (&'static str, String) {
+        let known = self.layer_of(id).filter(|_| others == Others::Here);
+        let Some(layer) = known else {
+            return ("discarded", format!("{bad}; they are fetched when they are read again"));
+        };
+        match self.fetch(&layer).await {
+            Ok(()) => ("repaired", bad),
+            Err(error) => ("failed", format!("{bad}; {error}")),
+        }
     }
 
     /// Discards a blob and fetches it again.

@@ -1,4 +1,5 @@
-//! Waiting until all of a blob is here and judged: what a strict read does, and a repair.
+//! Waiting until all of a blob is here and judged, as a whole or chunk by chunk: what a strict
+//! read does, and a repair.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -17,7 +18,7 @@ const FIRST_PAUSE: Duration = Duration::from_millis(100);
 const LONGEST_PAUSE: Duration = Duration::from_secs(4);
 
 impl Blob {
-    /// Fetches all that is missing and waits until the whole is hashed. Each chunk that is waited
+    /// Fetches all that is missing and waits until the whole is hashed, or each chunk was compared. Each chunk that is waited
     /// for, and each step of the hash, may take as long as a read (`fetch.deadline`). Nothing of
     /// the blob is evicted meanwhile.
     ///
@@ -38,6 +39,7 @@ impl Blob {
                         .inspect_err(|_| self.fetcher.drop_plans(&self.table.all()))?;
                 }
                 Some(Verdict::Verified) => return Ok(()),
+                None if self.checks.are_done() => return Ok(()),
                 None => self.judgement().await?,
             }
         }
@@ -88,12 +90,13 @@ impl Blob {
             tokio::pin!(judged);
             // Before the look, so that a judgement between the two is noticed.
             judged.as_mut().enable();
-            if self.verdict().is_some() {
+            if self.verdict().is_some() || self.checks.are_done() {
                 return Ok(());
             }
             self.hash.poke(self);
-            let position = self.hash.position();
-            if timeout(deadline, judged).await.is_err() && position == self.hash.position() {
+            let position = (self.hash.position(), self.unchecked().len());
+            let came_forward = || position != (self.hash.position(), self.unchecked().len());
+            if timeout(deadline, judged).await.is_err() && !came_forward() {
                 return Err(
                     self.unfinished("all of it is here, but its hash does not come forward")
                 );

@@ -22,6 +22,17 @@ pub(crate) struct Candidate {
     pub(crate) bytes: u64,
 }
 
+/// What became of a chunk that was to be taken away.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Withdrawn {
+    /// It is gone.
+    Gone,
+    /// Nothing is wrong with it, or it was gone before.
+    Stays,
+    /// Somebody has its extent in use.
+    InUse,
+}
+
 /// Extents that are being evicted. Whatever happens, they can be held again afterwards.
 struct Evicting<'a> {
     blob: &'a Blob,
@@ -46,12 +57,13 @@ impl Blob {
     /// The extents of which something is here and that nobody uses at this moment. None, if what
     /// is gone could not be had again.
     pub(crate) fn candidates(&self) -> Vec<Candidate> {
-        if !self.can_be_refetched() || self.presence.bytes() == 0 {
+        if !self.can_be_refetched() || self.presence.bytes() == 0 && !self.has_unchecked() {
             return vec![];
         }
         let candidate = |extent| {
             let (_, chunks) = self.table.chunks_of_extent(extent)?;
-            let here = each(&chunks).filter(|chunk| self.presence.has(*chunk));
+            let here =
+                each(&chunks).filter(|chunk| self.presence.has(*chunk) || self.checks.has(*chunk));
             let bytes = here.map(|chunk| self.table.len_of(chunk)).sum();
             let usable = bytes > 0 && self.extents.is_free(extent);
             usable.then(|| Candidate { rank: self.ranks.of(extent), extent, bytes })
@@ -96,7 +108,7 @@ impl Blob {
         let orphan = |chunk: ChunkNo| {
             let bytes = self.table.within_segment(&(chunk..chunk.next()))?;
             let blocks = overlap(&bytes);
-            (!self.presence.has(chunk) && blocks > 0).then_some((bytes, blocks))
+            (!self.is_here(chunk) && blocks > 0).then_some((bytes, blocks))
         };
         // A look without holding: most extents have none.
         if !each(chunks).any(|chunk| orphan(chunk).is_some())
@@ -126,7 +138,8 @@ impl Blob {
         {
             for chunk in each(&chunks) {
                 let len = self.table.len_of(chunk);
-                if self.presence.withdraw(chunk, len) {
+                let unchecked = self.checks.clear(chunk);
+                if self.presence.withdraw(chunk, len) || unchecked {
                     gone += len;
                     withdrawn.push(chunk);
                 }
@@ -141,5 +154,32 @@ impl Blob {
             self.segments.punch(segment, range)?;
         }
         Ok(gone)
+    }
+
+    /// Takes one chunk away, if it is wrong when nobody else has it in use. Blocking I/O.
+    pub(super) fn withdraw_if(
+        self: &Arc<Self>,
+        chunk: ChunkNo,
+        is_wrong: impl FnOnce() -> bool,
+    ) -> io::Result<Withdrawn> {
+        let entered = self.shared.enter()?;
+        let only = chunk..chunk.next();
+        let extent = self.table.extents_of(&only).start;
+        if !self.extents.begin_eviction(extent) {
+            return Ok(Withdrawn::InUse);
+        }
+        let _evicting = Evicting { blob: self, extents: vec![extent] };
+        if !self.presence.has(chunk) || !is_wrong() {
+            return Ok(Withdrawn::Stays);
+        }
+        self.checks.clear(chunk);
+        self.presence.withdraw(chunk, self.table.len_of(chunk));
+        // The commit point, as above.
+        self.record_absence(&[chunk], &entered)?;
+        let segment = self.table.bytes_of(chunk).map(|(segment, _)| segment);
+        if let Some((segment, range)) = segment.zip(self.table.within_segment(&only)) {
+            self.segments.punch(segment, range)?;
+        }
+        Ok(Withdrawn::Gone)
     }
 }

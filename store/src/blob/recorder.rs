@@ -9,6 +9,7 @@ use std::sync::{Arc, Mutex};
 
 use super::Blob;
 use crate::chunk::ChunkNo;
+use crate::digests::ChunkDigests;
 use crate::presence::ones;
 use crate::shared::{Entered, lock};
 use crate::state::{self, Record};
@@ -57,7 +58,7 @@ impl Blob {
             }
             // First what the record will say: a chunk in it is in a segment that was marked
             // before. Then the marks; then the data of these segments; last the record itself.
-            said.pending = self.presence.snapshot();
+            said.pending = self.here();
         }
         for segment in self.unsynced.take() {
             if let Err(error) = self.segments.sync(usize::try_from(segment).unwrap_or(usize::MAX)) {
@@ -73,7 +74,7 @@ impl Blob {
     /// Makes the record on disk say no more than what is published. To be called before anything
     /// is fetched: a chunk that the record claims must not be half written.
     pub(super) fn take_back(self: &Arc<Self>) -> io::Result<()> {
-        let here = self.presence.snapshot();
+        let here = self.here();
         let claimed = lock(&self.recorder.said).recorded.clone();
         let lost = claimed.iter().zip(&here).map(|(claimed, here)| claimed & !here);
         let lost: Vec<_> = ones(lost).map(ChunkNo).collect();
@@ -112,9 +113,22 @@ impl Blob {
         })
     }
 
+    /// A bit for each chunk that is published or kept to be compared.
+    fn here(&self) -> Vec<u64> {
+        // In this order: a chunk is published before it is no longer kept.
+        let kept = self.checks.snapshot();
+        let published = self.presence.snapshot();
+        kept.iter().zip(&published).map(|(kept, published)| kept | published).collect()
+    }
+
     fn write_record(&self, said: &Said) -> io::Result<()> {
         let (verdict, epoch) = (self.verdict(), self.epoch.load(Ordering::Acquire));
-        let record = Record { verdict, epoch, present: said.recorded.clone() };
+        // Digests that have come since then make no difference: what they found published they
+        // have marked.
+        let promises = self.promises();
+        let compared = promises.digests().filter(|_| self.checks.are_done()).map(ChunkDigests::id);
+        drop(promises);
+        let record = Record { verdict, compared, epoch, present: said.recorded.clone() };
         record.write(self.segments.disk(), self.segments.dir(), self.layout())
     }
 }

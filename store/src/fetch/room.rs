@@ -8,10 +8,10 @@ use std::sync::Arc;
 
 use super::line::Priority;
 use super::queue::Request;
-use crate::Blob;
 use crate::budget::{Claim, Reservation};
-use crate::chunk::{ChunkNo, VerifiedChunk};
+use crate::chunk::{ChunkNo, Unfit, VerifiedChunk};
 use crate::loose::Berth;
+use crate::{Blob, Digest};
 
 /// Where chunks of a request go.
 pub(super) enum Room<'a> {
@@ -96,15 +96,16 @@ impl Gatherer {
         self.bytes.extend_from_slice(piece.get(..room).unwrap_or(piece));
     }
 
-    /// Hands the whole chunk over. Not the whole chunk: nothing happens.
-    pub(super) fn finish(self, blob: &Arc<Blob>) {
+    /// Hands the whole chunk over, after the same check that stands before publishing.
+    pub(super) fn finish(self, blob: &Arc<Blob>) -> Result<(), Unfit> {
         let written = self.covers.start..self.covers.start + self.bytes.len() as u64;
-        // The same check that stands before publishing.
-        if VerifiedChunk::check(blob.table(), self.chunk, &written).is_none() {
-            return;
-        }
+        let promises = blob.promises();
+        let hash = || Ok(Digest::of(&self.bytes));
+        VerifiedChunk::check(blob.table(), self.chunk, &written, promises.digests(), hash)?;
+        drop(promises);
         blob.serve_unpublished(self.chunk);
         let loose = blob.loose().keep(blob.id(), self.chunk, self.bytes, self.berth);
         blob.fetcher().hand_over(self.chunk, &loose);
+        Ok(())
     }
 }

@@ -2,7 +2,9 @@
 //! see [`super::race`].
 //!
 //! A body that ends early, a server that is busy or away: tried again from the first chunk that
-//! is still missing, with growing, jittered pauses, while the request's patience lasts.
+//! is still missing, with growing, jittered pauses, while the request's patience lasts. A chunk
+//! that is not what its digest promises: asked for from the next source, of each source twice;
+//! then whoever waits for it fails, and the request goes on behind it.
 //!
 //! Its extents are held all the while: what it finds published stays so.
 
@@ -19,9 +21,9 @@ use super::queue::Request;
 use super::race::Race;
 use super::room::{self, Gatherer, Room};
 use super::{Attempts, Failure, Outcome, Patience, Running};
-use crate::chunk::ChunkNo;
+use crate::chunk::{ChunkNo, Unfit};
 use crate::source::Source;
-use crate::{Blob, SourceError};
+use crate::{Blob, Digest, SourceError};
 
 /// A source that gives no byte for this long is asked again on another connection.
 const MAX_IDLE: Duration = Duration::from_secs(10);
@@ -33,6 +35,10 @@ const TRIES_PER_DEADLINE: u32 = 3;
 /// that thousands of nodes don't keep it down.
 const FIRST_PAUSE: Duration = Duration::from_millis(50);
 const LONGEST_PAUSE: Duration = Duration::from_secs(2);
+
+/// How often each source is asked for a chunk of which it gave something else. The second time
+/// mends what went wrong on the way.
+const TRIES_OF_WRONG: usize = 2;
 
 /// Runs a request to its end.
 pub(super) async fn run(mut running: Running) {
@@ -54,8 +60,13 @@ async fn fill(running: &mut Running) -> Outcome {
     let mut disk_full = 0;
     let mut sources = Sources::new(blob.sources());
     let mut pauses = pauses();
+    let mut refused = Refused::default();
     // Asked again each time: the request may have become shorter.
     while let Some(first) = blob.presence().first_absent(&(from..request.end())) {
+        if blob.is_kept(first) {
+            check(blob, first).await.map_err(Failure::cache)?;
+            continue;
+        }
         let Some(source) = sources.current() else { return Err(sources.into_failure()) };
         let room = room::find(blob, request, first, disk_full < MAX_DISK_FULL).await;
         let room = room.ok_or_else(|| Failure::Expired { cause: "no room in memory".into() })?;
@@ -77,6 +88,18 @@ async fn fill(running: &mut Running) -> Outcome {
                 continue;
             }
             Err(Trouble::Cache(error)) => return Err(Failure::cache(error)),
+            Err(Trouble::Wrong(chunk, actual)) => {
+                let error = wrong(blob, chunk, actual, source.name());
+                patience.failed(&error);
+                if refused.is_final(chunk, sources.count()) {
+                    let failure = Failure::Final(error);
+                    blob.fetcher().give_up(chunk, &failure);
+                    refused.last = Some(failure);
+                    from = chunk.next();
+                }
+                sources.turn();
+                continue;
+            }
             Err(Trouble::Source(error)) => error,
         };
         tracing::debug!(blob = %blob.id().digest, %error, "fetch failed");
@@ -91,7 +114,44 @@ async fn fill(running: &mut Running) -> Outcome {
             pause(wait, patience).await?;
         }
     }
-    Ok(())
+    refused.last.map_or(Ok(()), Err)
+}
+
+/// Compares what the cache file has of a chunk, where it does not hold up the runtime.
+async fn check(blob: &Arc<Blob>, chunk: ChunkNo) -> io::Result<()> {
+    let own = Arc::clone(blob);
+    let checked = tokio::task::spawn_blocking(move || own.check_marked(chunk)).await;
+    checked.map_err(io::Error::other)?.map(drop)
+}
+
+/// A source gave something else than the chunk.
+fn wrong(blob: &Blob, chunk: ChunkNo, actual: Digest, source: &str) -> SourceError {
+    blob.rejected(chunk, actual, source);
+    let start = blob.table().bytes_of(chunk).map_or(0, |(_, bytes)| bytes.start);
+    SourceError::BadAnswer {
+        source_name: source.to_owned(),
+        what: format!("the chunk at byte {start}"),
+        message: format!("it hashes to {actual}, which is not what the index has"),
+    }
+}
+
+/// Chunks of a request of which sources gave something else.
+#[derive(Default)]
+struct Refused {
+    /// The last one, and how often that was.
+    chunk: Option<ChunkNo>,
+    tries: usize,
+    /// What was given up.
+    last: Option<Failure>,
+}
+
+impl Refused {
+    /// Whether no source is to be asked again for the chunk.
+    fn is_final(&mut self, chunk: ChunkNo, sources: usize) -> bool {
+        self.tries = if self.chunk == Some(chunk) { self.tries + 1 } else { 1 };
+        self.chunk = Some(chunk);
+        self.tries >= sources * TRIES_OF_WRONG
+    }
 }
 
 fn pauses() -> ExponentialBackoff {
@@ -122,6 +182,15 @@ struct Sources {
 impl Sources {
     fn new(left: Vec<Arc<dyn Source>>) -> Self {
         Self { left, at: 0, refusal: None }
+    }
+
+    fn count(&self) -> usize {
+        self.left.len()
+    }
+
+    /// The next one has its turn.
+    fn turn(&mut self) {
+        self.at = if self.at + 1 < self.left.len() { self.at + 1 } else { 0 };
     }
 
     fn current(&self) -> Option<Arc<dyn Source>> {
@@ -215,7 +284,7 @@ impl<'a> Sink<'a> {
         }
     }
 
-    fn take(&mut self, blob: &Arc<Blob>, piece: &[u8]) -> io::Result<()> {
+    fn take(&mut self, blob: &Arc<Blob>, piece: &[u8]) -> Result<(), Unfit> {
         match self {
             Self::Disk(filler) => filler.take(blob, piece),
             Self::Memory(gatherer) => {
@@ -225,10 +294,10 @@ impl<'a> Sink<'a> {
         }
     }
 
-    fn finish(self, blob: &Arc<Blob>) {
+    fn finish(self, blob: &Arc<Blob>) -> Result<(), Unfit> {
         match self {
             // Chunk by chunk, as they came.
-            Self::Disk(_) => {}
+            Self::Disk(_) => Ok(()),
             Self::Memory(gatherer) => gatherer.finish(blob),
         }
     }
@@ -237,6 +306,18 @@ impl<'a> Sink<'a> {
 enum Trouble {
     Source(SourceError),
     Cache(io::Error),
+    /// The chunk is something else, which hashes to that.
+    Wrong(ChunkNo, Digest),
+}
+
+impl From<Unfit> for Trouble {
+    fn from(unfit: Unfit) -> Self {
+        match unfit {
+            Unfit::NotWhole => Self::Cache(io::Error::other("not a whole chunk")),
+            Unfit::Wrong { chunk, actual } => Self::Wrong(chunk, actual),
+            Unfit::Cache(error) => Self::Cache(error),
+        }
+    }
 }
 
 impl From<SourceError> for Trouble {
@@ -291,8 +372,7 @@ async fn attempt(
             }
         }
     }
-    sink.finish(blob);
-    Ok(())
+    Ok(sink.finish(blob)?)
 }
 
 /// When a source that gives nothing is given up.

@@ -131,6 +131,7 @@ impl Store {
         let bytes = chunks.filter_map(|chunk| table.bytes_of(chunk));
         let cached = bytes.map(|(_, bytes)| bytes.end - bytes.start).sum();
         let trust = match record.verdict {
+            None if record.compared.is_some() => Trust::Indexed,
             None => Trust::Transport,
             Some(Verdict::Verified) => Trust::Verified,
             Some(Verdict::Poisoned { .. }) => Trust::Poisoned,

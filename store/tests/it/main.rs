@@ -2,6 +2,7 @@
 //! server.
 
 mod blobs;
+mod digests;
 mod disk;
 mod eviction;
 mod faults;

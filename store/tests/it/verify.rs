@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::time::Instant;
-use weightfs_store::{Amount, Checked, Layout, Read, ReadError, Store, Trust, Verify};
+use weightfs_store::{Amount, Checked, Layout, Others, Read, ReadError, Store, Trust, Verify};
 
 use super::restart::find;
 use super::source::{Fault, TestSource, status};
@@ -116,22 +116,38 @@ async fn verifying_finds_what_changed_on_disk_and_only_that() {
     let mut hashed = 0;
     let mut verify = |data: &[u8]| store.verify(id(data), |bytes| hashed += bytes).unwrap();
     assert_eq!(verify(&good), Checked::Good);
-    assert!(matches!(verify(&bad), Checked::Bad { .. }));
+    assert_eq!(verify(&bad), Checked::BadChunks { count: 1, others: Others::Here });
     assert_eq!(verify(&partial), Checked::Partial);
     assert_eq!(verify(b"never seen"), Checked::Absent);
     assert_eq!(hashed, 7 * MIB);
-    // From now on nothing of it is served, after a restart, too.
-    let (blob, _) = blob_of(&store, &bad);
-    assert!(matches!(blob.read(0..1), Err(ReadError::Poisoned { .. })));
+    // From now on nothing of that chunk is served, after a restart, too.
+    drop(store);
+    let store = open(dir.path());
+    let (blob, source) = blob_of(&store, &bad);
+    assert_eq!(blob.stats().cached, 2 * MIB);
+    assert_eq!(*read(&blob, 0..3 * MIB).await.unwrap(), bad[..]);
+    assert_eq!(source.take_requests(), vec![2 * MIB..3 * MIB]);
+}
+
+#[tokio::test]
+async fn a_poisoned_blob_stays_so_until_it_is_discarded() {
+    let dir = tempfile::tempdir().unwrap();
+    let data = noise(3 * MIB, 23);
+    let store = open(dir.path());
+    let (blob, source) = blob_of(&store, &data);
+    source.fail([Fault::Flip(5)]);
+    let _ = read(&blob, 0..3 * MIB).await;
+    assert_eq!(judged(&blob).await, Trust::Poisoned);
+    assert!(matches!(store.verify(id(&data), |_| ()).unwrap(), Checked::Bad { .. }));
     drop((blob, store));
     let store = open(dir.path());
-    let (blob, _) = blob_of(&store, &bad);
+    let (blob, _) = blob_of(&store, &data);
     assert!(matches!(blob.read(0..1), Err(ReadError::Poisoned { .. })));
     drop(blob);
-    assert!(store.discard_poisoned(id(&bad)).unwrap());
-    let (blob, _) = blob_of(&store, &bad);
+    assert!(store.discard_poisoned(id(&data)).unwrap());
+    let (blob, _) = blob_of(&store, &data);
     blob.complete().await.unwrap();
-    assert_eq!(*read(&blob, 0..3 * MIB).await.unwrap(), bad[..]);
+    assert_eq!(*read(&blob, 0..3 * MIB).await.unwrap(), data[..]);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -172,7 +188,7 @@ async fn what_was_evicted_is_verified_again_before_it_is_served() {
         store.evict(id(&data)).unwrap();
         tokio::task::yield_now().await;
     }
-    source.fail([const { Fault::Flip(3) }; 20]);
+    source.fail([const { Fault::Flip(30 * MIB) }; 20]);
     let result = read(&blob, 30 * MIB..30 * MIB + 10).await;
-    assert!(matches!(result, Err(ReadError::Poisoned { .. })), "{result:?}");
+    assert!(matches!(result, Err(ReadError::Source { .. })), "{result:?}");
 }
