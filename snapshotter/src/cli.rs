@@ -68,8 +68,11 @@ pub enum Command {
     Image(ImageArgs),
     /// Push an index of the artifact beside it: its files, and a digest for each chunk
     Index(IndexArgs),
-    /// Show what the daemon serves
+    /// Show what the daemon serves, and of each layer whether it is lazy or why not
     Status {
+        /// Only the layers of this snapshot or image, or this model
+        #[arg(value_name = "SNAPSHOT|IMAGE")]
+        subject: Option<String>,
         /// Print JSON
         #[arg(long)]
         json: bool,

@@ -200,6 +200,7 @@ impl Daemon {
             root,
             snapshotter_address,
             keeper,
+            decisions: Arc::clone(snapshots.decisions()),
         };
         Ok(Self {
             store,
