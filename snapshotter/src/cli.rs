@@ -77,6 +77,14 @@ pub enum Command {
         #[arg(long)]
         json: bool,
     },
+    /// Look for what is wrong with this node, and say how to mend it
+    ///
+    /// Exit status: 0 if all is fine, 1 if something is to be mended.
+    Doctor {
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+    },
     /// What the cache holds, and making room in it
     Cache {
         /// What to do with it.

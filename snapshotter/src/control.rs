@@ -12,7 +12,7 @@ use tokio::sync::mpsc;
 use tokio_stream::wrappers::{ReceiverStream, UnixListenerStream};
 use tonic::transport::{Channel, Endpoint, Server};
 use tonic::{Request, Response, Status};
-use weightfs_fusefs::{LayerDescriptor, Profile, Progress, TreeNumber};
+use weightfs_fusefs::{LayerDescriptor, Profile, Progress, Session, TreeNumber};
 use weightfs_proto::control::control_client::ControlClient;
 use weightfs_proto::control::control_server::{Control, ControlServer};
 use weightfs_proto::control::{
@@ -153,6 +153,8 @@ impl Control for ControlService {
             snapshotter_address: self.snapshotter_address.display().to_string(),
             models: models.into_iter().map(model_message).collect(),
             layers,
+            pid: std::process::id(),
+            passthrough: self.trees.session().is_some_and(Session::passes_through),
             decisions: self.decisions.counts().into_iter().map(counted).collect(),
             keeper: match self.keeper {
                 Keeper::Nobody => String::new(),

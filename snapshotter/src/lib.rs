@@ -17,6 +17,7 @@ pub mod layers;
 pub mod metadata;
 pub mod model_image;
 pub mod models;
+pub mod node;
 pub mod owner;
 pub mod profiles;
 pub mod reason;

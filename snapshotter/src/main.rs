@@ -68,6 +68,9 @@ fn run(cli: Cli) -> anyhow::Result<ExitCode> {
         Command::Status { subject, json } => {
             runtime.block_on(commands::status::run(&config, subject, json))
         }
+        Command::Doctor { json } => {
+            return runtime.block_on(commands::doctor::run(&config, json));
+        }
         Command::Cache { command } => runtime.block_on(commands::cache::run(&config, command)),
         Command::Pin(arguments) => runtime.block_on(commands::cache::pin(&config, &arguments)),
         Command::Unpin(arguments) => runtime.block_on(commands::cache::unpin(&config, &arguments)),

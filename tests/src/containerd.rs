@@ -115,6 +115,16 @@ impl Containerd {
         self.dir.join("c.sock")
     }
 
+    /// Its configuration file.
+    pub fn config(&self) -> PathBuf {
+        self.dir.join("config.toml")
+    }
+
+    /// Its program.
+    pub fn program(&self) -> PathBuf {
+        self.programs.as_ref().map_or("containerd".into(), |programs| programs.join("containerd"))
+    }
+
     /// What it has logged.
     pub fn log(&self) -> String {
         self.service.log()
