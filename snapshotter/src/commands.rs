@@ -6,6 +6,7 @@ pub mod image;
 pub mod index;
 pub mod ls;
 pub mod mount;
+pub mod node;
 pub mod progress;
 pub mod pull;
 pub mod reach;

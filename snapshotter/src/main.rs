@@ -71,6 +71,7 @@ fn run(cli: Cli) -> anyhow::Result<ExitCode> {
         Command::Doctor { json } => {
             return runtime.block_on(commands::doctor::run(&config, json));
         }
+        Command::Node { command } => runtime.block_on(commands::node::run(&config, command)),
         Command::Cache { command } => runtime.block_on(commands::cache::run(&config, command)),
         Command::Pin(arguments) => runtime.block_on(commands::cache::pin(&config, &arguments)),
         Command::Unpin(arguments) => runtime.block_on(commands::cache::unpin(&config, &arguments)),

@@ -35,6 +35,11 @@ impl Version {
         self == Self::Installed || self.programs().is_some()
     }
 
+    /// One of its programs.
+    pub fn program(self, name: &str) -> PathBuf {
+        self.programs().map_or(name.into(), |programs| programs.join(name))
+    }
+
     /// Where `packaging/containerd-package` has put its programs: beside the build's own.
     fn programs(self) -> Option<PathBuf> {
         let name = match self {

@@ -103,6 +103,13 @@ pub async fn warn_at_start(config: Config) {
     }
 }
 
+/// What is to be mended of containerd's configuration, in words.
+pub async fn containerd_to_mend(config: &Config, place: &Place) -> Vec<String> {
+    let (_, findings) = containerd::configured(config, place).await;
+    let to_mend = findings.into_iter().filter(|finding| finding.level == Level::Mend);
+    to_mend.map(|finding| finding.found).collect()
+}
+
 fn place(config: &Config) -> Place {
     let config = &config.containerd;
     Place { program: config.program.clone(), config: config.config.clone() }
