@@ -151,6 +151,12 @@ impl Session {
         capabilities & InitFlags::FUSE_HAS_RESEND.bits() != 0
     }
 
+    /// Whether the kernel reads complete files by itself (Linux 6.9 with CONFIG_FUSE_PASSTHROUGH).
+    pub fn passes_through(&self) -> bool {
+        let Negotiated { capabilities, .. } = self.filesystem.ledger().negotiated();
+        capabilities & InitFlags::FUSE_PASSTHROUGH.bits() != 0
+    }
+
     /// Its /dev/fuse descriptor: while somebody holds one, the mount lives.
     pub fn device(&self) -> BorrowedFd<'_> {
         self.device.as_fd()

@@ -68,8 +68,25 @@ pub enum Command {
     Image(ImageArgs),
     /// Push an index of the artifact beside it: its files, and a digest for each chunk
     Index(IndexArgs),
-    /// Show what the daemon serves
+    /// Show what the daemon serves, and of each layer whether it is lazy or why not
     Status {
+        /// Only the layers of this snapshot or image, or this model
+        #[arg(value_name = "SNAPSHOT|IMAGE")]
+        subject: Option<String>,
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Put WeightFS in place on this node: containerd's configuration and systemd's units
+    Node {
+        /// What to do.
+        #[command(subcommand)]
+        command: NodeCommand,
+    },
+    /// Look for what is wrong with this node, and say how to mend it
+    ///
+    /// Exit status: 0 if all is fine, 1 if something is to be mended.
+    Doctor {
         /// Print JSON
         #[arg(long)]
         json: bool,
@@ -90,6 +107,33 @@ pub enum Command {
     Verify(VerifyArgs),
     /// Print the effective configuration, with comments
     Config,
+}
+
+/// `weightfs node`
+#[derive(Debug, Subcommand)]
+pub enum NodeCommand {
+    /// Tell containerd of the snapshotter, and write the units
+    ///
+    /// Does nothing where it is in place. Restarts nothing: it says what to run.
+    Install(NodeArgs),
+    /// Take it away again
+    ///
+    /// Files that nobody has changed since are what they were; of others only our keys go.
+    Uninstall(NodeArgs),
+}
+
+/// `weightfs node install`, `weightfs node uninstall`
+#[derive(Debug, Args)]
+pub struct NodeArgs {
+    /// Say what would be done, and do nothing
+    #[arg(long)]
+    pub dry_run: bool,
+    /// containerd's configuration [default: `containerd.config` of the configuration]
+    #[arg(long, value_name = "FILE")]
+    pub containerd_config: Option<PathBuf>,
+    /// Where etc/systemd and etc/weightfs are
+    #[arg(long, value_name = "DIR", default_value = "/")]
+    pub prefix: PathBuf,
 }
 
 /// `weightfs cache`

@@ -31,6 +31,8 @@ const KEYS: &[(&str, &str)] = &[
         "Image layers in plain tar from this size on are mounted lazily; smaller ones are pulled.",
     ),
     ("control.address", "Unix socket on which this command line reaches the daemon."),
+    ("containerd.config", "containerd's configuration, for `doctor` and `node install`."),
+    ("containerd.program", "containerd's program, which knows what it is told."),
     (
         "cache.limit",
         "Disk space that the cache may take (\"500GiB\", \"80%\" of the file system). Unset: all but min_free.",
@@ -87,6 +89,8 @@ pub struct Config {
     pub snapshotter: SnapshotterConfig,
     /// The control socket.
     pub control: ControlConfig,
+    /// containerd.
+    pub containerd: ContainerdConfig,
     /// The cache.
     pub cache: CacheConfig,
     /// How misses are filled.
@@ -124,6 +128,16 @@ pub struct MirrorsConfig {
 pub struct ControlConfig {
     /// Its socket.
     pub address: PathBuf,
+}
+
+/// `[containerd]`
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct ContainerdConfig {
+    /// Its configuration file.
+    pub config: PathBuf,
+    /// Its program: a path, or a name to look for in `PATH`.
+    pub program: PathBuf,
 }
 
 /// `[cache]`
@@ -244,6 +258,7 @@ impl Default for Config {
             root: "/var/lib/weightfs".into(),
             snapshotter: SnapshotterConfig::default(),
             control: ControlConfig::default(),
+            containerd: ContainerdConfig::default(),
             cache: CacheConfig::default(),
             fetch: FetchConfig::default(),
             credentials: CredentialsConfig::default(),
@@ -262,6 +277,12 @@ impl Default for SnapshotterConfig {
 impl Default for ControlConfig {
     fn default() -> Self {
         Self { address: "/run/weightfs/control.sock".into() }
+    }
+}
+
+impl Default for ContainerdConfig {
+    fn default() -> Self {
+        Self { config: "/etc/containerd/config.toml".into(), program: "containerd".into() }
     }
 }
 
@@ -461,7 +482,9 @@ impl Config {
         let values = Table::try_from(self).unwrap_or_default();
         let mut text = String::new();
         render(&mut text, &values, "");
-        for section in ["snapshotter", "control", "cache", "fetch", "credentials", "mirrors"] {
+        let sections =
+            ["snapshotter", "control", "containerd", "cache", "fetch", "credentials", "mirrors"];
+        for section in sections {
             text.push_str(&format!("\n[{section}]\n"));
             if let Some(Value::Table(table)) = values.get(section) {
                 render(&mut text, table, &format!("{section}."));

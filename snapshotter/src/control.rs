@@ -12,7 +12,7 @@ use tokio::sync::mpsc;
 use tokio_stream::wrappers::{ReceiverStream, UnixListenerStream};
 use tonic::transport::{Channel, Endpoint, Server};
 use tonic::{Request, Response, Status};
-use weightfs_fusefs::{LayerDescriptor, Profile, Progress, TreeNumber};
+use weightfs_fusefs::{LayerDescriptor, Profile, Progress, Session, TreeNumber};
 use weightfs_proto::control::control_client::ControlClient;
 use weightfs_proto::control::control_server::{Control, ControlServer};
 use weightfs_proto::control::{
@@ -25,8 +25,10 @@ use weightfs_store::Reference;
 
 use crate::cache::{Cache, CacheError, Repair, Subject};
 use crate::handover::Keeper;
-use crate::metadata::{Backing, Metadata};
+use crate::layers;
+use crate::metadata::Metadata;
 use crate::models::{Models, ShownModel};
+use crate::snapshots::Decisions;
 use crate::trees::{Trees, trust_name};
 
 /// Events of a mount that wait for a slow caller; more are dropped, since each is a total.
@@ -52,6 +54,8 @@ pub struct ControlService {
     pub snapshotter_address: PathBuf,
     /// Who keeps the mount, for status.
     pub keeper: Keeper,
+    /// Layers that were lazy or not.
+    pub decisions: Arc<Decisions>,
 }
 
 /// Serves the control socket until `shutdown`.
@@ -139,14 +143,19 @@ impl Control for ControlService {
 
     async fn status(
         &self,
-        _request: Request<StatusRequest>,
+        request: Request<StatusRequest>,
     ) -> Result<Response<StatusReply>, Status> {
+        let subject = request.into_inner().subject;
+        let (models, layers) = self.shown(&subject)?;
         Ok(Response::new(StatusReply {
             version: env!("CARGO_PKG_VERSION").to_owned(),
             root: self.root.display().to_string(),
             snapshotter_address: self.snapshotter_address.display().to_string(),
-            models: self.models.list().into_iter().map(model_message).collect(),
-            layers: self.layers(),
+            models: models.into_iter().map(model_message).collect(),
+            layers,
+            pid: std::process::id(),
+            passthrough: self.trees.session().is_some_and(Session::passes_through),
+            decisions: self.decisions.counts().into_iter().map(counted).collect(),
             keeper: match self.keeper {
                 Keeper::Nobody => String::new(),
                 keeper => keeper.to_string(),
@@ -220,7 +229,26 @@ fn refusal(error: CacheError) -> Status {
     }
 }
 
+fn counted((kind, count): (&str, u64)) -> (String, u64) {
+    (kind.to_owned(), count)
+}
+
 impl ControlService {
+    /// The models and layers of what is asked for.
+    fn shown(&self, subject: &str) -> Result<(Vec<ShownModel>, Vec<Layer>), Status> {
+        let mut models = self.models.list();
+        if subject.is_empty() {
+            return Ok((models, layers::all(&self.metadata, &self.trees)));
+        }
+        models.retain(|model| model.is_named(subject));
+        let layers = layers::of(&self.metadata, &self.trees, subject);
+        if models.is_empty() && layers.is_empty() {
+            let text = format!("there is no snapshot, image or mounted model {subject} here");
+            return Err(Status::not_found(text));
+        }
+        Ok((models, layers))
+    }
+
     /// Does something with the cache that blocks on the disk.
     async fn blocking<T: Send + 'static>(
         &self,
@@ -288,43 +316,6 @@ fn model_message(model: ShownModel) -> Model {
         cached: model.stats.cached,
         fetched: model.stats.fetched,
         trust: trust_name(model.stats.trust).to_owned(),
-    }
-}
-
-impl ControlService {
-    /// The layers that were asked for by name: lazy ones, and others with the reason.
-    fn layers(&self) -> Vec<Layer> {
-        let label = |name: &str, record: &crate::metadata::Record| {
-            let label = record.info.labels.get(&format!("containerd.io/snapshot/cri.{name}"));
-            label.cloned().unwrap_or_default()
-        };
-        let snapshots = self.metadata.snapshots();
-        let layers = snapshots.iter().filter_map(|record| {
-            let layer = Layer {
-                snapshot: record.info.name.clone(),
-                image: label("image-ref", record),
-                digest: label("layer-digest", record),
-                ..Layer::default()
-            };
-            match &record.backing {
-                Backing::Lazy { tree, .. } => {
-                    let tree = self.trees.get(*tree)?;
-                    let blob = tree.layers.last()?.blob.stats();
-                    Some(Layer {
-                        size: blob.size,
-                        cached: blob.cached,
-                        fetched: blob.fetched,
-                        trust: trust_name(blob.trust).to_owned(),
-                        ..layer
-                    })
-                }
-                Backing::Directory { reason: Some(reason), .. } => {
-                    Some(Layer { reason: reason.clone(), ..layer })
-                }
-                Backing::Directory { reason: None, .. } => None,
-            }
-        });
-        layers.collect()
     }
 }
 

@@ -35,6 +35,7 @@ use crate::handover::{Inherited, Keeper, Name};
 use crate::images::ImageLayers;
 use crate::metadata::{LazySnapshot, Metadata, MetadataError};
 use crate::models::{Models, MountState};
+use crate::node::doctor;
 use crate::owner::Announcement;
 use crate::references::References;
 use crate::snapshots::{SnapshotError, Snapshots};
@@ -165,6 +166,7 @@ pub struct Daemon {
     control_socket: UnixListener,
     announcement: Announcement,
     keeper: Keeper,
+    config: Config,
 }
 
 impl Daemon {
@@ -175,7 +177,6 @@ impl Daemon {
     /// When a part can't be had; what was taken before is given back.
     pub async fn start(config: &Config, mut inherited: Inherited) -> Result<Self, DaemonError> {
         raise_file_limit();
-        warn_of_private_mounts();
         let store = Store::open(&config.root, config.store_options())?;
         let mount = Mount::find(&config.root, &mut inherited)?;
         let parts = Parts::new(config, Arc::clone(&store), &mount)?;
@@ -200,6 +201,7 @@ impl Daemon {
             root,
             snapshotter_address,
             keeper,
+            decisions: Arc::clone(snapshots.decisions()),
         };
         Ok(Self {
             store,
@@ -210,6 +212,7 @@ impl Daemon {
             control_socket,
             announcement,
             keeper,
+            config: config.clone(),
         })
     }
 
@@ -239,6 +242,7 @@ impl Daemon {
             tokio::spawn(containerd::serve(snapshots, self.snapshotter_socket, wait()));
         let mut controller = tokio::spawn(control::serve(control, self.control_socket, wait()));
         keeper.tell_ready();
+        tokio::spawn(doctor::warn_at_start(self.config));
         let (result, running) = tokio::select! {
             stop = stop => (Ok(stop), true),
             () = ended(&trees) => {
@@ -329,19 +333,5 @@ fn raise_file_limit() {
         .and_then(|(_, hard)| setrlimit(Resource::RLIMIT_NOFILE, hard, hard));
     if let Err(error) = raised {
         warn!(%error, "could not raise the limit of open files");
-    }
-}
-
-/// In a mount namespace of its own, whatever is mounted here is an empty directory elsewhere.
-fn warn_of_private_mounts() {
-    let namespace = |process: &str| std::fs::read_link(format!("/proc/{process}/ns/mnt")).ok();
-    if let (Some(own), Some(init)) = (namespace("self"), namespace("1"))
-        && own != init
-    {
-        warn!(
-            "this daemon runs in a mount namespace of its own: containers see its mounts only if \
-             their propagation is shared (no PrivateMounts or PrivateTmp in a unit, \
-             mountPropagation: Bidirectional in a pod)"
-        );
     }
 }

@@ -15,6 +15,7 @@ use weightfs_fusefs::{Artifact, Compression, LayerContent, LayerDescriptor, Quie
 use weightfs_store::{Digest, Reference};
 
 use crate::metadata::{LazySnapshot, Metadata, Usage};
+use crate::reason::Reason;
 use crate::snapshots::{LayerMounter, LayerRequest, LazyLayer, Verdict};
 use crate::trees::{LayerRecord, OpenTree, Opener, TreeRecord, Trees};
 
@@ -100,17 +101,19 @@ impl ImageLayers {
         self.trees.show(snapshot.tree, tree).map_err(|error| error.to_string())
     }
 
-    async fn try_mount(&self, request: &LayerRequest) -> Result<LazyLayer, String> {
+    async fn try_mount(&self, request: &LayerRequest) -> Result<LazyLayer, Reason> {
         let (reference, manifest, digest) = identify(request)?;
         let artifact = self.artifact(&reference, manifest).await?;
-        let descriptor = artifact
-            .layers
-            .iter()
-            .find(|layer| layer.digest == digest)
-            .ok_or_else(|| format!("the manifest {manifest} has no layer {digest}"))?;
+        let descriptor =
+            artifact.layers.iter().find(|layer| layer.digest == digest).ok_or_else(|| {
+                Reason::bad_labels(format!("the manifest {manifest} has no layer {digest}"))
+            })?;
         self.check(descriptor)?;
         let below = match &request.parent {
-            Some(parent) => Some(self.trees.get(parent.tree).ok_or("its parent is not shown")?),
+            Some(parent) => {
+                let shown = self.trees.get(parent.tree);
+                Some(shown.ok_or_else(|| Reason::failed("its parent is not shown"))?)
+            }
             None => None,
         };
         let over_foreign = match &below {
@@ -119,19 +122,18 @@ impl ImageLayers {
         };
         let layer =
             LayerRecord { descriptor: descriptor.clone(), repository: artifact.repository.clone() };
-        let open = self.opener.open_layer(&layer, &Quiet).await;
-        let open = open.map_err(|error| error.to_string())?;
+        let open = self.opener.open_layer(&layer, &Quiet).await?;
         let record = TreeRecord { layers: vec![layer.clone()], over_foreign };
         self.opener.remember(&reference.whole(), manifest, &record).await;
         let tree = stack(below.as_deref(), OpenTree { layers: vec![open], record });
         let number = self.allocate().await?;
-        self.trees.show(number, tree).map_err(|error| error.to_string())?;
+        self.trees.show(number, tree)?;
         let record = serde_json::to_value(Remembered { layer, over_foreign });
         match record {
             Ok(record) => Ok(LazyLayer { tree: number, record }),
             Err(error) => {
                 self.unmount(number).await;
-                Err(error.to_string())
+                Err(Reason::failed(error))
             }
         }
     }
@@ -141,40 +143,39 @@ impl ImageLayers {
         &self,
         reference: &Reference,
         manifest: Digest,
-    ) -> Result<Arc<Artifact>, String> {
+    ) -> Result<Arc<Artifact>, Reason> {
         if let Some(artifact) = self.manifests().get(&manifest) {
             return Ok(Arc::clone(artifact));
         }
         let pinned = reference.clone_with_digest(manifest.to_string());
-        let artifact = self.opener.resolve(&pinned).await.map_err(|error| error.to_string())?;
+        let artifact = self.opener.resolve(&pinned).await?;
         let artifact = Arc::new(artifact);
         self.manifests().put(manifest, Arc::clone(&artifact));
         Ok(artifact)
     }
 
     /// Whether a layer of that kind is worth mounting.
-    fn check(&self, layer: &LayerDescriptor) -> Result<(), String> {
+    fn check(&self, layer: &LayerDescriptor) -> Result<(), Reason> {
         match (&layer.content, layer.compression) {
-            (_, Compression::Gzip) => Err("compressed with gzip".into()),
-            (_, Compression::Zstd) => Err("compressed with zstd".into()),
+            (_, Compression::Gzip) => Err(Reason::Compressed { with: "gzip".to_owned() }),
+            (_, Compression::Zstd) => Err(Reason::Compressed { with: "zstd".to_owned() }),
             // A model's, whatever its size: above one that is downloaded, raw layers would have to
             // be, too, and only we can unpack those.
             (LayerContent::Raw(_) | LayerContent::ModelTar { .. }, Compression::None) => Ok(()),
             (_, Compression::None) if layer.size < self.min_layer_bytes => {
-                let (size, least) = (layer.size, self.min_layer_bytes);
-                Err(format!("{size} bytes are fewer than snapshotter.min_layer_size ({least})"))
+                Err(Reason::Small { bytes: layer.size, least: self.min_layer_bytes })
             }
             (_, Compression::None) => Ok(()),
         }
     }
 
-    async fn allocate(&self) -> Result<TreeNumber, String> {
+    async fn allocate(&self) -> Result<TreeNumber, Reason> {
         let metadata = Arc::clone(&self.metadata);
         let allocated = tokio::task::spawn_blocking(move || metadata.allocate_tree()).await;
         match allocated {
             Ok(Ok(number)) => Ok(number),
-            Ok(Err(error)) => Err(error.to_string()),
-            Err(error) => Err(error.to_string()),
+            Ok(Err(error)) => Err(Reason::failed(error)),
+            Err(error) => Err(Reason::failed(error)),
         }
     }
 
@@ -186,17 +187,9 @@ impl ImageLayers {
 #[async_trait]
 impl LayerMounter for ImageLayers {
     async fn mount(&self, request: LayerRequest) -> Verdict {
-        let layer = request.layer_digest.as_deref().unwrap_or("unknown");
-        let image = request.image_ref.as_deref().unwrap_or("unknown");
         match self.try_mount(&request).await {
-            Ok(lazy) => {
-                info!(layer, image, tree = lazy.tree.0, "layer mounted lazily");
-                Verdict::Lazy(lazy)
-            }
-            Err(reason) => {
-                info!(layer, image, reason, "layer is pulled");
-                Verdict::Ordinary { reason }
-            }
+            Ok(lazy) => Verdict::Lazy(lazy),
+            Err(reason) => Verdict::Ordinary { reason },
         }
     }
 
@@ -234,14 +227,14 @@ fn stack(below: Option<&OpenTree>, top: OpenTree) -> OpenTree {
 }
 
 /// Which layer of which image containerd speaks of.
-fn identify(request: &LayerRequest) -> Result<(Reference, Digest, Digest), String> {
-    let missing = |what| format!("containerd did not say {what} (disable_snapshot_annotations?)");
+fn identify(request: &LayerRequest) -> Result<(Reference, Digest, Digest), Reason> {
+    let missing = |what: &str| Reason::NoAnnotations { missing: what.to_owned() };
     let image = request.image_ref.as_ref().ok_or_else(|| missing("which image it is of"))?;
     let manifest = request.manifest_digest.as_ref().ok_or_else(|| missing("its manifest"))?;
     let layer = request.layer_digest.as_ref().ok_or_else(|| missing("its digest"))?;
     let reference: Reference =
-        image.parse().map_err(|error| format!("image reference {image:?}: {error}"))?;
-    let digest = |text: &String| text.parse().map_err(|error| format!("{error}"));
+        image.parse().map_err(|error| Reason::bad_labels(format!("{image:?}: {error}")))?;
+    let digest = |text: &String| text.parse::<Digest>().map_err(Reason::bad_labels);
     Ok((reference, digest(manifest)?, digest(layer)?))
 }
 
@@ -275,7 +268,9 @@ mod tests {
                     assert_eq!(request.manifest_digest, Some(manifest.to_string()));
                     assert_eq!(request.layer_digest, Some(layer.to_string()));
                 }
-                Err(reason) => assert!(!reason.is_empty()),
+                Err(reason) => {
+                    assert!(reason.kind() == "no-annotations" || reason.kind() == "bad-labels")
+                }
             }
         });
     }

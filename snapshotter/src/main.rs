@@ -65,7 +65,13 @@ fn run(cli: Cli) -> anyhow::Result<ExitCode> {
         }
         Command::Pull(arguments) => runtime.block_on(commands::pull::run(&config, arguments)),
         Command::Rpull(arguments) => runtime.block_on(commands::rpull::run(&config, arguments)),
-        Command::Status { json } => runtime.block_on(commands::status::run(&config, json)),
+        Command::Status { subject, json } => {
+            runtime.block_on(commands::status::run(&config, subject, json))
+        }
+        Command::Doctor { json } => {
+            return runtime.block_on(commands::doctor::run(&config, json));
+        }
+        Command::Node { command } => runtime.block_on(commands::node::run(&config, command)),
         Command::Cache { command } => runtime.block_on(commands::cache::run(&config, command)),
         Command::Pin(arguments) => runtime.block_on(commands::cache::pin(&config, &arguments)),
         Command::Unpin(arguments) => runtime.block_on(commands::cache::unpin(&config, &arguments)),

@@ -38,7 +38,7 @@ pub use weightfs_fusefs::TreeNumber;
 const FILE_NAME: &str = "metadata.db";
 
 /// The version of the tables below. A file of another version is refused, not guessed at.
-const FORMAT: u64 = 1;
+const FORMAT: u64 = 2;
 
 /// redb's page cache. All records are in memory already, so it only has to hold the upper pages
 /// of the tree; redb's own default is 1 GiB.

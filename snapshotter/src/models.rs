@@ -88,6 +88,13 @@ pub struct ShownModel {
     pub stats: TreeStats,
 }
 
+impl ShownModel {
+    /// Whether it is known by that reference, or mounted there.
+    pub fn is_named(&self, subject: &str) -> bool {
+        self.reference == subject || self.target.as_os_str() == subject
+    }
+}
+
 /// The models of one daemon.
 #[derive(Debug)]
 pub struct Models {

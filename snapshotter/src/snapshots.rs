@@ -14,11 +14,12 @@
 //! - Reads (stat, list, mounts) are answered from memory and never wait for a change.
 
 mod changes;
+mod decisions;
 mod directories;
 mod error;
 mod flights;
 mod handshake;
-mod layer;
+pub(crate) mod layer;
 mod mounts;
 mod usage;
 
@@ -28,6 +29,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::SystemTime;
 
+pub use self::decisions::Decisions;
 pub use self::error::SnapshotError;
 pub use self::handshake::Prepared;
 pub use self::layer::{LayerMounter, LayerRequest, LazyLayer, LazyParent, Verdict};
@@ -59,6 +61,7 @@ pub struct Snapshots {
     directories: Directories,
     flights: Flights,
     overlay: OverlayOptions,
+    decisions: Arc<Decisions>,
 }
 
 impl std::fmt::Debug for Snapshots {
@@ -78,9 +81,15 @@ impl Snapshots {
         let directories = Directories::open(root, metadata.clone())?;
         let flights = Flights::default();
         let overlay = OverlayOptions::detect();
-        let snapshots = Snapshots { metadata, mounter, directories, flights, overlay };
+        let decisions = Arc::default();
+        let snapshots = Snapshots { metadata, mounter, directories, flights, overlay, decisions };
         snapshots.remove_orphans()?;
         Ok(Arc::new(snapshots))
+    }
+
+    /// How many layers were lazy or not since this process began.
+    pub const fn decisions(&self) -> &Arc<Decisions> {
+        &self.decisions
     }
 
     /// What is known of a snapshot.

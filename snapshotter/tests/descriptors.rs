@@ -12,6 +12,7 @@ use containerd_client::services::v1::snapshots::snapshots_client::SnapshotsClien
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, connect, socket};
 use weightfs::metadata::{Metadata, TreeNumber, Usage};
+use weightfs::reason::Reason;
 use weightfs::snapshots::{LayerMounter, LayerRequest, Snapshots, Verdict};
 use weightfs::{containerd, socket::bind_socket};
 
@@ -23,7 +24,7 @@ struct NeverLazy;
 #[tonic::async_trait]
 impl LayerMounter for NeverLazy {
     async fn mount(&self, _: LayerRequest) -> Verdict {
-        Verdict::Ordinary { reason: "never".to_owned() }
+        Verdict::Ordinary { reason: Reason::NoLabels }
     }
 
     fn directory(&self, tree: TreeNumber) -> PathBuf {

@@ -133,10 +133,11 @@ pub enum Amount {
 }
 
 impl Amount {
-    fn of(self, file_system: u64) -> u64 {
+    /// So many bytes of a file system of that size.
+    pub const fn of(self, file_system: u64) -> u64 {
         match self {
             Self::Bytes(bytes) => bytes,
-            Self::Percent(percent) => file_system / 100 * u64::from(percent),
+            Self::Percent(percent) => file_system / 100 * percent as u64,
         }
     }
 }
@@ -233,6 +234,15 @@ impl Store {
         let catalog = Arc::new(Catalog::new(blobs, ingests, pins, shared));
         let evictor = Evictor::start(Arc::clone(&catalog)).map_err(at(root))?;
         Ok(Arc::new(Self { catalog, evictor, checkpointer, session, _owner: owner }))
+    }
+
+    /// Whether the directory, or the one that it would be made in, is on a file system that can hold
+    /// a cache.
+    ///
+    /// # Errors
+    /// [`OpenError::FileSystem`] if it is not, [`OpenError::Io`] if it can't be told.
+    pub fn check_file_system(root: &Path) -> Result<(), OpenError> {
+        owner::check_file_system(root)
     }
 
     /// Lets go of what is used least from now on, where the limits ask for it. To be called when

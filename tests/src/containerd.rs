@@ -35,6 +35,11 @@ impl Version {
         self == Self::Installed || self.programs().is_some()
     }
 
+    /// One of its programs.
+    pub fn program(self, name: &str) -> PathBuf {
+        self.programs().map_or(name.into(), |programs| programs.join(name))
+    }
+
     /// Where `packaging/containerd-package` has put its programs: beside the build's own.
     fn programs(self) -> Option<PathBuf> {
         let name = match self {
@@ -113,6 +118,16 @@ impl Containerd {
     /// Its socket.
     pub fn socket(&self) -> PathBuf {
         self.dir.join("c.sock")
+    }
+
+    /// Its configuration file.
+    pub fn config(&self) -> PathBuf {
+        self.dir.join("config.toml")
+    }
+
+    /// Its program.
+    pub fn program(&self) -> PathBuf {
+        self.programs.as_ref().map_or("containerd".into(), |programs| programs.join("containerd"))
     }
 
     /// What it has logged.

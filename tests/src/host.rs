@@ -60,10 +60,15 @@ impl Host {
 
     /// Starts everything, with a keeper and with CRI.
     pub fn with_keeper_and_cri() -> Self {
+        Self::with_keeper_and_cri_on(Version::Installed)
+    }
+
+    /// Starts everything around that containerd, with a keeper and with CRI.
+    pub fn with_keeper_and_cri_on(version: Version) -> Self {
         let bed = Bed::new();
         let daemon = bed.weightfs.serve_kept(&bed.area);
         let cri = cri(&bed);
-        Self::start(bed, daemon, Some(cri), Version::Installed)
+        Self::start(bed, daemon, Some(cri), version)
     }
 
     /// Starts containerd beside a daemon, without CRI.

@@ -40,7 +40,7 @@ impl Weightfs {
     /// leaves it to the machine how full its disk is.
     pub fn configure(&self, more: &str) {
         let home = self.home.display();
-        let more = without_min_free(more);
+        let more = without_containerd(&without_min_free(more));
         let text = format!(
             "root = \"{home}/root\"\n\
              [snapshotter]\naddress = \"{home}/s.sock\"\n\
@@ -179,6 +179,14 @@ fn without_min_free(text: &str) -> String {
         _ if text.contains("min_free") => text.to_owned(),
         Some((before, after)) => [before, TABLE, KEY, after].concat(),
         None => [text, "\n", TABLE, KEY].concat(),
+    }
+}
+
+/// A configuration that does not look at this machine's containerd, unless it says so itself.
+fn without_containerd(text: &str) -> String {
+    match text.contains("[containerd]") {
+        true => text.to_owned(),
+        false => format!("{text}\n[containerd]\nconfig = \"/nonexistent/containerd.toml\"\n"),
     }
 }
 

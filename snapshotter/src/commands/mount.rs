@@ -256,7 +256,7 @@ async fn watch(
             () = &mut stop => break,
             () = tokio::time::sleep(REFRESH) => {}
         }
-        let status = daemon.status(StatusRequest {}).await;
+        let status = daemon.status(StatusRequest::default()).await;
         let Ok(status) = status.map(tonic::Response::into_inner) else {
             if UnixStream::connect(address).await.is_ok() {
                 continue;

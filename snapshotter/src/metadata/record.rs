@@ -8,6 +8,8 @@ use std::time::SystemTime;
 use serde::{Deserialize, Serialize};
 use weightfs_fusefs::TreeNumber;
 
+use crate::reason::Reason;
+
 /// The label by which containerd names the layer that it is about to unpack (its chain ID).
 pub const SNAPSHOT_REF: &str = "containerd.io/snapshot.ref";
 
@@ -91,8 +93,8 @@ pub enum Backing {
         id: DirectoryId,
         /// Measured at the commit; zero before it.
         usage: Usage,
-        /// Why the layer is not lazy. `None` where nobody asked for a lazy one.
-        reason: Option<String>,
+        /// Why the layer is not lazy. `None` for what is no layer: containers and views.
+        reason: Option<Reason>,
     },
     /// In the FUSE mount, merged with the lazy layers below it.
     Lazy {

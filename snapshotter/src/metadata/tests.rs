@@ -7,6 +7,7 @@ use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use proptest::prelude::*;
 
 use super::*;
+use crate::reason::Reason;
 
 fn record(name: &str, parent: Option<&str>, backing: Backing) -> Record {
     let created = SystemTime::UNIX_EPOCH + Duration::new(1_700_000_000, 123_456_789);
@@ -23,7 +24,7 @@ fn record(name: &str, parent: Option<&str>, backing: Backing) -> Record {
 
 fn directory(id: u64) -> Backing {
     let usage = Usage { bytes: 4096, inodes: 1 };
-    Backing::Directory { id: DirectoryId(id), usage, reason: Some("small".to_owned()) }
+    Backing::Directory { id: DirectoryId(id), usage, reason: Some(Reason::NoLabels) }
 }
 
 fn lazy(tree: u32) -> Backing {
@@ -121,10 +122,10 @@ fn a_second_opener_is_refused() {
 fn a_file_of_another_format_is_refused() {
     let root = tempfile::tempdir().unwrap();
     let metadata = Metadata::open(root.path()).unwrap();
-    write_counter(metadata.writer().as_ref().unwrap(), COUNTER_FORMAT, 2).unwrap();
+    write_counter(metadata.writer().as_ref().unwrap(), COUNTER_FORMAT, FORMAT + 1).unwrap();
     drop(metadata);
     let error = Metadata::open(root.path()).unwrap_err();
-    assert!(matches!(error, MetadataError::Format { found: 2, .. }), "{error}");
+    assert!(matches!(error, MetadataError::Format { found, .. } if found == FORMAT + 1), "{error}");
 }
 
 #[test]

@@ -8,6 +8,7 @@ use super::{
     finish, stored_labels, usage,
 };
 use crate::metadata::{Backing, Change, DirectoryId, Index, Kind, Record, SnapshotInfo, Usage};
+use crate::reason::Reason;
 
 /// The prefix of a field mask's path that names one label.
 const LABEL_PATH: &str = "labels.";
@@ -33,11 +34,16 @@ impl Snapshots {
     fn commit_blocking(&self, name: &str, key: &str, labels: Labels) -> Result<(), SnapshotError> {
         let (id, ..) = committable(&self.metadata.index(), name, key)?;
         let measured = usage::measure(&self.directories.files(id))?;
-        self.metadata.change(|index| {
+        let unnamed = self.metadata.change(|index| {
             let (_, active) = committable(index, name, key)?;
-            let record = committed(&active, name, labels, measured);
-            Ok((Change::Replace { key: key.to_owned(), record }, ()))
-        })
+            let unnamed = matches!(active.backing, Backing::Directory { reason: None, .. });
+            let record = committed(&active, name, labels.clone(), measured);
+            Ok::<_, SnapshotError>((Change::Replace { key: key.to_owned(), record }, unnamed))
+        })?;
+        if unnamed {
+            self.decisions.ordinary(name, &labels, &Reason::NoLabels);
+        }
+        Ok(())
     }
 
     /// Removes a snapshot that no other has as its parent.
@@ -121,8 +127,10 @@ fn committed(active: &Record, name: &str, labels: Labels, measured: Usage) -> Re
         updated: created,
     };
     let mut backing = active.backing.clone();
-    if let Backing::Directory { usage, .. } = &mut backing {
+    if let Backing::Directory { usage, reason, .. } = &mut backing {
         *usage = measured;
+        // It was prepared without a name of the layer, so nobody was asked for a lazy one.
+        reason.get_or_insert(Reason::NoLabels);
     }
     Record { info, backing }
 }

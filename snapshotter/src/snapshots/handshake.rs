@@ -13,9 +13,7 @@ use super::{
     Labels, Mount, NewSnapshot, SnapshotError, Snapshots, blocking, describe, finish, mounts,
 };
 use crate::metadata::{Backing, Change, Kind, Record, SNAPSHOT_REF, TreeNumber, Usage};
-
-/// How much of a reason is kept, in characters.
-const REASON_CHARS_MAX: usize = 500;
+use crate::reason::Reason;
 
 /// What became of a Prepare.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -72,8 +70,10 @@ impl Snapshots {
         match self.mounter.mount(self.layer_request(chain_id, &new)).await {
             Verdict::Lazy(layer) => self.commit_lazy(new, layer).await,
             Verdict::Ordinary { reason } => {
-                let reason = reason.chars().take(REASON_CHARS_MAX).collect();
-                self.create(new, Kind::Active, Some(reason)).await.map(Prepared::Active)
+                let (key, labels) = (new.key.clone(), new.labels.clone());
+                let mounts = self.create(new, Kind::Active, Some(reason.clone())).await?;
+                self.decisions.ordinary(&key, &labels, &reason);
+                Ok(Prepared::Active(mounts))
             }
         }
     }
@@ -108,14 +108,15 @@ impl Snapshots {
                 new.check(index)?;
                 let backing = Backing::Lazy { tree: layer.tree, record: layer.record };
                 let info = new.into_info(Kind::Committed);
-                let name = info.name.clone();
-                Ok((Change::Put(Record { info, backing }), name))
+                let stored = (info.name.clone(), info.labels.clone());
+                Ok((Change::Put(Record { info, backing }), stored))
             })
         })
         .await;
         match stored {
-            Ok(name) => {
+            Ok((name, labels)) => {
                 mounted.keep();
+                self.decisions.lazy(&name, &labels);
                 Ok(Prepared::Committed { name })
             }
             Err(error) => {
@@ -134,7 +135,7 @@ impl Snapshots {
         self: &Arc<Self>,
         new: NewSnapshot,
         kind: Kind,
-        reason: Option<String>,
+        reason: Option<Reason>,
     ) -> Result<Vec<Mount>, SnapshotError> {
         let this = self.clone();
         blocking(move || this.create_blocking(new, kind, reason)).await
@@ -144,7 +145,7 @@ impl Snapshots {
         &self,
         new: NewSnapshot,
         kind: Kind,
-        reason: Option<String>,
+        reason: Option<Reason>,
     ) -> Result<Vec<Mount>, SnapshotError> {
         // Told early, so that a call that can't succeed makes no directory.
         let lower = {

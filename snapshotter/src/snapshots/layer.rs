@@ -7,12 +7,13 @@ use std::path::PathBuf;
 use tonic::async_trait;
 
 use crate::metadata::{TreeNumber, Usage};
+use crate::reason::Reason;
 
 /// Annotations of a layer's descriptor come as labels with this prefix; all others are dropped.
 const ANNOTATION_PREFIX: &str = "containerd.io/snapshot/";
-const IMAGE_REF: &str = "containerd.io/snapshot/cri.image-ref";
+pub(crate) const IMAGE_REF: &str = "containerd.io/snapshot/cri.image-ref";
 const MANIFEST_DIGEST: &str = "containerd.io/snapshot/cri.manifest-digest";
-const LAYER_DIGEST: &str = "containerd.io/snapshot/cri.layer-digest";
+pub(crate) const LAYER_DIGEST: &str = "containerd.io/snapshot/cri.layer-digest";
 const IMAGE_LAYERS: &str = "containerd.io/snapshot/cri.image-layers";
 
 /// What containerd says of the layer that it is about to unpack: the labels of a Prepare. Nothing
@@ -53,8 +54,8 @@ pub enum Verdict {
     Lazy(LazyLayer),
     /// containerd shall download and unpack it.
     Ordinary {
-        /// Why, for people.
-        reason: String,
+        /// Why.
+        reason: Reason,
     },
 }
 

@@ -11,6 +11,8 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tonic::Code;
 use weightfs::metadata::{Backing, SNAPSHOT_REF};
 
+use weightfs::reason::Reason;
+
 use crate::harness::{Answer, Harness, assert_code, new_root};
 
 const CHAIN: &str = "sha256:aa";
@@ -63,7 +65,7 @@ async fn a_mounter_that_panics_fails_one_call_and_leaves_nothing() {
     harness.mounter.answer(CHAIN, Answer::Panic);
     assert_code(harness.prepare_layer("key", "", CHAIN).await, Code::Internal);
     assert_nothing_left(&harness).await;
-    harness.mounter.answer(CHAIN, Answer::Ordinary("mended"));
+    harness.mounter.answer(CHAIN, Answer::Ordinary(Reason::failed("mended")));
     harness.prepare_layer("key", "", CHAIN).await.unwrap();
 }
 

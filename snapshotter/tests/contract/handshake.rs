@@ -3,6 +3,7 @@
 use futures::future::join_all;
 use tonic::Code;
 use weightfs::metadata::{Backing, SNAPSHOT_REF};
+use weightfs::reason::Reason;
 
 use crate::harness::{Answer, Harness, assert_code, sorted};
 
@@ -77,17 +78,32 @@ async fn the_mounter_gets_what_containerd_says() {
 #[tokio::test]
 async fn a_declined_layer_is_an_ordinary_snapshot_with_its_reason() {
     let harness = Harness::start().await;
-    harness.mounter.answer(CHAIN, Answer::Ordinary("gzip without an index"));
+    let gzip = Reason::Compressed { with: "gzip".to_owned() };
+    harness.mounter.answer(CHAIN, Answer::Ordinary(gzip.clone()));
     let mounts = harness.prepare_layer(KEY, "", CHAIN).await.unwrap();
     assert_eq!(mounts[0].r#type, "bind");
     harness.commit(CHAIN, KEY, &[(SNAPSHOT_REF, CHAIN)]).await.unwrap();
     let record = harness.metadata.snapshot(CHAIN).unwrap();
     let Backing::Directory { reason, .. } = &record.backing else { panic!("{record:?}") };
-    assert_eq!(reason.as_deref(), Some("gzip without an index"));
+    assert_eq!(reason.as_ref(), Some(&gzip));
     // Another image with the same chain finds what was unpacked.
     assert_code(harness.prepare_layer("default/9/other", "", CHAIN).await, Code::AlreadyExists);
     assert_eq!(find(&harness, CHAIN, "").await, [CHAIN]);
     assert_eq!(harness.mounter.requests.lock().unwrap().len(), 1);
+}
+
+#[tokio::test]
+async fn a_layer_of_a_client_that_sends_no_labels_says_so() {
+    let harness = Harness::start().await;
+    harness.prepare("unpack", "", &[]).await.unwrap();
+    harness.commit("layer", "unpack", &[]).await.unwrap();
+    harness.prepare("container", "layer", &[]).await.unwrap();
+    let reason = |name: &str| match &harness.metadata.snapshot(name).unwrap().backing {
+        Backing::Directory { reason, .. } => reason.clone(),
+        lazy => panic!("{lazy:?}"),
+    };
+    assert_eq!(reason("layer"), Some(Reason::NoLabels));
+    assert_eq!(reason("container"), None, "it is no layer");
 }
 
 #[tokio::test]

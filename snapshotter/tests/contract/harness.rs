@@ -20,6 +20,7 @@ use tonic::transport::Channel;
 use tonic::{Code, Status};
 use weightfs::containerd;
 use weightfs::metadata::{LazySnapshot, Metadata, SNAPSHOT_REF, TreeNumber, Usage};
+use weightfs::reason::Reason;
 use weightfs::snapshots::{LayerMounter, LayerRequest, LazyLayer, Snapshots, Verdict};
 use weightfs::socket::bind_socket;
 
@@ -37,7 +38,7 @@ pub enum Answer {
     /// Lazy, with these files and contents on top of the lazy parent's.
     Lazy(Vec<(&'static str, &'static str)>),
     /// Ordinary, for this reason.
-    Ordinary(&'static str),
+    Ordinary(Reason),
     /// A defect.
     Panic,
 }
@@ -100,9 +101,9 @@ impl LayerMounter for FakeMounter {
         self.requests.lock().unwrap().push(request.clone());
         let _open = self.gate.acquire().await.unwrap();
         let answer = self.answers.lock().unwrap().get(&request.chain_id).cloned();
-        match answer.unwrap_or(Answer::Ordinary("unknown to the test")) {
+        match answer.unwrap_or(Answer::Ordinary(Reason::failed("unknown to the test"))) {
             Answer::Lazy(files) => Verdict::Lazy(self.show(&request, &files)),
-            Answer::Ordinary(reason) => Verdict::Ordinary { reason: reason.to_owned() },
+            Answer::Ordinary(reason) => Verdict::Ordinary { reason },
             Answer::Panic => panic!("the mounter has a defect"),
         }
     }

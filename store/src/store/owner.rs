@@ -91,7 +91,7 @@ fn owner_of(lock: File) -> u32 {
 }
 
 /// Looks at the directory or, where it is not there, at the one that it would be made in.
-fn check_file_system(root: &Path) -> Result<(), OpenError> {
+pub(super) fn check_file_system(root: &Path) -> Result<(), OpenError> {
     let existing = root.ancestors().find(|path| path.exists()).unwrap_or(root);
     let found = statfs(existing).map_err(|error| at(existing)(error.into()))?;
     match unsuitable(found.filesystem_type().0) {
