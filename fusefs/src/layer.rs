@@ -12,7 +12,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use weightfs_store::{
-    Blob, BlobId, Digest, Form, LayoutError, OpenError, Source, SourceError, Store,
+    Blob, BlobId, Digest, Form, LayoutError, OpenError, Source, SourceError, Store, in_order,
 };
 
 use crate::archive::TarError;
@@ -146,13 +146,41 @@ pub async fn open_layer(
         return Ok(open);
     }
     let remote = Remote { source: Arc::clone(&source), digest, deadline };
+    open_remote(store, remote, source, layer, progress).await
+}
+
+/// As [`open_layer`], of a host that ignores ranges: a tar is downloaded for its listing, and again
+/// when its files are read.
+///
+/// # Errors
+/// As [`open_layer`].
+pub async fn open_layer_without_ranges(
+    store: &Arc<Store>,
+    source: Arc<dyn Source>,
+    layer: &LayerDescriptor,
+    deadline: Duration,
+    progress: &dyn Progress,
+) -> Result<Arc<OpenLayer>, LayerError> {
+    let in_order = in_order(Arc::clone(&source), layer.size);
+    let remote = Remote { source: in_order, digest: layer.digest, deadline };
+    open_remote(store, remote, source, layer, progress).await
+}
+
+/// Opens a layer that is read by `remote` now and by `source` later.
+async fn open_remote(
+    store: &Arc<Store>,
+    remote: Remote,
+    source: Arc<dyn Source>,
+    layer: &LayerDescriptor,
+    progress: &dyn Progress,
+) -> Result<Arc<OpenLayer>, LayerError> {
     if layer.compression != Compression::None {
         let (blob, listing) = inflate::download(store, &remote, layer, progress).await?;
         return Ok(Arc::new(OpenLayer { descriptor: layer.clone(), blob, listing }));
     }
     let listing = remote::list(&remote, layer.size).await?;
     let (store, descriptor) = (Arc::clone(store), layer.clone());
-    blocking(digest, move || {
+    blocking(layer.digest, move || {
         let id = blob_id(&descriptor);
         store.attach(id, LISTING, &listing.to_bytes())?;
         let blob = store.blob(id, listing.layout())?;

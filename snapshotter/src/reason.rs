@@ -124,6 +124,7 @@ impl Reason {
             SourceError::Unreachable { .. }
             | SourceError::Status { .. }
             | SourceError::NotFound { .. }
+            | SourceError::NoRanges { .. }
             | SourceError::BadAnswer { .. } => Self::Unreachable { text: bounded(error) },
         }
     }

@@ -17,9 +17,11 @@ use serde::{Deserialize, Serialize};
 use tracing::{error, warn};
 use weightfs_fusefs::{
     Artifact, ArtifactError, Base, Filesystem, LayerDescriptor, LayerError, OpenLayer, Progress,
-    Session, Tree, TreeError, TreeNumber, open_layer, reopen_layer,
+    Session, Tree, TreeError, TreeNumber, open_layer, open_layer_without_ranges, reopen_layer,
 };
-use weightfs_store::{BlobId, Digest, Reference, Registries, Repository, Store, Trust};
+use weightfs_store::{
+    BlobId, Digest, Reference, Registries, Repository, SourceError, Store, Trust,
+};
 
 use crate::cache;
 use crate::references::{Pin, References};
@@ -126,7 +128,7 @@ impl Opener {
     ) -> Result<OpenTree, TreesError> {
         let records = layer_records(artifact);
         let layers = stream::iter(records.clone())
-            .map(|record| async move { self.open_layer(&record, progress).await })
+            .map(|record| async move { self.open_layer_of_any_host(&record, progress).await })
             .buffered(LAYERS_AT_ONCE)
             .try_collect()
             .await?;
@@ -145,6 +147,25 @@ impl Opener {
         let LayerRecord { descriptor, repository } = record;
         let source = self.registries.source(repository, descriptor.digest, descriptor.size);
         Ok(open_layer(&self.store, source, descriptor, self.deadline, progress).await?)
+    }
+
+    async fn open_layer_of_any_host(
+        &self,
+        record: &LayerRecord,
+        progress: &dyn Progress,
+    ) -> Result<Arc<OpenLayer>, TreesError> {
+        match self.open_layer(record, progress).await {
+            Err(TreesError::Layer(LayerError::Source {
+                source: SourceError::NoRanges { .. },
+                ..
+            })) => {
+                let LayerRecord { descriptor, repository } = record;
+                let source = self.registries.source(repository, descriptor.digest, descriptor.size);
+                let (store, deadline) = (&self.store, self.deadline);
+                Ok(open_layer_without_ranges(store, source, descriptor, deadline, progress).await?)
+            }
+            opened => opened,
+        }
     }
 
     /// Remembers what a reference named; where it is pinned, so are its blobs from now on.

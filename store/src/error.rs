@@ -50,6 +50,14 @@ pub enum SourceError {
         /// What was asked for.
         what: String,
     },
+    /// The source ignores ranges: it gives the whole blob, from its first byte on.
+    #[error("{source_name}: {what} is given only as a whole (the host ignores Range)")]
+    NoRanges {
+        /// The source, as people know it.
+        source_name: String,
+        /// What was asked for.
+        what: String,
+    },
     /// An answer that the protocol does not allow, or one over its bound.
     #[error("{source_name}: bad answer for {what}: {message}")]
     BadAnswer {
@@ -69,7 +77,10 @@ impl SourceError {
             Self::Unreachable { .. } => true,
             // 408 request timeout, 425 too early, 429 too many requests (RFC 9110, 8470, 6585).
             Self::Status { status, .. } => matches!(status, 408 | 425 | 429 | 500..=599),
-            Self::Unauthorized { .. } | Self::NotFound { .. } | Self::BadAnswer { .. } => false,
+            Self::Unauthorized { .. }
+            | Self::NotFound { .. }
+            | Self::NoRanges { .. }
+            | Self::BadAnswer { .. } => false,
         }
     }
 }

@@ -22,6 +22,7 @@ mod race;
 mod room;
 mod scheduler;
 mod transfer;
+mod whole;
 
 use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -37,6 +38,7 @@ pub(crate) use self::scheduler::Scheduler;
 use self::line::Times;
 use self::queue::{Queue, Request};
 use self::scheduler::Next;
+use self::whole::Pass;
 use crate::chunk::{ChunkNo, VerifiedChunk};
 use crate::loose::LooseChunk;
 use crate::read_ahead::Access;
@@ -144,6 +146,7 @@ pub(crate) struct Ticket {
 #[derive(Debug, Default)]
 pub(crate) struct Fetcher {
     queue: Mutex<Queue>,
+    pass: Pass,
 }
 
 impl Fetcher {
@@ -263,6 +266,11 @@ impl Fetcher {
         for waiter in lock(&self.queue).landed(chunk) {
             let _ = waiter.send(Err(failure.clone()));
         }
+    }
+
+    /// Of a host that ignores ranges.
+    fn pass(&self) -> &Pass {
+        &self.pass
     }
 
     /// The first of `chunks` that somebody waits for.

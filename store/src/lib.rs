@@ -44,7 +44,7 @@ pub use error::{OpenError, ReadError, SourceError};
 pub use layout::{CHUNK_BYTES, Layout, LayoutError};
 pub use oci_client::Reference;
 pub use registry::{MAX_MANIFEST_BYTES, Manifest, Registries, RegistryOptions, Repository};
-pub use source::{ByteStream, Source};
+pub use source::{ByteStream, Source, in_order};
 pub use store::{
     Amount, Background, BlobId, BlobUsage, CacheOptions, Checked, Evicted, FetchOptions, Form,
     Ingest, Others, Pruned, Recheck, Store, StoreOptions, Usage, Verify, VerifyError,

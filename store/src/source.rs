@@ -1,5 +1,7 @@
 //! Where bytes of a blob come from.
 
+mod in_order;
+
 use std::fmt::Debug;
 use std::ops::Range;
 
@@ -7,6 +9,7 @@ use bytes::Bytes;
 use futures::future::BoxFuture;
 use futures::stream::BoxStream;
 
+pub use self::in_order::in_order;
 use crate::SourceError;
 
 /// Bytes in order, as they arrive.
@@ -22,6 +25,6 @@ pub trait Source: Debug + Send + Sync {
     fn host(&self) -> &str;
 
     /// Bytes `range` of the blob, in order. The stream ends with an error or after exactly
-    /// `range.end - range.start` bytes; it never gives more.
+    /// `range.end - range.start` bytes; it never gives more. A piece may be empty, as a sign of life.
     fn fetch(&self, range: Range<u64>) -> BoxFuture<'_, Result<ByteStream, SourceError>>;
 }

@@ -3,11 +3,12 @@
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 
+use weightfs_tests::layer::Compression;
 use weightfs_tests::model::{Part, SMALL_MODEL};
-use weightfs_tests::modelpack::Dialect;
+use weightfs_tests::modelpack::{Dialect, Plan};
 use weightfs_tests::remote::Credentials;
 use weightfs_tests::tree::{self, Scope};
-use weightfs_tests::{Bed, Fault, Proxy, RegistryOptions, Target};
+use weightfs_tests::{Artifact, Bed, Fault, Proxy, RegistryOptions, Target};
 
 fn someone() -> Credentials {
     Credentials { user: "someone".into(), password: "pa:ss word".into() }
@@ -147,18 +148,58 @@ fn a_registry_with_its_own_authority_is_trusted_by_configuration() {
     mounted.stop();
 }
 
+/// Bytes of blobs that the registry sent, as a multiple of the artifact's layers.
+fn downloads(bed: &Bed, artifact: &Artifact) -> f64 {
+    bed.proxy.bytes(Target::Blobs) as f64 / artifact.layer_bytes() as f64
+}
+
 #[test]
-fn a_registry_that_ignores_ranges_is_an_error_that_says_so() {
+fn a_registry_that_ignores_ranges_sends_a_blob_once_and_in_order() {
     let bed = Bed::new();
-    let source = bed.model(&[Part { path: "model.safetensors", bytes: 24 << 20, mode: 0o644 }]);
+    let source = bed.model(&[Part { path: "model.safetensors", bytes: 96 << 20, mode: 0o644 }]);
     let artifact = bed.pack_raw(&source, Dialect::Cncf);
     let reference = bed.push(&artifact, "models/whole");
     bed.proxy.fail(Target::Blobs, Fault::IgnoreRange);
     let mounted = bed.mount(&reference);
     let file = File::open(mounted.dir().join("model.safetensors")).unwrap();
-    let error = file.read_at(&mut [0; 4096], 10 << 20).unwrap_err();
-    assert_eq!(error.raw_os_error(), Some(nix::libc::EIO));
-    assert!(mounted.log().contains("ignores Range"), "{}", mounted.log());
+    let expected = std::fs::read(source.join("model.safetensors")).unwrap();
+    // The middle first: it comes when the download gets there.
+    for at in [50 << 20, 3 << 20, 95 << 20] {
+        let mut bytes = [0; 4096];
+        file.read_exact_at(&mut bytes, at as u64).unwrap();
+        assert_eq!(bytes, expected[at..at + 4096]);
+    }
+    tree::assert_same(&source, mounted.dir(), Scope::ModelFiles);
+    // What was sent before it was noticed comes on top.
+    assert!(downloads(&bed, &artifact) < 2.0, "{} downloads", downloads(&bed, &artifact));
+    mounted.stop();
+}
+
+#[test]
+fn tars_of_a_registry_that_ignores_ranges_mount_as_well() {
+    for compression in [Compression::Plain, Compression::Gzip] {
+        let bed = Bed::new();
+        let source = bed.model(SMALL_MODEL);
+        let files = SMALL_MODEL.iter().map(|part| part.path.to_owned()).collect();
+        let artifact = bed.pack(&source, Dialect::Cncf, &[Plan::Tar(compression, files)]);
+        let reference = bed.push(&artifact, "models/whole");
+        bed.proxy.fail(Target::Blobs, Fault::IgnoreRange);
+        let mounted = bed.mount(&reference);
+        tree::assert_same(&source, mounted.dir(), Scope::ModelFiles);
+        mounted.stop();
+    }
+}
+
+#[test]
+fn a_whole_blob_that_is_cut_goes_on_from_the_start() {
+    let bed = Bed::new();
+    let source = bed.model(&[Part { path: "model.safetensors", bytes: 48 << 20, mode: 0o644 }]);
+    let reference = bed.push(&bed.pack_raw(&source, Dialect::Cncf), "models/whole");
+    bed.proxy.fail(Target::Blobs, Fault::Cut { after: 20 << 20 });
+    bed.proxy.fail(Target::Blobs, Fault::IgnoreRange);
+    let mounted = bed.mount(&reference);
+    let file = File::open(mounted.dir().join("model.safetensors")).unwrap();
+    file.read_exact_at(&mut [0; 4096], 10 << 20).unwrap();
     bed.proxy.heal();
     tree::assert_same(&source, mounted.dir(), Scope::ModelFiles);
     mounted.stop();

@@ -107,10 +107,11 @@ struct Got {
 
 impl Got {
     fn take(&mut self, piece: Bytes) {
+        // An empty one is a sign of life.
+        self.progress = Instant::now();
         if !piece.is_empty() {
             self.at = self.at.saturating_add(u64::try_from(piece.len()).unwrap_or(u64::MAX));
             self.pieces.push(piece);
-            self.progress = Instant::now();
         }
     }
 }

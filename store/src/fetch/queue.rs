@@ -70,6 +70,13 @@ pub(super) struct Request {
 }
 
 impl Request {
+    /// One that is in no queue: nobody joins it.
+    pub(super) fn alone(chunks: Range<ChunkNo>, until: Instant) -> Self {
+        let end = Arc::new(AtomicU32::new(chunks.end.0));
+        let (id, patience) = (RequestId(u64::MAX), Arc::new(Patience::new(until)));
+        Self { id, priority: Priority::ReadAhead, chunks, end, patience }
+    }
+
     pub(super) fn start(&self) -> ChunkNo {
         self.chunks.start
     }

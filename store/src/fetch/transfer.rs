@@ -20,7 +20,7 @@ use super::filler::Filler;
 use super::queue::Request;
 use super::race::Race;
 use super::room::{self, Gatherer, Room};
-use super::{Attempts, Failure, Outcome, Patience, Running};
+use super::{Attempts, Failure, Outcome, Patience, Running, whole};
 use crate::chunk::{ChunkNo, Unfit};
 use crate::source::Source;
 use crate::{Blob, Digest, SourceError};
@@ -42,15 +42,22 @@ const TRIES_OF_WRONG: usize = 2;
 
 /// Runs a request to its end.
 pub(super) async fn run(mut running: Running) {
-    running.outcome = fill(&mut running).await;
+    let Running { blob, request, bytes, attempts, .. } = &mut running;
+    running.outcome = fill(blob, request, blob.sources(), bytes, attempts).await;
 }
 
 /// How often a request finds the disk full before it gives up on it. The first time the evictor
 /// gets its chance.
 const MAX_DISK_FULL: u32 = 2;
 
-async fn fill(running: &mut Running) -> Outcome {
-    let Running { blob, request, bytes, attempts, .. } = running;
+/// Fetches a request's chunks from these sources; counts what comes.
+pub(super) async fn fill(
+    blob: &Arc<Blob>,
+    request: &Request,
+    sources: Vec<Arc<dyn Source>>,
+    bytes: &mut u64,
+    attempts: &mut Attempts,
+) -> Outcome {
     let patience = &*request.patience;
     let extents = blob.table().extents_of(&(request.start()..request.end()));
     let Some(_hold) = blob.hold(&extents, patience.until()).await else {
@@ -58,7 +65,7 @@ async fn fill(running: &mut Running) -> Outcome {
     };
     let mut from = request.start();
     let mut disk_full = 0;
-    let mut sources = Sources::new(blob.sources());
+    let mut sources = Sources::new(sources);
     let mut pauses = pauses();
     let mut refused = Refused::default();
     // Asked again each time: the request may have become shorter.
@@ -98,6 +105,10 @@ async fn fill(running: &mut Running) -> Outcome {
                     from = chunk.next();
                 }
                 sources.turn();
+                continue;
+            }
+            Err(Trouble::Source(SourceError::NoRanges { .. })) => {
+                whole::follow(blob, &source, first, patience).await?;
                 continue;
             }
             Err(Trouble::Source(error)) => error,
@@ -357,6 +368,10 @@ async fn attempt(
             Some(_) if sink.is_done() => break,
             Some(piece) => {
                 let piece = piece?;
+                if piece.is_empty() {
+                    patience.extend(Instant::now() + blob.fetch_options().deadline);
+                    continue;
+                }
                 attempts.answer();
                 *bytes += piece.len() as u64;
                 sink.take(blob, &piece)?;

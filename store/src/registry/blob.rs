@@ -2,19 +2,26 @@
 //! RFC 9110, section 14).
 
 use std::ops::Range;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use bytes::Bytes;
 use futures::future::BoxFuture;
 use futures::stream::{self, BoxStream, StreamExt};
 use reqwest::header::{CONTENT_ENCODING, CONTENT_RANGE, HeaderMap, HeaderValue, RANGE};
 use reqwest::{Response, StatusCode};
+use tokio::time::Instant;
 
 use super::host::{Host, failed_status, unreachable};
 use super::target::{Target, is_stale};
 use super::{Failures, Registries, Repository, health};
+use crate::shared::lock;
 use crate::source::{ByteStream, Source};
 use crate::{Digest, SourceError};
+
+/// How long a registry that gave the whole blob for a range is not asked for another one. Not for
+/// good: a proxy that caches has ranges as soon as it has the blob.
+const ASK_AGAIN: Duration = Duration::from_secs(60);
 
 /// A blob of a repository.
 #[derive(Debug)]
@@ -26,6 +33,21 @@ pub(super) struct BlobSource {
     path: String,
     size: u64,
     target: Target,
+    whole: Whole,
+}
+
+/// When the registry last gave the whole blob for a range.
+#[derive(Debug, Default)]
+struct Whole(Mutex<Option<Instant>>);
+
+impl Whole {
+    fn note(&self) {
+        *lock(&self.0) = Some(Instant::now());
+    }
+
+    fn is_recent(&self) -> bool {
+        lock(&self.0).is_some_and(|noted| noted.elapsed() < ASK_AGAIN)
+    }
 }
 
 impl BlobSource {
@@ -37,13 +59,25 @@ impl BlobSource {
     ) -> Self {
         let (name, what, path) =
             (from.to_string(), format!("blob {digest}"), format!("blobs/{digest}"));
-        Self { registries, from, name, what, path, size, target: Target::default() }
+        Self {
+            registries,
+            from,
+            name,
+            what,
+            path,
+            size,
+            target: Target::default(),
+            whole: Whole::default(),
+        }
     }
 
     /// From the first host that gives it. One that fails is asked last for a while.
     async fn get(&self, range: Range<u64>) -> Result<ByteStream, SourceError> {
         if range.is_empty() {
             return Ok(stream::empty().boxed());
+        }
+        if range.start > 0 && self.whole.is_recent() {
+            return Err(self.no_ranges());
         }
         let hosts = self.registries.hosts(&self.from.registry)?;
         let mut failures = Failures::default();
@@ -53,7 +87,11 @@ impl BlobSource {
                 Err(error) => failures.add(host, error),
             }
         }
-        Err(failures.into_error(&self.from.registry))
+        let error = failures.into_error(&self.from.registry);
+        if matches!(error, SourceError::NoRanges { .. }) {
+            self.whole.note();
+        }
+        Err(error)
     }
 
     async fn get_from(
@@ -135,7 +173,7 @@ impl BlobSource {
         if range.start == 0 {
             return Ok(());
         }
-        Err(self.bad("the registry ignores Range and sends the whole blob".into()))
+        Err(self.no_ranges())
     }
 
     fn check_size(&self, actual: Option<u64>) -> Result<(), SourceError> {
@@ -164,6 +202,11 @@ impl BlobSource {
             Err(_) => host.health().failed(),
         });
         noted.boxed()
+    }
+
+    fn no_ranges(&self) -> SourceError {
+        let (source_name, what) = (self.name.clone(), self.what.clone());
+        SourceError::NoRanges { source_name, what }
     }
 
     fn bad(&self, message: String) -> SourceError {
