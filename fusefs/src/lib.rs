@@ -28,7 +28,9 @@ pub use artifact::{
     RawFile,
 };
 pub use filesystem::{Filesystem, FsError, Inode, TreeNumber};
-pub use layer::{LayerError, OpenLayer, Progress, Quiet, blob_id, open_layer, reopen_layer};
+pub use layer::{
+    LayerError, OpenLayer, Progress, Quiet, blob_id, open_indexed_layer, open_layer, reopen_layer,
+};
 pub use ledger::{Ledger, LedgerError};
 pub use listing::Listing;
 pub use profile::{MAX_PROFILE_BYTES, Profile, ProfileError, Recorder};

@@ -14,6 +14,8 @@ use weightfs_store::{
     Amount, Background, CacheOptions, FetchOptions, Recheck, RegistryOptions, StoreOptions, Verify,
 };
 
+use crate::indexes::IndexPolicy;
+
 /// Where the configuration is looked for; its absence means defaults.
 pub const DEFAULT_PATH: &str = "/etc/weightfs/config.toml";
 
@@ -49,6 +51,10 @@ const KEYS: &[(&str, &str)] = &[
         "cache.verify",
         "\"background\": serve what comes over a trusted transport, hash the whole when it is here; \"strict\": serve nothing of a blob before all of it is here and verified.",
     ),
+    (
+        "verify.referrers",
+        "Which indexes beside an artifact are believed: those of the \"same-repository\", none (\"off\"). One that the manifest names by its digest, or a file that is given, is believed in any case.",
+    ),
     ("fetch.deadline", "A read that no source has served within this time fails with EIO."),
     ("fetch.connections", "Requests in flight for one blob at the most."),
     (
@@ -83,6 +89,8 @@ pub struct Config {
     pub control: ControlConfig,
     /// The cache.
     pub cache: CacheConfig,
+    /// What is believed.
+    pub verify: VerifyConfig,
     /// How misses are filled.
     pub fetch: FetchConfig,
     /// Where credentials come from.
@@ -124,6 +132,14 @@ pub struct CacheConfig {
     pub verify: Verify,
     /// When it is hashed again.
     pub recheck: Recheck,
+}
+
+/// `[verify]`
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct VerifyConfig {
+    /// Which indexes are believed.
+    pub referrers: IndexPolicy,
 }
 
 /// Disk space: bytes ("10GiB"), or a percentage of the file system ("10%").
@@ -217,6 +233,7 @@ impl Default for Config {
             snapshotter: SnapshotterConfig::default(),
             control: ControlConfig::default(),
             cache: CacheConfig::default(),
+            verify: VerifyConfig::default(),
             fetch: FetchConfig::default(),
             credentials: CredentialsConfig::default(),
             registry: BTreeMap::new(),
@@ -248,6 +265,12 @@ impl Default for CacheConfig {
             verify: Verify::Background,
             recheck: Recheck::AfterCrash,
         }
+    }
+}
+
+impl Default for VerifyConfig {
+    fn default() -> Self {
+        Self { referrers: IndexPolicy::SameRepository }
     }
 }
 
@@ -365,6 +388,12 @@ impl Config {
             Some(Space::Percent(0)) => return bad("cache.limit", "must be more than 0%"),
             _ => {}
         }
+        if self.verify.referrers == IndexPolicy::Signed {
+            return bad(
+                "verify.referrers",
+                "can't be \"signed\" yet: signatures are not checked; use \"same-repository\" or \"off\"",
+            );
+        }
         if !(1..=256).contains(&fetch.connections) {
             return bad("fetch.connections", "must be from 1 to 256");
         }
@@ -418,7 +447,7 @@ impl Config {
         let values = Table::try_from(self).unwrap_or_default();
         let mut text = String::new();
         render(&mut text, &values, "");
-        for section in ["snapshotter", "control", "cache", "fetch", "credentials"] {
+        for section in ["snapshotter", "control", "cache", "verify", "fetch", "credentials"] {
             text.push_str(&format!("\n[{section}]\n"));
             if let Some(Value::Table(table)) = values.get(section) {
                 render(&mut text, table, &format!("{section}."));

@@ -33,6 +33,7 @@ use crate::containerd;
 use crate::control::{self, ControlService};
 use crate::handover::{Inherited, Keeper, Name};
 use crate::images::ImageLayers;
+use crate::indexes::Indexes;
 use crate::metadata::{LazySnapshot, Metadata, MetadataError};
 use crate::models::{Models, MountState};
 use crate::owner::Announcement;
@@ -298,7 +299,8 @@ fn opener(config: &Config, store: Arc<Store>) -> Result<Opener, DaemonError> {
     let registries =
         weightfs_store::Registries::new(config.registry_options(), docker_config, deadline)?;
     let references = References::new(&config.root);
-    Ok(Opener { registries, store, references, deadline })
+    let indexes = Indexes::new(config.verify.referrers);
+    Ok(Opener { registries, store, references, indexes, deadline })
 }
 
 /// Waits until somebody takes the mount away.
