@@ -21,6 +21,7 @@ pub struct RegistryOptions {
 #[derive(Debug)]
 pub struct Registry {
     service: Service,
+    dir: PathBuf,
     remote: Remote,
     ca_file: Option<PathBuf>,
 }
@@ -50,7 +51,7 @@ impl Registry {
         let remote = Remote::new(&format!("127.0.0.1:{port}"))
             .with_credentials(options.credentials)
             .with_ca(ca_file.as_deref());
-        Self { service, remote, ca_file }
+        Self { service, dir, remote, ca_file }
     }
 
     /// `127.0.0.1:port`.
@@ -66,6 +67,12 @@ impl Registry {
     /// The certificate authority of a registry that speaks TLS.
     pub fn ca_file(&self) -> Option<&Path> {
         self.ca_file.as_deref()
+    }
+
+    /// The file that a blob is stored in, by its hex digest.
+    pub fn stored(&self, hex: &str) -> PathBuf {
+        let blobs = self.dir.join("data/docker/registry/v2/blobs/sha256");
+        blobs.join(&hex[..2]).join(hex).join("data")
     }
 
     /// Kills it, as a power cut would.

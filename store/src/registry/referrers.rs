@@ -3,6 +3,7 @@
 //! Tag Schema"); whoever pushes a referrer there adds it to the list.
 
 use bytes::Bytes;
+use futures::future::join;
 use reqwest::StatusCode;
 use reqwest::header::CONTENT_TYPE;
 use serde::{Deserialize, Serialize};
@@ -65,7 +66,7 @@ impl Registries {
         // Both at once: whoever waits for the answer waits for one.
         let headers = manifest_headers();
         let listed = self.get_small(&asked, &path, &headers);
-        let list = match futures::join!(listed, self.tagged(of, subject)) {
+        let list = match join(listed, self.tagged(of, subject)).await {
             (Ok((_, bytes)), _) => parse(&asked, &bytes)?,
             (Err(SourceError::NotFound { .. }), tagged) => tagged?,
             (Err(error), _) => return Err(error),
