@@ -21,6 +21,10 @@ use crate::listing::{EntryKind, Listing};
 /// Media type of an index, and artifact type of the manifest that carries it.
 pub const MEDIA_TYPE: &str = "application/vnd.weightfs.index.v1";
 
+/// The annotation of a manifest that says the digest of its index: where the manifest is known by
+/// its digest, so is the index.
+pub const ANNOTATION: &str = "org.weightfs.index";
+
 /// Bytes of an index at the most: 16 TiB of weights in chunks of 1 MiB take half of it.
 pub const MAX_INDEX_BYTES: u64 = 1 << 30;
 
@@ -165,16 +169,26 @@ impl Index {
     /// Bytes that are no index, one of another version or manifest, or one that contradicts
     /// itself.
     pub fn parse(bytes: &Bytes, manifest: Digest) -> Result<Self, IndexError> {
+        let index = Self::parse_bound(bytes)?;
+        if index.manifest != manifest {
+            return Err(IndexError::OtherManifest { found: index.manifest, wanted: manifest });
+        }
+        Ok(index)
+    }
+
+    /// Reads an index that is bound by its own digest, whatever manifest it was made for: its
+    /// layers are known by their digests.
+    ///
+    /// # Errors
+    /// As [`Index::parse`].
+    pub fn parse_bound(bytes: &Bytes) -> Result<Self, IndexError> {
         if bytes.len() as u64 > MAX_INDEX_BYTES {
             return Err(IndexError::TooLarge);
         }
         let (directory, mut rest) = split_directory(bytes)?;
         let directory: Directory = serde_json::from_slice(&directory)
             .map_err(|error| IndexError::Malformed(error.to_string()))?;
-        if directory.manifest != manifest {
-            let found = directory.manifest;
-            return Err(IndexError::OtherManifest { found, wanted: manifest });
-        }
+        let manifest = directory.manifest;
         if directory.layers.len() > MAX_LAYERS {
             return Err(IndexError::Malformed(format!("it has more than {MAX_LAYERS} layers")));
         }

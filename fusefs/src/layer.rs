@@ -17,6 +17,7 @@ use weightfs_store::{
 
 use crate::archive::TarError;
 use crate::artifact::{Compression, LayerContent, LayerDescriptor};
+use crate::index::LayerIndex;
 use crate::layer::fetch::Remote;
 use crate::listing::Listing;
 
@@ -186,6 +187,38 @@ async fn open_remote(
         let blob = store.blob(id, listing.layout())?;
         blob.add_source(source);
         Ok(Arc::new(OpenLayer { descriptor, blob, listing }))
+    })
+    .await
+}
+
+/// Opens a layer by what an index says of it: nothing is asked of its source, and each chunk is
+/// compared before it is served. `None` if the index has not enough of it.
+///
+/// # Errors
+/// A cache that can't be used; one that has the layer with other files than the index says.
+pub async fn open_indexed_layer(
+    store: &Arc<Store>,
+    source: Arc<dyn Source>,
+    layer: &LayerDescriptor,
+    index: &LayerIndex,
+) -> Result<Option<Arc<OpenLayer>>, LayerError> {
+    let same = (index.size, index.compression) == (layer.size, layer.compression);
+    let raw = matches!(layer.content, LayerContent::Raw(_));
+    let fits = !raw || index.listing == Listing::raw(layer.size);
+    if !same || !fits || layer.compression != Compression::None {
+        return Ok(None);
+    }
+    let (store, descriptor, index) = (Arc::clone(store), layer.clone(), index.clone());
+    blocking(layer.digest, move || {
+        let id = blob_id(&descriptor);
+        store.discard_poisoned(id)?;
+        let LayerIndex { listing, chunk_digests, .. } = index;
+        let blob = store.indexed_blob(id, listing.layout(), &chunk_digests)?;
+        if !raw {
+            store.attach(id, LISTING, &listing.to_bytes())?;
+        }
+        blob.add_source(source);
+        Ok(Some(Arc::new(OpenLayer { descriptor, blob, listing })))
     })
     .await
 }

@@ -29,8 +29,8 @@ pub use artifact::{
 };
 pub use filesystem::{Filesystem, FsError, Inode, TreeNumber};
 pub use layer::{
-    LayerError, OpenLayer, Progress, Quiet, blob_id, open_layer, open_layer_without_ranges,
-    reopen_layer,
+    LayerError, OpenLayer, Progress, Quiet, blob_id, open_indexed_layer, open_layer,
+    open_layer_without_ranges, reopen_layer,
 };
 pub use ledger::{Ledger, LedgerError};
 pub use listing::Listing;

@@ -214,6 +214,9 @@ pub struct MountArgs {
     /// A recorded profile: what it has is fetched in its order
     #[arg(long, value_name = "FILE")]
     pub profile: Option<PathBuf>,
+    /// The index of the artifact, from a file: see `weightfs index -o`
+    #[arg(long, value_name = "FILE")]
+    pub index: Option<PathBuf>,
     /// Set by `--daemon` for the process that it starts: say when the mount is up
     #[arg(long, hide = true)]
     pub detached: bool,

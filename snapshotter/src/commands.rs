@@ -21,6 +21,7 @@ use std::sync::Arc;
 use anyhow::Context as _;
 use bytesize::ByteSize;
 use weightfs::config::Config;
+use weightfs::indexes::Indexes;
 use weightfs::references::References;
 use weightfs::trees::Opener;
 use weightfs_store::{OpenError, Registries, Store};
@@ -34,7 +35,8 @@ pub fn registries(config: &Config) -> anyhow::Result<Arc<Registries>> {
 pub fn opener(config: &Config, store: Arc<Store>) -> anyhow::Result<Opener> {
     let registries = registries(config)?;
     let references = References::new(&config.root);
-    Ok(Opener { registries, store, references, deadline: config.fetch.deadline })
+    let (deadline, indexes) = (config.fetch.deadline, Indexes::new(config.verify.referrers));
+    Ok(Opener { registries, store, references, indexes, deadline })
 }
 
 /// Where scratch stores go: not a tmpfs, as /tmp often is.

@@ -16,6 +16,8 @@ use weightfs_store::{
     SourceError, StoreOptions, Verify,
 };
 
+use crate::indexes::IndexPolicy;
+
 /// Where the configuration is looked for; its absence means defaults.
 pub const DEFAULT_PATH: &str = "/etc/weightfs/config.toml";
 
@@ -53,6 +55,10 @@ const KEYS: &[(&str, &str)] = &[
         "cache.verify",
         "\"background\": serve what comes over a trusted transport, hash the whole when it is here; \"strict\": serve nothing of a blob before all of it is here and verified.",
     ),
+    (
+        "verify.referrers",
+        "Which indexes beside an artifact are believed: those of the \"same-repository\", none (\"off\"). One that the manifest names by its digest, or a file that is given, is believed in any case.",
+    ),
     ("fetch.deadline", "A read that no source has served within this time fails with EIO."),
     ("fetch.connections", "Requests in flight for one blob at the most."),
     (
@@ -79,6 +85,10 @@ const KEYS: &[(&str, &str)] = &[
     ("registry.*.ca_file", "PEM file of certificate authorities besides the system's."),
 ];
 
+/// The tables, in the order in which they are printed; those of registries follow.
+const SECTIONS: [&str; 8] =
+    ["snapshotter", "control", "containerd", "cache", "verify", "fetch", "credentials", "mirrors"];
+
 /// What WeightFS was told.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
@@ -93,6 +103,8 @@ pub struct Config {
     pub containerd: ContainerdConfig,
     /// The cache.
     pub cache: CacheConfig,
+    /// What is believed.
+    pub verify: VerifyConfig,
     /// How misses are filled.
     pub fetch: FetchConfig,
     /// Where credentials come from.
@@ -155,6 +167,14 @@ pub struct CacheConfig {
     pub verify: Verify,
     /// When it is hashed again.
     pub recheck: Recheck,
+}
+
+/// `[verify]`
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct VerifyConfig {
+    /// Which indexes are believed.
+    pub referrers: IndexPolicy,
 }
 
 /// Disk space: bytes ("10GiB"), or a percentage of the file system ("10%").
@@ -260,6 +280,7 @@ impl Default for Config {
             control: ControlConfig::default(),
             containerd: ContainerdConfig::default(),
             cache: CacheConfig::default(),
+            verify: VerifyConfig::default(),
             fetch: FetchConfig::default(),
             credentials: CredentialsConfig::default(),
             mirrors: MirrorsConfig::default(),
@@ -305,6 +326,12 @@ impl Default for MirrorsConfig {
     fn default() -> Self {
         // Where containerd's own configuration has it (`config_path` of its CRI plugin).
         Self { hosts_dir: "/etc/containerd/certs.d".into() }
+    }
+}
+
+impl Default for VerifyConfig {
+    fn default() -> Self {
+        Self { referrers: IndexPolicy::SameRepository }
     }
 }
 
@@ -422,6 +449,12 @@ impl Config {
             Some(Space::Percent(0)) => return bad("cache.limit", "must be more than 0%"),
             _ => {}
         }
+        if self.verify.referrers == IndexPolicy::Signed {
+            return bad(
+                "verify.referrers",
+                "can't be \"signed\" yet: signatures are not checked; use \"same-repository\" or \"off\"",
+            );
+        }
         if !(1..=256).contains(&fetch.connections) {
             return bad("fetch.connections", "must be from 1 to 256");
         }
@@ -482,9 +515,7 @@ impl Config {
         let values = Table::try_from(self).unwrap_or_default();
         let mut text = String::new();
         render(&mut text, &values, "");
-        let sections =
-            ["snapshotter", "control", "containerd", "cache", "fetch", "credentials", "mirrors"];
-        for section in sections {
+        for section in SECTIONS {
             text.push_str(&format!("\n[{section}]\n"));
             if let Some(Value::Table(table)) = values.get(section) {
                 render(&mut text, table, &format!("{section}."));

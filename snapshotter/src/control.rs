@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use bytes::Bytes;
 use futures::stream::BoxStream;
 use futures::{Stream, StreamExt as _};
 use glob::Pattern;
@@ -25,6 +26,7 @@ use weightfs_store::Reference;
 
 use crate::cache::{Cache, CacheError, Repair, Subject};
 use crate::handover::Keeper;
+use crate::indexes;
 use crate::layers;
 use crate::metadata::Metadata;
 use crate::models::{Models, ShownModel};
@@ -116,12 +118,19 @@ impl Control for ControlService {
         &self,
         request: Request<MountRequest>,
     ) -> Result<Response<Self::MountStream>, Status> {
-        let MountRequest { reference, target, profile } = request.into_inner();
+        let MountRequest { reference, target, profile, index } = request.into_inner();
         let reference = self::reference(&reference)?;
         let profile = (!profile.is_empty()).then(|| Profile::parse(&profile)).transpose();
         let profile = profile.map_err(|error| Status::invalid_argument(error.to_string()))?;
+        let index =
+            match index.as_str() {
+                "" => None,
+                path => Some(indexes::read(path.into()).await.map_err(|error| {
+                    Status::invalid_argument(format!("the index {path}: {error}"))
+                })?),
+            };
         let (sender, events) = mpsc::channel(EVENTS);
-        let asked = Asked { reference, target: target.into(), profile };
+        let asked = Asked { reference, target: target.into(), profile, index };
         tokio::spawn(mount(Arc::clone(&self.models), asked, sender));
         let events: BoxStream<'static, _> = ReceiverStream::new(events).boxed();
         Ok(Response::new(events))
@@ -267,6 +276,7 @@ struct Asked {
     reference: Reference,
     target: PathBuf,
     profile: Option<Profile>,
+    index: Option<Bytes>,
 }
 
 /// Mounts a model for a caller, and takes it away again if the caller is gone by then.
@@ -275,10 +285,10 @@ async fn mount(
     asked: Asked,
     sender: mpsc::Sender<Result<MountEvent, Status>>,
 ) {
-    let Asked { reference, target, profile } = asked;
+    let Asked { reference, target, profile, index } = asked;
     let progress = SendProgress(sender.clone());
     let opened = tokio::select! {
-        opened = models.open(&reference, &target, profile, &progress) => opened,
+        opened = models.open(&reference, &target, profile, index, &progress) => opened,
         () = sender.closed() => return,
     };
     // A task of its own: once begun, it is shown and remembered, or neither.

@@ -33,6 +33,7 @@ use crate::containerd;
 use crate::control::{self, ControlService};
 use crate::handover::{Inherited, Keeper, Name};
 use crate::images::ImageLayers;
+use crate::indexes::Indexes;
 use crate::metadata::{LazySnapshot, Metadata, MetadataError};
 use crate::models::{Models, MountState};
 use crate::node::doctor;
@@ -299,7 +300,8 @@ where
 fn opener(config: &Config, store: Arc<Store>) -> Result<Opener, DaemonError> {
     let registries = config.registries()?;
     let references = References::new(&config.root);
-    Ok(Opener { registries, store, references, deadline: config.fetch.deadline })
+    let indexes = Indexes::new(config.verify.referrers);
+    Ok(Opener { registries, store, references, indexes, deadline: config.fetch.deadline })
 }
 
 /// Waits until somebody takes the mount away.

@@ -83,7 +83,7 @@ impl ImageLayers {
 
     async fn mend_one(&self, snapshot: &LazySnapshot) -> Result<(), String> {
         let remembered = remembered(snapshot)?;
-        let layer = self.opener.open_layer(&remembered.layer, &Quiet).await;
+        let layer = self.opener.open_layer(&remembered.layer, None, &Quiet).await;
         layer.map_err(|error| error.to_string())?;
         self.restore_one(snapshot)
     }
@@ -122,7 +122,9 @@ impl ImageLayers {
         };
         let layer =
             LayerRecord { descriptor: descriptor.clone(), repository: artifact.repository.clone() };
-        let open = self.opener.open_layer(&layer, &Quiet).await?;
+        let opener = &self.opener;
+        let index = opener.indexes.find(&opener.registries, &artifact, None).await;
+        let open = opener.open_layer(&layer, index.as_deref(), &Quiet).await?;
         let record = TreeRecord { layers: vec![layer.clone()], over_foreign };
         self.opener.remember(&reference.whole(), manifest, &record).await;
         let tree = stack(below.as_deref(), OpenTree { layers: vec![open], record });

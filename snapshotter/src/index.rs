@@ -8,6 +8,7 @@ use weightfs_fusefs::index::{Index, IndexError, MEDIA_TYPE};
 use weightfs_fusefs::{Artifact, LayerError, Progress};
 use weightfs_store::{Digest, Reference, SourceError};
 
+use crate::indexes::{IndexPolicy, Indexes};
 use crate::trees::{Opener, TreesError};
 
 /// The media type of manifests that don't say their own.
@@ -104,6 +105,8 @@ pub async fn make(
     progress: &dyn Progress,
 ) -> Result<Made, MakeIndexError> {
     let artifact = opener.resolve(reference).await?;
+    // What an older index says is not handed on.
+    let opener = &Opener { indexes: Indexes::new(IndexPolicy::Off), ..opener.clone() };
     let open = opener.open(&artifact, progress).await?;
     let mut layers: Vec<weightfs_fusefs::index::LayerIndex> = Vec::new();
     for layer in &open.layers {

@@ -12,6 +12,7 @@ pub mod filter;
 pub mod handover;
 pub mod images;
 pub mod index;
+pub mod indexes;
 pub mod keeper;
 pub mod layers;
 pub mod metadata;

@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 use tracing::{error, info};
 use weightfs_fusefs::{Profile, Progress, TreeNumber};
@@ -111,7 +112,8 @@ impl Models {
     }
 
     /// Opens what `reference` names; `target` is where the caller is going to bind it, `profile`
-    /// the order in which it is going to be read, if that is not known from earlier. Nothing is
+    /// the order in which it is going to be read, if that is not known from earlier, `index` what
+    /// to go by. Nothing is
     /// shown yet, and nothing but the profile is left behind if this is given up.
     ///
     /// # Errors
@@ -121,11 +123,12 @@ impl Models {
         reference: &Reference,
         target: &Path,
         profile: Option<Profile>,
+        index: Option<Bytes>,
         progress: &dyn Progress,
     ) -> Result<OpenModel, ModelError> {
         let artifact = self.opener.resolve(reference).await?;
         let profile = profiles::choose(&self.opener.store, artifact.manifest_digest, profile)?;
-        let tree = self.opener.open(&artifact, progress).await?;
+        let tree = self.opener.open_by(&artifact, index, progress).await?;
         let record = ModelRecord {
             reference: reference.whole(),
             manifest_digest: artifact.manifest_digest,

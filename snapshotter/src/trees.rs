@@ -9,21 +9,27 @@ mod removed;
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
+use std::pin::pin;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
+use bytes::Bytes;
+use futures::future::{Either, FutureExt as _, select};
 use futures::{StreamExt as _, TryStreamExt as _, stream};
 use serde::{Deserialize, Serialize};
 use tracing::{error, warn};
+use weightfs_fusefs::index::Index;
 use weightfs_fusefs::{
-    Artifact, ArtifactError, Base, Filesystem, LayerDescriptor, LayerError, OpenLayer, Progress,
-    Session, Tree, TreeError, TreeNumber, open_layer, open_layer_without_ranges, reopen_layer,
+    Artifact, ArtifactError, Base, Compression, Filesystem, LayerContent, LayerDescriptor,
+    LayerError, OpenLayer, Progress, Session, Tree, TreeError, TreeNumber, blob_id,
+    open_indexed_layer, open_layer, open_layer_without_ranges, reopen_layer,
 };
 use weightfs_store::{
     BlobId, Digest, Reference, Registries, Repository, SourceError, Store, Trust,
 };
 
 use crate::cache;
+use crate::indexes::Indexes;
 use crate::references::{Pin, References};
 
 pub use removed::Removed;
@@ -54,6 +60,14 @@ pub enum TreesError {
     OtherNumbers(TreeNumber),
 }
 
+impl TreesError {
+    /// Whether a registry gives a layer only as a whole.
+    fn has_no_ranges(&self) -> bool {
+        let Self::Layer(LayerError::Source { source, .. }) = self else { return false };
+        matches!(source, SourceError::NoRanges { .. })
+    }
+}
+
 /// Opens artifacts with one store and one set of registries.
 #[derive(Debug, Clone)]
 pub struct Opener {
@@ -63,6 +77,8 @@ pub struct Opener {
     pub store: Arc<Store>,
     /// What was opened, by name.
     pub references: Arc<References>,
+    /// What is said of them beside them.
+    pub indexes: Arc<Indexes>,
     /// How long a source may give nothing.
     pub deadline: Duration,
 }
@@ -126,46 +142,110 @@ impl Opener {
         artifact: &Artifact,
         progress: &dyn Progress,
     ) -> Result<OpenTree, TreesError> {
+        self.open_by(artifact, None, progress).await
+    }
+
+    /// Opens all layers of an artifact, by the index in the bytes that are `given`, if it is
+    /// usable, else by one that is found.
+    ///
+    /// # Errors
+    /// A layer that can't be opened.
+    pub async fn open_by(
+        &self,
+        artifact: &Artifact,
+        given: Option<Bytes>,
+        progress: &dyn Progress,
+    ) -> Result<OpenTree, TreesError> {
         let records = layer_records(artifact);
+        let must = given.is_some();
+        // Looked for once, and only if a layer waits for it.
+        let lookup = self.indexes.find(&self.registries, artifact, given).boxed().shared();
         let layers = stream::iter(records.clone())
-            .map(|record| async move { self.open_layer_of_any_host(&record, progress).await })
+            .map(|record| {
+                let lookup = lookup.clone();
+                async move {
+                    match self.open_one(&record, lookup, must, progress).await {
+                        Err(error) if error.has_no_ranges() => {
+                            self.open_without_ranges(&record, progress).await
+                        }
+                        opened => opened,
+                    }
+                }
+            })
             .buffered(LAYERS_AT_ONCE)
             .try_collect()
             .await?;
         Ok(OpenTree { layers, record: TreeRecord { layers: records, over_foreign: false } })
     }
 
-    /// Opens one layer.
+    /// Opens a layer, by what an index says of it where there is one. A layer of which enough is
+    /// known does not wait for that; a tar whose headers would have to be read is begun with.
+    async fn open_one(
+        &self,
+        record: &LayerRecord,
+        lookup: impl Future<Output = Option<Arc<Index>>> + Send,
+        must: bool,
+        progress: &dyn Progress,
+    ) -> Result<Arc<OpenLayer>, TreesError> {
+        let (store, id) = (Arc::clone(&self.store), blob_id(&record.descriptor));
+        let look = move || (store.is_settled(id), store.layout(id).is_some());
+        let (settled, known) = tokio::task::spawn_blocking(look).await.unwrap_or_default();
+        if settled && !must {
+            return self.open_layer(record, None, progress).await;
+        }
+        let descriptor = &record.descriptor;
+        let tar = !matches!(descriptor.content, LayerContent::Raw(_));
+        if known || !tar || descriptor.compression != Compression::None {
+            let index = lookup.await;
+            return self.open_layer(record, index.as_deref(), progress).await;
+        }
+        let walk = pin!(self.open_layer(record, None, progress));
+        match select(pin!(lookup), walk).await {
+            Either::Left((None, walk)) => walk.await,
+            // Not waited for any more, and dropped when this returns.
+            Either::Left((index, _walk)) => {
+                self.open_layer(record, index.as_deref(), progress).await
+            }
+            Either::Right((walked, lookup)) => match lookup.await {
+                None => walked,
+                index => self.open_layer(record, index.as_deref(), progress).await,
+            },
+        }
+    }
+
+    /// Opens one layer, by what `index` says of it if it can be used.
     ///
     /// # Errors
     /// See [`open_layer`].
     pub async fn open_layer(
         &self,
         record: &LayerRecord,
+        index: Option<&Index>,
         progress: &dyn Progress,
     ) -> Result<Arc<OpenLayer>, TreesError> {
         let LayerRecord { descriptor, repository } = record;
         let source = self.registries.source(repository, descriptor.digest, descriptor.size);
+        if let Some(index) = index.and_then(|index| index.layer(descriptor.digest)) {
+            let source = Arc::clone(&source);
+            match open_indexed_layer(&self.store, source, descriptor, index).await {
+                Ok(Some(open)) => return Ok(open),
+                Ok(None) => {}
+                Err(why) => warn!(layer = %descriptor.digest, %why, "index ignored"),
+            }
+        }
         Ok(open_layer(&self.store, source, descriptor, self.deadline, progress).await?)
     }
 
-    async fn open_layer_of_any_host(
+    /// Opens a layer of a registry that ignores ranges.
+    async fn open_without_ranges(
         &self,
         record: &LayerRecord,
         progress: &dyn Progress,
     ) -> Result<Arc<OpenLayer>, TreesError> {
-        match self.open_layer(record, progress).await {
-            Err(TreesError::Layer(LayerError::Source {
-                source: SourceError::NoRanges { .. },
-                ..
-            })) => {
-                let LayerRecord { descriptor, repository } = record;
-                let source = self.registries.source(repository, descriptor.digest, descriptor.size);
-                let (store, deadline) = (&self.store, self.deadline);
-                Ok(open_layer_without_ranges(store, source, descriptor, deadline, progress).await?)
-            }
-            opened => opened,
-        }
+        let LayerRecord { descriptor, repository } = record;
+        let source = self.registries.source(repository, descriptor.digest, descriptor.size);
+        let (store, deadline) = (&self.store, self.deadline);
+        Ok(open_layer_without_ranges(store, source, descriptor, deadline, progress).await?)
     }
 
     /// Remembers what a reference named; where it is pinned, so are its blobs from now on.

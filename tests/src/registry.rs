@@ -23,6 +23,7 @@ pub struct RegistryOptions {
 #[derive(Debug)]
 pub struct Registry {
     service: Service,
+    dir: PathBuf,
     remote: Remote,
     ca_file: Option<PathBuf>,
 }
@@ -52,7 +53,7 @@ impl Registry {
         let remote = Remote::new(&format!("127.0.0.1:{port}"))
             .with_credentials(options.credentials)
             .with_ca(ca_file.as_deref());
-        Self { service, remote, ca_file }
+        Self { service, dir, remote, ca_file }
     }
 
     /// `127.0.0.1:port`.
@@ -73,6 +74,12 @@ impl Registry {
     /// A client's certificate and its key, both in one PEM file, of a registry that speaks TLS.
     pub fn client_file(&self) -> Option<PathBuf> {
         self.ca_file.as_ref().map(|ca| ca.with_file_name("client.pem"))
+    }
+
+    /// The file that a blob is stored in, by its hex digest.
+    pub fn stored(&self, hex: &str) -> PathBuf {
+        let blobs = self.dir.join("data/docker/registry/v2/blobs/sha256");
+        blobs.join(&hex[..2]).join(hex).join("data")
     }
 
     /// Kills it, as a power cut would.

@@ -1,13 +1,16 @@
-//! Finding the index of an artifact: among what refers to its manifest in the same repository.
+//! Finding the index of an artifact: the one that its manifest names by an annotation, or among
+//! what refers to its manifest in the same repository.
 //!
 //! What is found there was put there by somebody who may push to the repository, like the artifact
 //! itself. One that can't be used is passed over with a warning: the artifact is usable without.
 
+use std::collections::BTreeMap;
+
 use bytes::Bytes;
 use serde::Deserialize;
-use weightfs_store::{Digest, Registries, Repository, SourceError};
+use weightfs_store::{Digest, DigestError, Registries, Repository, SourceError};
 
-use super::{Index, MAX_INDEX_BYTES, MEDIA_TYPE};
+use super::{ANNOTATION, Index, MAX_INDEX_BYTES, MEDIA_TYPE};
 
 /// An index, and where it was found.
 #[derive(Debug, Clone)]
@@ -31,6 +34,31 @@ struct Layer {
     media_type: String,
     digest: Digest,
     size: u64,
+}
+
+/// The index that a manifest names by its digest.
+///
+/// # Errors
+/// What is wrong with it, or why it can't be had.
+pub async fn annotated_index(
+    registries: &Registries,
+    repository: &Repository,
+    manifest: &Bytes,
+) -> Result<Option<Index>, String> {
+    let named = serde_json::from_slice::<Annotated>(manifest).unwrap_or_default();
+    let Some(digest) = named.annotations.unwrap_or_default().remove(ANNOTATION) else {
+        return Ok(None);
+    };
+    let digest: Digest = digest.parse().map_err(|error: DigestError| error.to_string())?;
+    let bytes = registries.small_blob(repository, digest, MAX_INDEX_BYTES).await;
+    let bytes = bytes.map_err(|error| error.to_string())?;
+    Index::parse_bound(&bytes).map(Some).map_err(|error| error.to_string())
+}
+
+/// What a manifest is annotated with.
+#[derive(Default, Deserialize)]
+struct Annotated {
+    annotations: Option<BTreeMap<String, String>>,
 }
 
 /// The first usable index of `manifest` in that repository.

@@ -179,7 +179,7 @@ impl Cache {
     }
 
     async fn fetch(&self, layer: &LayerRecord) -> Result<(), String> {
-        let open = self.opener.open_layer(layer, &Quiet).await;
+        let open = self.opener.open_layer(layer, None, &Quiet).await;
         let open = open.map_err(|error| error.to_string())?;
         open.blob.complete().await.map_err(|error| error.to_string())
     }

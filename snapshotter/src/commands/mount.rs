@@ -17,6 +17,7 @@ use weightfs::bind::bind;
 use weightfs::cli::MountArgs;
 use weightfs::config::Config;
 use weightfs::control;
+use weightfs::indexes;
 use weightfs::owner;
 use weightfs::profiles;
 use weightfs::trees::TreesError;
@@ -109,10 +110,17 @@ async fn serve_here(
 ) -> anyhow::Result<()> {
     let opener = super::opener(config, Arc::clone(&store))?;
     let given = arguments.profile.as_deref().map(profiles::read).transpose()?;
+    let index = match &arguments.index {
+        Some(path) => {
+            let bytes = indexes::read(path.clone()).await;
+            Some(bytes.with_context(|| format!("the index {}", path.display()))?)
+        }
+        None => None,
+    };
     let downloads = Downloads::new("unpacking compressed layers");
     let opened = async {
         let artifact = opener.resolve(&arguments.reference).await?;
-        let tree = opener.open(&artifact, &downloads).await?;
+        let tree = opener.open_by(&artifact, index, &downloads).await?;
         let (name, digest) = (arguments.reference.whole(), artifact.manifest_digest);
         opener.remember(&name, digest, &tree.record).await;
         Ok::<_, TreesError>((digest, tree))
@@ -202,10 +210,12 @@ async fn ask_daemon(
         );
     }
     let profile = arguments.profile.as_deref().map(profiles::read).transpose()?;
+    let index = arguments.index.as_deref().map(std::path::absolute).transpose()?;
     let request = MountRequest {
         reference: arguments.reference.whole(),
         target: target.display().to_string(),
         profile: profile.map(|profile| profile.encode()).unwrap_or_default(),
+        index: index.map(|path| path.display().to_string()).unwrap_or_default(),
     };
     let downloads = Downloads::new("unpacking compressed layers");
     let mounted = async {

@@ -3,6 +3,7 @@
 //! Tag Schema"); whoever pushes a referrer there adds it to the list.
 
 use bytes::Bytes;
+use futures::future::join;
 use reqwest::header::CONTENT_TYPE;
 use reqwest::{Method, StatusCode};
 use serde::{Deserialize, Serialize};
@@ -62,10 +63,13 @@ impl Registries {
     ) -> Result<Vec<Referrer>, SourceError> {
         let path = format!("referrers/{subject}?artifactType={}", escaped(artifact_type));
         let asked = asked(of, subject);
-        let list = match self.get_small(&asked, &path, &manifest_headers()).await {
-            Ok((_, bytes)) => parse(&asked, &bytes)?,
-            Err(SourceError::NotFound { .. }) => self.tagged(of, subject).await?,
-            Err(error) => return Err(error),
+        // Both at once: whoever waits for the answer waits for one.
+        let headers = manifest_headers();
+        let listed = self.get_small(&asked, &path, &headers);
+        let list = match join(listed, self.tagged(of, subject)).await {
+            (Ok((_, bytes)), _) => parse(&asked, &bytes)?,
+            (Err(SourceError::NotFound { .. }), tagged) => tagged?,
+            (Err(error), _) => return Err(error),
         };
         let referrers = list.manifests.into_iter().take(MAX_REFERRERS);
         let known = referrers.filter_map(|value| serde_json::from_value::<Referrer>(value).ok());

@@ -139,6 +139,23 @@ impl Store {
         (size, cached, trust)
     }
 
+    /// Whether nothing more need be known of a blob: all of it is here, or what is here is
+    /// compared chunk by chunk. Looks at its record only, if it is not open.
+    pub fn is_settled(&self, id: BlobId) -> bool {
+        let (size, cached, trust) = match self.catalog.opened(id) {
+            Some(blob) => {
+                let stats = blob.stats();
+                (stats.size, stats.cached, stats.trust)
+            }
+            None => self.recorded(id),
+        };
+        match trust {
+            Trust::Indexed | Trust::Verified => true,
+            Trust::Transport => cached > 0 && cached == size,
+            Trust::Poisoned => false,
+        }
+    }
+
     /// Keeps a blob from being evicted, from now on and after restarts. It need not be here yet.
     ///
     /// # Errors

@@ -1,0 +1,127 @@
+//! Looking for the index of an artifact that is being opened.
+//!
+//! Invariant: an index that can't be had or used is passed over with a warning and its reason; the
+//! artifact is opened as if there were none.
+
+use std::io::{self, Read as _};
+use std::num::NonZeroUsize;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use bytes::Bytes;
+use lru::LruCache;
+use serde::{Deserialize, Serialize};
+use tokio::time::{Instant, timeout};
+use tracing::warn;
+use weightfs_fusefs::Artifact;
+use weightfs_fusefs::index::find::{annotated_index, find_index};
+use weightfs_fusefs::index::{Index, MAX_INDEX_BYTES};
+use weightfs_store::{Digest, Registries};
+
+/// How long a registry may take to find an index and to give it.
+const LOOKUP_DEADLINE: Duration = Duration::from_secs(30);
+
+/// Answers that are remembered: containerd asks for each layer of an image in turn. An index of
+/// 100 GB has 3 MB.
+const REMEMBERED: NonZeroUsize = NonZeroUsize::new(8).unwrap();
+
+/// For how long: an index that is pushed meanwhile is found by the next pull.
+const REMEMBERED_FOR: Duration = Duration::from_secs(60);
+
+/// Which indexes are believed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum IndexPolicy {
+    /// Those that somebody pushed who may push to the artifact's repository.
+    SameRepository,
+    /// Those with a signature.
+    Signed,
+    /// None that was only found.
+    Off,
+}
+
+/// What was found of manifests, and when.
+type Answers = LruCache<Digest, (Instant, Option<Arc<Index>>)>;
+
+/// Finds indexes.
+#[derive(Debug)]
+pub struct Indexes {
+    policy: IndexPolicy,
+    answers: Mutex<Answers>,
+}
+
+impl Indexes {
+    /// By that policy.
+    pub fn new(policy: IndexPolicy) -> Arc<Self> {
+        Arc::new(Self { policy, answers: Mutex::new(LruCache::new(REMEMBERED)) })
+    }
+
+    /// The index of an artifact: the one in the bytes that are `given`, the one that its manifest
+    /// names, or one that the policy allows.
+    pub async fn find(
+        &self,
+        registries: &Registries,
+        artifact: &Artifact,
+        given: Option<Bytes>,
+    ) -> Option<Arc<Index>> {
+        let manifest = artifact.manifest_digest;
+        if let Some(bytes) = given {
+            match Index::parse(&bytes, manifest) {
+                Ok(index) => return Some(Arc::new(index)),
+                Err(why) => warn!(%manifest, %why, "the given index is ignored"),
+            }
+        }
+        if let Some((_, answer)) = self.answers().get(&manifest).filter(|(at, _)| is_fresh(*at)) {
+            return answer.clone();
+        }
+        let answer = timeout(LOOKUP_DEADLINE, self.look_up(registries, artifact)).await;
+        let answer = answer.unwrap_or_else(|_| {
+            warn!(%manifest, "the registry takes too long to look for an index: none is used");
+            None
+        });
+        self.answers().put(manifest, (Instant::now(), answer.clone()));
+        answer
+    }
+
+    async fn look_up(&self, registries: &Registries, artifact: &Artifact) -> Option<Arc<Index>> {
+        let Artifact { repository, manifest_digest, manifest, .. } = artifact;
+        match annotated_index(registries, repository, manifest).await {
+            Ok(Some(index)) => return Some(Arc::new(index)),
+            Ok(None) => {}
+            Err(why) => warn!(manifest = %manifest_digest, why, "the annotated index is ignored"),
+        }
+        match self.policy {
+            IndexPolicy::SameRepository => {}
+            IndexPolicy::Signed | IndexPolicy::Off => return None,
+        }
+        match find_index(registries, repository, *manifest_digest).await {
+            Ok(found) => found.map(|found| Arc::new(found.index)),
+            Err(error) => {
+                warn!(manifest = %manifest_digest, %error, "no index can be looked for");
+                None
+            }
+        }
+    }
+
+    fn answers(&self) -> MutexGuard<'_, Answers> {
+        self.answers.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+fn is_fresh(at: Instant) -> bool {
+    at.elapsed() < REMEMBERED_FOR
+}
+
+/// Reads the file of an index, as far as one can be long.
+///
+/// # Errors
+/// When it can't be read.
+pub async fn read(path: PathBuf) -> io::Result<Bytes> {
+    let work = move || {
+        let mut bytes = vec![];
+        std::fs::File::open(&path)?.take(MAX_INDEX_BYTES + 1).read_to_end(&mut bytes)?;
+        Ok(bytes.into())
+    };
+    tokio::task::spawn_blocking(work).await.map_err(io::Error::other)?
+}

@@ -1,0 +1,225 @@
+//! Mounts by an index: nothing is walked, nothing wrong is served, and a bad index changes nothing.
+
+use std::fs::{self, File};
+use std::io;
+use std::os::unix::fs::FileExt as _;
+use std::path::{Path, PathBuf};
+
+use weightfs_store::Digest;
+use weightfs_tests::layer::Compression;
+use weightfs_tests::model::Part;
+use weightfs_tests::modelpack::{Dialect, Plan};
+use weightfs_tests::tree::{self, Scope};
+use weightfs_tests::weightfs::{Mounted, Weightfs};
+use weightfs_tests::{Artifact, Bed, Fault, Target};
+
+const MIB: u64 = 1 << 20;
+const WEIGHTS: &str = "w/a.safetensors";
+const MODEL: &[Part] = &[
+    Part { path: WEIGHTS, bytes: 12 << 20, mode: 0o644 },
+    Part { path: "w/b.safetensors", bytes: 3 << 20, mode: 0o644 },
+    Part { path: "w/config.json", bytes: 517, mode: 0o644 },
+];
+
+/// A model in one plain tar, with an index in the registry. It is made in a state directory of
+/// its own.
+fn push_indexed(bed: &Bed, name: &str) -> (PathBuf, Artifact, String) {
+    let (source, artifact, reference) = push(bed, name);
+    Weightfs::new(&bed.area).run_here(&["index", &reference]).ok();
+    bed.proxy.forget();
+    (source, artifact, reference)
+}
+
+fn push(bed: &Bed, name: &str) -> (PathBuf, Artifact, String) {
+    let source = bed.model(MODEL);
+    let plans = [Plan::Tar(Compression::Plain, vec!["w".to_owned()])];
+    let artifact = bed.pack(&source, Dialect::Cncf, &plans);
+    let reference = bed.push(&artifact, name);
+    (source, artifact, reference)
+}
+
+fn layer(artifact: &Artifact) -> Target {
+    Target::Blob(artifact.layer_digest(0))
+}
+
+fn read_at(path: &Path, offset: u64, count: usize) -> io::Result<Vec<u8>> {
+    let mut bytes = vec![0; count];
+    File::open(path)?.read_exact_at(&mut bytes, offset)?;
+    Ok(bytes)
+}
+
+/// Where the bytes of the large file lie in its tar.
+fn offset_in_tar(bed: &Bed, artifact: &Artifact, source: &Path) -> u64 {
+    let tar = fs::read(bed.registry.stored(&artifact.layer_digest(0).hex())).unwrap();
+    let head = read_at(&source.join(WEIGHTS), 0, 512).unwrap();
+    tar.windows(512).position(|window| window == head).unwrap() as u64
+}
+
+/// The chunk at 5 MiB of the large file can't be read, the others can.
+fn assert_that_one_chunk_fails(mounted: &Mounted, source: &Path) {
+    let (there, here) = (mounted.dir().join(WEIGHTS), source.join(WEIGHTS));
+    assert!(read_at(&there, 5 * MIB + 100, 10).is_err(), "a wrong byte was served");
+    for at in [0, 4 * MIB, 6 * MIB, 11 * MIB] {
+        assert_eq!(read_at(&there, at, 1000).unwrap(), read_at(&here, at, 1000).unwrap());
+    }
+}
+
+#[test]
+fn an_indexed_model_is_mounted_without_a_look_at_its_tar() {
+    let bed = Bed::new();
+    let (source, artifact, reference) = push_indexed(&bed, "models/indexed");
+    let mounted = bed.mount(&reference);
+    let size = |dir: &Path| fs::metadata(dir.join(WEIGHTS)).unwrap().len();
+    assert_eq!(size(mounted.dir()), size(&source));
+    assert_eq!(bed.proxy.bytes(layer(&artifact)), 0, "the index says it all");
+    tree::assert_same(&source, mounted.dir(), Scope::ModelFiles);
+    mounted.stop();
+    let listed = bed.weightfs.run_here(&["cache", "ls", "--json"]).ok();
+    assert!(listed.contains("\"indexed\""), "{listed}");
+    bed.proxy.forget();
+    bed.mount(&reference).stop();
+    let asked: Vec<_> = bed.proxy.seen().into_iter().map(|seen| seen.path).collect();
+    assert!(!asked.iter().any(|path| path.contains("referrers")), "known already: {asked:?}");
+}
+
+#[test]
+fn a_byte_that_is_flipped_on_the_way_is_never_served() {
+    let bed = Bed::new();
+    let (source, artifact, reference) = push_indexed(&bed, "models/flipped");
+    let at = offset_in_tar(&bed, &artifact, &source) + 5 * MIB + 105;
+    bed.proxy.fail(layer(&artifact), Fault::Corrupt { at });
+    let mounted = bed.mount(&reference);
+    assert_that_one_chunk_fails(&mounted, &source);
+    bed.proxy.heal();
+    tree::assert_same(&source, mounted.dir(), Scope::ModelFiles);
+    assert!(mounted.log().contains("wrong chunk"), "{}", mounted.log());
+    mounted.stop();
+}
+
+#[test]
+fn a_byte_that_is_flipped_in_the_registrys_storage_is_never_served() {
+    let bed = Bed::new();
+    let (source, artifact, reference) = push_indexed(&bed, "models/stored");
+    let hex = artifact.layer_digest(0).hex();
+    let at = offset_in_tar(&bed, &artifact, &source) + 5 * MIB + 105;
+    let blob = bed.registry.stored(&hex);
+    let file = File::options().read(true).write(true).open(blob).unwrap();
+    let mut byte = [0];
+    file.read_exact_at(&mut byte, at).unwrap();
+    file.write_all_at(&[byte[0] ^ 1], at).unwrap();
+    let mounted = bed.mount(&reference);
+    assert_that_one_chunk_fails(&mounted, &source);
+    mounted.stop();
+}
+
+#[test]
+fn a_byte_that_is_flipped_in_the_cache_is_fetched_again() {
+    let bed = Bed::new();
+    bed.weightfs.configure("[cache]\nrecheck = \"always\"");
+    let (source, artifact, reference) = push_indexed(&bed, "models/rot");
+    let mounted = bed.mount(&reference);
+    tree::assert_same(&source, mounted.dir(), Scope::ModelFiles);
+    mounted.stop();
+    let hex = artifact.layer_digest(0).hex();
+    let dir = bed.weightfs.root().join("blobs/sha256").join(&hex[..2]).join(&hex);
+    // The large file is the second segment: its header comes first.
+    let segment = dir.join("segment-1");
+    let byte = read_at(&segment, 5 * MIB + 105, 1).unwrap();
+    let file = File::options().write(true).open(segment).unwrap();
+    file.write_all_at(&[byte[0] ^ 1], 5 * MIB + 105).unwrap();
+    bed.proxy.forget();
+    let mounted = bed.mount(&reference);
+    tree::assert_same(&source, mounted.dir(), Scope::ModelFiles);
+    assert_eq!(bed.proxy.bytes(layer(&artifact)), MIB, "that chunk and no other");
+    mounted.stop();
+}
+
+#[test]
+fn strict_reads_of_an_indexed_model_do_not_wait_for_the_whole() {
+    let bed = Bed::new();
+    bed.weightfs.configure("[cache]\nverify = \"strict\"\n[fetch]\nbackground = \"off\"");
+    let (source, artifact, reference) = push_indexed(&bed, "models/strict");
+    let mounted = bed.mount(&reference);
+    let there = read_at(&mounted.dir().join(WEIGHTS), 7 * MIB, 10).unwrap();
+    assert_eq!(there, read_at(&source.join(WEIGHTS), 7 * MIB, 10).unwrap());
+    let fetched = bed.proxy.bytes(layer(&artifact));
+    assert!(fetched <= 2 * MIB, "{fetched} bytes for 10");
+    mounted.stop();
+}
+
+#[test]
+fn a_bad_index_is_refused_with_its_reason_and_the_mount_works() {
+    let bed = Bed::new();
+    let (source, artifact, reference) = push(&bed, "models/bad");
+    let path = bed.area.path().join("good");
+    let arguments = ["index", &reference, "-o", path.to_str().unwrap()];
+    Weightfs::new(&bed.area).run_here(&arguments).ok();
+    let good = fs::read(&path).unwrap();
+    let changed = |at: usize, byte: u8| {
+        let mut bytes = good.clone();
+        bytes[at] = byte;
+        bytes
+    };
+    // A digit of the manifest's digest; the first thing in the directory.
+    let digit = good.windows(7).position(|window| window == b"sha256:").unwrap() + 7;
+    let other = if good[digit] == b'0' { b'1' } else { b'0' };
+    let bad = [
+        (good[..good.len() - 1].to_vec(), "chunk digests are cut"),
+        (good[..100].to_vec(), "directory is cut"),
+        (changed(8, 9), "version 9"),
+        (changed(0, b'X'), "WFSINDEX"),
+        (changed(digit, other), "it is the index of"),
+        ([&good[..], b"x"].concat(), "too many"),
+        (vec![], "it is cut"),
+    ];
+    for (bytes, reason) in bad {
+        let file = bed.area.path().join("bad");
+        fs::write(&file, bytes).unwrap();
+        let fresh = Weightfs::new(&bed.area);
+        let more = ["--index".to_owned(), file.display().to_string()];
+        let mounted = fresh.mount_with(&bed.area, &reference, &bed.mount_point(), &more);
+        let log = mounted.log();
+        assert!(log.contains("index is ignored") && log.contains(reason), "{reason}: {log}");
+        let there = read_at(&mounted.dir().join(WEIGHTS), MIB, 10).unwrap();
+        assert_eq!(there, read_at(&source.join(WEIGHTS), MIB, 10).unwrap());
+        mounted.stop();
+    }
+    bed.proxy.forget();
+    let fresh = Weightfs::new(&bed.area);
+    let more = ["--index".to_owned(), path.display().to_string()];
+    let mounted = fresh.mount_with(&bed.area, &reference, &bed.mount_point(), &more);
+    assert_eq!(bed.proxy.bytes(layer(&artifact)), 0, "the good one is used");
+    mounted.stop();
+}
+
+#[test]
+fn a_bad_index_in_the_registry_is_passed_over() {
+    let bed = Bed::new();
+    let (source, artifact, reference) = push_indexed(&bed, "models/referred");
+    let file = bed.area.path().join("index");
+    let arguments = ["index", &reference, "--json", "-o", file.to_str().unwrap()];
+    Weightfs::new(&bed.area).run_here(&arguments).ok();
+    let index = Digest::of(&fs::read(&file).unwrap());
+    bed.proxy.forget();
+    bed.proxy.fail(Target::Blob(index), Fault::Corrupt { at: 9 });
+    let mounted = bed.mount(&reference);
+    assert!(mounted.log().contains("index ignored"), "{}", mounted.log());
+    assert!(bed.proxy.bytes(layer(&artifact)) > 0, "the tar is walked");
+    tree::assert_same(&source, mounted.dir(), Scope::ModelFiles);
+    mounted.stop();
+}
+
+#[test]
+fn what_policy_does_not_allow_is_not_looked_for() {
+    let bed = Bed::new();
+    let (_, artifact, reference) = push_indexed(&bed, "models/off");
+    bed.weightfs.configure("[verify]\nreferrers = \"off\"");
+    let mounted = bed.mount(&reference);
+    assert!(bed.proxy.bytes(layer(&artifact)) > 0, "the tar is walked");
+    let asked: Vec<_> = bed.proxy.seen().into_iter().map(|seen| seen.path).collect();
+    assert!(!asked.iter().any(|path| path.contains("referrers")), "{asked:?}");
+    mounted.stop();
+    bed.weightfs.configure("[verify]\nreferrers = \"signed\"");
+    let refused = bed.weightfs.run_here(&["ls", &reference]);
+    refused.assert_fails(1, &["verify.referrers", "same-repository"]);
+}
