@@ -20,7 +20,7 @@ SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
 AS_ROOT := $(if $(SUDO),$(SUDO) --preserve-env env PATH="$$PATH" HOME="$$HOME",)
 export CARGO_TARGET_DIR := $(TARGET)
 
-.PHONY: help build demo test fuzz sanitize soak soak-store soak-daemon bench check deps test-deps clean
+.PHONY: help build demo test fuzz sanitize soak soak-store soak-contract soak-daemon bench check deps test-deps clean
 
 help: ## Say what there is
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -48,7 +48,7 @@ fuzz: deps $(BOLERO) ## Fuzz every parser (DURATION=seconds for each, TARGETS=pa
 sanitize: deps ## The store's tests under Miri and the sanitizers (SANITIZE=miri)
 	packaging/sanitize $(or $(SANITIZE),miri address thread)
 
-soak: soak-store soak-daemon ## The long runs of the random tests and of the kills
+soak: soak-store soak-contract soak-daemon ## The long runs of the random tests and of the kills
 
 soak-store: deps ## The store's random tests, a million operations (SEED=n)
 	$(CARGO) test --locked -p weightfs-store --no-run
@@ -56,6 +56,12 @@ soak-store: deps ## The store's random tests, a million operations (SEED=n)
 	    $(if $(SEED),WEIGHTFS_MODEL_SEED=$(SEED)) WEIGHTFS_KILL_ROUNDS=200 \
 	    WEIGHTFS_POWER_LOSSES=1000 $(CARGO) test --locked -p weightfs-store --lib --tests -- \
 	    --nocapture power_loss random_operations whenever_it_is_killed
+
+soak-contract: deps ## Random snapshot calls, restarts and kills against a model (CASES=n)
+	$(CARGO) test --locked -p weightfs --test contract --no-run
+	$(AS_ROOT) env WEIGHTFS_CONTRACT_CASES=$(or $(CASES),20000) \
+	    WEIGHTFS_CONTRACT_KILLS=$(or $(KILLS),2000) \
+	    $(CARGO) test --locked -p weightfs --test contract -- --nocapture random
 
 soak-daemon: test-deps ## Kill the daemon again and again under load (ROUNDS=50)
 	$(CARGO) build --locked -p weightfs --bins
