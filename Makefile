@@ -63,11 +63,13 @@ soak-contract: deps ## Random snapshot calls, restarts and kills against a model
 	    WEIGHTFS_CONTRACT_KILLS=$(or $(KILLS),2000) \
 	    $(CARGO) test --locked -p weightfs --test contract -- --nocapture random
 
-soak-daemon: test-deps ## Kill the daemon again and again under load (ROUNDS=50)
+soak-daemon: test-deps ## Kill the daemon under load, pull and remove (ROUNDS=50 PULLS=200)
 	$(CARGO) build --locked -p weightfs --bins
-	$(CARGO) test --locked -p weightfs-tests --test takeover --no-run
+	$(CARGO) test --locked -p weightfs-tests --test takeover --test pulls --no-run
 	$(AS_ROOT) env WEIGHTFS_ROUNDS=$(or $(ROUNDS),50) timeout --kill-after=30 $(TEST_TIMEOUT) \
 	    $(CARGO) test --locked -p weightfs-tests --test takeover -- --nocapture kills another
+	$(AS_ROOT) env WEIGHTFS_PULLS=$(or $(PULLS),200) timeout --kill-after=30 $(TEST_TIMEOUT) \
+	    $(CARGO) test --locked -p weightfs-tests --test pulls -- --nocapture removals
 
 bench: test-deps ## Measure it beside a pull (QUICK=1, ROUNDS=n, LOADERS=all)
 	if [ "$(LOADERS)" = all ]; then packaging/loaders-env $(TARGET)/loaders-env; fi

@@ -126,6 +126,8 @@ impl LayerMounter for FakeMounter {
         fs::remove_dir_all(self.directory(tree)).unwrap();
     }
 
+    fn clean_up(&self) {}
+
     fn usage(&self, tree: TreeNumber) -> Usage {
         Usage { bytes: 1000 + u64::from(tree.0), inodes: 3 }
     }
