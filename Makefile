@@ -22,7 +22,7 @@ SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
 AS_ROOT := $(if $(SUDO),$(SUDO) --preserve-env env PATH="$$PATH" HOME="$$HOME",)
 export CARGO_TARGET_DIR := $(TARGET)
 
-.PHONY: help build demo test fuzz sanitize soak soak-store soak-daemon bench check deps test-deps clean
+.PHONY: help build demo test fuzz sanitize soak soak-store soak-contract soak-daemon bench check deps test-deps clean
 
 help: ## Say what there is
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -50,7 +50,7 @@ fuzz: deps $(BOLERO) ## Fuzz every parser (DURATION=seconds for each, TARGETS=pa
 sanitize: deps ## The store's tests under Miri and the sanitizers (SANITIZE=miri)
 	packaging/sanitize $(or $(SANITIZE),miri address thread)
 
-soak: soak-store soak-daemon ## The long runs of the random tests and of the kills
+soak: soak-store soak-contract soak-daemon ## The long runs of the random tests and of the kills
 
 soak-store: deps ## The store's random tests, a million operations (SEED=n)
 	$(CARGO) test --locked -p weightfs-store --no-run
@@ -59,11 +59,19 @@ soak-store: deps ## The store's random tests, a million operations (SEED=n)
 	    WEIGHTFS_POWER_LOSSES=1000 $(CARGO) test --locked -p weightfs-store --lib --tests -- \
 	    --nocapture power_loss random_operations whenever_it_is_killed
 
-soak-daemon: test-deps ## Kill the daemon again and again under load (ROUNDS=50)
+soak-contract: deps ## Random snapshot calls, restarts and kills against a model (CASES=n)
+	$(CARGO) test --locked -p weightfs --test contract --no-run
+	$(AS_ROOT) env WEIGHTFS_CONTRACT_CASES=$(or $(CASES),20000) \
+	    WEIGHTFS_CONTRACT_KILLS=$(or $(KILLS),2000) \
+	    $(CARGO) test --locked -p weightfs --test contract -- --nocapture random
+
+soak-daemon: test-deps ## Kill the daemon under load, pull and remove (ROUNDS=50 PULLS=200)
 	$(CARGO) build --locked -p weightfs --bins
-	$(CARGO) test --locked -p weightfs-tests --test takeover --no-run
+	$(CARGO) test --locked -p weightfs-tests --test takeover --test pulls --no-run
 	$(AS_ROOT) env WEIGHTFS_ROUNDS=$(or $(ROUNDS),50) timeout --kill-after=30 $(TEST_TIMEOUT) \
 	    $(CARGO) test --locked -p weightfs-tests --test takeover -- --nocapture kills another
+	$(AS_ROOT) env WEIGHTFS_PULLS=$(or $(PULLS),200) timeout --kill-after=30 $(TEST_TIMEOUT) \
+	    $(CARGO) test --locked -p weightfs-tests --test pulls -- --nocapture removals
 
 bench: test-deps ## Measure it beside a pull (QUICK=1, ROUNDS=n, LOADERS=all)
 	if [ "$(LOADERS)" = all ]; then packaging/loaders-env $(TARGET)/loaders-env; fi

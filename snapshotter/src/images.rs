@@ -205,6 +205,10 @@ impl LayerMounter for ImageLayers {
         let _ = tokio::task::spawn_blocking(move || trees.hide(tree)).await;
     }
 
+    fn clean_up(&self) {
+        self.trees.sweep();
+    }
+
     fn usage(&self, tree: TreeNumber) -> Usage {
         let tree = self.trees.get(tree);
         let top = tree.as_ref().and_then(|tree| tree.layers.last());

@@ -135,6 +135,7 @@ impl Snapshots {
     pub async fn cleanup(self: &Arc<Self>) -> Result<(), SnapshotError> {
         let this = self.clone();
         blocking(move || {
+            this.mounter.clean_up();
             this.metadata.settle()?;
             this.remove_orphans()
         })

@@ -439,7 +439,8 @@ impl Trees {
         self.mountpoint.join(number.directory_name())
     }
 
-    fn sweep(&self) {
+    /// Forgets removed trees that nobody uses any more. Blocks on the disk.
+    pub fn sweep(&self) {
         self.removed.sweep(|number| self.filesystem.serves(number));
     }
 

@@ -33,6 +33,8 @@ impl LayerMounter for NeverLazy {
 
     async fn unmount(&self, _: TreeNumber) {}
 
+    fn clean_up(&self) {}
+
     fn usage(&self, _: TreeNumber) -> Usage {
         Usage::default()
     }

@@ -2,25 +2,24 @@
 //! wrong. `WEIGHTFS_ROUNDS` sets how often it is killed.
 
 use std::fs::{self, File};
-use std::os::unix::fs::{FileExt as _, MetadataExt as _};
+use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
 use nix::sys::signal::Signal;
-use tonic::Code;
 use weightfs_tests::area::is_mount_point;
 use weightfs_tests::cri::Cri;
 use weightfs_tests::host::SNAPSHOTTER;
 use weightfs_tests::layer::{Attributes, Compression, Layer, LayerBuilder};
-use weightfs_tests::model::{Part, SMALL_MODEL, noise, write_safetensors};
+use weightfs_tests::many::mount_in_background;
+use weightfs_tests::model::{SMALL_MODEL, noise, write_safetensors};
 use weightfs_tests::modelpack::Dialect;
 use weightfs_tests::process::{Service, run};
 use weightfs_tests::readers::{Figures, Pulse, Readers, Way};
-use weightfs_tests::snapshots::{Snapshots, labels};
 use weightfs_tests::tree::{self, Scope};
 use weightfs_tests::weightfs::{binary, umount};
-use weightfs_tests::{Bed, Fault, Host, Target, digest, wait_until};
+use weightfs_tests::{Bed, Fault, Host, Many, Target, digest, wait_until};
 
 const MIB: u64 = 1 << 20;
 
@@ -89,9 +88,58 @@ fn reading_forever() -> [&'static str; 3] {
     ["/bin/sh", "-c", script]
 }
 
+/// The version of this build, and another of the same length.
+const VERSION: &str = env!("CARGO_PKG_VERSION");
+const NEXT_VERSION: &str = "9.8.7";
+
+/// The program of this build, and one of other bytes that says another version, by turns at the
+/// same path.
+struct Builds {
+    program: PathBuf,
+    this: PathBuf,
+    next: PathBuf,
+}
+
+impl Builds {
+    fn new(bed: &Bed) -> Self {
+        let [program, this, next] =
+            ["weightfs", "weightfs.this", "weightfs.next"].map(|name| bed.area.path().join(name));
+        run(Command::new("strip").arg("-o").arg(&this).arg(binary())).ok();
+        let mut bytes = fs::read(&this).unwrap();
+        let len = VERSION.len();
+        assert_eq!(NEXT_VERSION.len(), len);
+        let found: Vec<_> = (0..bytes.len() - len)
+            .filter(|&at| &bytes[at..at + len] == VERSION.as_bytes())
+            .collect();
+        found.iter().for_each(|&at| bytes[at..at + len].copy_from_slice(NEXT_VERSION.as_bytes()));
+        fs::write(&next, bytes).unwrap();
+        fs::set_permissions(&next, fs::metadata(&this).unwrap().permissions()).unwrap();
+        let builds = Self { program, this, next };
+        builds.install(false);
+        builds
+    }
+
+    /// Puts one of them in the program's place, as a package manager does.
+    fn install(&self, next: bool) {
+        let new = self.program.with_extension("new");
+        fs::copy(if next { &self.next } else { &self.this }, &new).unwrap();
+        fs::rename(new, &self.program).unwrap();
+    }
+}
+
+/// What the daemon says that it is.
+fn version(bed: &Bed) -> String {
+    let status = bed.weightfs.run_here(&["status", "--json"]).ok();
+    let status: serde_json::Value = serde_json::from_str(&status).unwrap();
+    status["version"].as_str().unwrap().to_owned()
+}
+
 #[test]
-fn kills_at_any_moment_lose_no_read() {
-    let host = Host::with_keeper();
+fn kills_and_upgrades_at_any_moment_lose_no_read() {
+    let bed = Bed::new();
+    let builds = Builds::new(&bed);
+    let daemon = bed.weightfs.with_binary(&builds.program).serve_kept(&bed.area);
+    let host = Host::beside(bed, daemon);
     // Reads are under way most of the time.
     host.bed.proxy.fail(Target::Blobs, Fault::Delay(Duration::from_millis(30)));
     let files = Files::make(&host.bed);
@@ -104,6 +152,10 @@ fn kills_at_any_moment_lose_no_read() {
     for round in 1..=rounds() {
         // Not to hide a race but to be anywhere in one.
         std::thread::sleep(BETWEEN_KILLS.mul_f64(fastrand::f64()));
+        // Each third time another build takes over, one older or newer.
+        if round % 3 == 0 {
+            builds.install(round % 2 == 0);
+        }
         let reads = readers.reads();
         let starts = host.daemon.starts();
         host.daemon.kill_kept().expect("a daemon runs");
@@ -143,9 +195,8 @@ fn kills_in_rapid_succession_lose_no_read() {
 #[test]
 fn another_build_takes_over() {
     let bed = Bed::new();
-    let program = bed.area.path().join("weightfs");
-    fs::copy(binary(), &program).unwrap();
-    let daemon = bed.weightfs.with_binary(&program).serve_kept(&bed.area);
+    let builds = Builds::new(&bed);
+    let daemon = bed.weightfs.with_binary(&builds.program).serve_kept(&bed.area);
     let host = Host::beside(bed, daemon);
     let files = Files::make(&host.bed);
     let (reference, _) = host.push_image("images/upgraded", std::slice::from_ref(&files.layer));
@@ -153,16 +204,12 @@ fn another_build_takes_over() {
     let container = host.containerd.start_container(SNAPSHOTTER, &reference, "upgraded");
     let readers = files.read(&container.root());
     let pulse = Pulse::start(host.bed.weightfs.root().join("mnt"));
-    let first = fs::metadata(&program).unwrap().ino();
-    // Other bytes, by the name of the old ones.
-    let next = host.bed.area.path().join("weightfs.new");
-    run(Command::new("strip").arg("-o").arg(&next).arg(binary())).ok();
-    fs::rename(&next, &program).unwrap();
+    assert_eq!(version(&host.bed), VERSION);
+    builds.install(true);
     let reads = readers.reads();
     host.daemon.signal(Signal::SIGHUP);
     host.daemon.wait_starts(2);
-    let running = fs::metadata(format!("/proc/{}/exe", host.daemon.child().unwrap())).unwrap();
-    assert!(running.ino() == fs::metadata(&program).unwrap().ino() && running.ino() != first);
+    assert_eq!(version(&host.bed), NEXT_VERSION);
     wait_until("readers go on", || readers.reads() > reads + 20);
     report("an upgrade", pulse.finish(), readers.finish());
     container.remove();
@@ -368,54 +415,19 @@ const MANY: usize = 50;
 fn many_snapshots_and_models_are_there_again_without_a_registry() {
     let many = std::env::var("WEIGHTFS_MANY").map_or(MANY, |many| many.parse().unwrap());
     let host = Host::with_keeper();
-    let layer = host.weights_layer(&host.bed.area.file("w", noise(9 * MIB, 1)), "weights");
-    let (reference, image) = host.push_image_below("images/many", std::slice::from_ref(&layer));
-    let manifest = digest_of(&image.manifest.to_string());
-    let snapshots = Snapshots::connect(&host.bed.weightfs.snapshotter_socket(), SNAPSHOTTER);
-    for number in 0..many {
-        let chain = format!("sha256:{number:064x}");
-        let labels = labels(&[
-            ("containerd.io/snapshot.ref", &chain),
-            ("containerd.io/snapshot/cri.image-ref", &reference),
-            ("containerd.io/snapshot/cri.manifest-digest", &manifest),
-            ("containerd.io/snapshot/cri.layer-digest", &layer.blob.digest.to_string()),
-        ]);
-        let refused = snapshots.prepare_with(&format!("key {number}"), "", labels).unwrap_err();
-        assert_eq!(refused.code(), Code::AlreadyExists, "{refused}");
-    }
-    let targets: Vec<_> = (0..many / 5)
-        .map(|number| {
-            let source = host.bed.model(&[Part { path: "w", bytes: 4096, mode: 0o644 }]);
-            let artifact = host.bed.pack_raw(&source, Dialect::Cncf);
-            let reference = host.bed.push(&artifact, &format!("models/many{number}"));
-            mount_in_background(&host.bed, &reference)
-        })
-        .collect();
+    let Many { snapshots, models } = Many::new(&host, many, many / 5);
     host.bed.proxy.refuse();
     let pulse = Pulse::start(host.bed.weightfs.root().join("mnt"));
     host.daemon.kill_kept().unwrap();
     host.daemon.wait_starts(2);
     let pause = pulse.finish();
-    eprintln!("{many} snapshots, {} models: longest pause {pause:?}", targets.len());
-    for target in &targets {
+    eprintln!("{many} snapshots, {} models: longest pause {pause:?}", models.len());
+    for target in &models {
         assert_eq!(fs::metadata(target.join("w")).unwrap().len(), 4096);
     }
     let mnt = fs::read_dir(host.bed.weightfs.root().join("mnt")).unwrap();
-    assert_eq!(mnt.count(), many + targets.len());
+    assert_eq!(mnt.count(), many + models.len());
     assert_eq!(snapshots.list(&[]).unwrap().len(), many);
-}
-
-fn digest_of(text: &str) -> String {
-    digest::of_reader(text.as_bytes()).unwrap().to_string()
-}
-
-/// Mounts through the daemon, in the background.
-fn mount_in_background(bed: &Bed, reference: &str) -> PathBuf {
-    let dir = bed.mount_point();
-    let mut command = bed.weightfs.command(["mount", "--daemon", reference]);
-    command.arg(&dir).arg("--root").arg(bed.weightfs.root());
-    run(command.arg("--config").arg(bed.weightfs.config())).ok();
-    dir
 }
 
 #[test]

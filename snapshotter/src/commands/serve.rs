@@ -1,5 +1,6 @@
 //! `weightfs serve`.
 
+use nix::sys::stat::{Mode, umask};
 use tokio::signal::unix::{SignalKind, signal};
 use weightfs::config::Config;
 use weightfs::daemon::{Daemon, Stop};
@@ -7,6 +8,8 @@ use weightfs::handover::Inherited;
 
 /// Runs the daemon until a signal. See [`Daemon::run`] for what must not follow.
 pub async fn run(config: &Config) -> anyhow::Result<()> {
+    // Whatever it makes, only root may read it.
+    umask(Mode::from_bits_truncate(0o077));
     let stop = asked_to_stop();
     let inherited = Inherited::take()?;
     Ok(Daemon::start(config, inherited).await?.run(stop).await?)

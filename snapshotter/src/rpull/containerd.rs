@@ -176,7 +176,8 @@ impl Containerd {
         labels: HashMap<String, String>,
     ) -> Result<(), RpullError> {
         let total = i64::try_from(size).map_err(|_| RpullError::TooLarge { digest, size })?;
-        let reference = format!("weightfs-{digest}");
+        // Of this pull alone: containerd locks it, and refuses a second writer.
+        let reference = format!("{}-{digest}", self.lease);
         let (failure, mut failed_source) = tokio::sync::oneshot::channel();
         let messages = messages(reference, digest, total, bytes, labels, failure);
         let reply = self.content().write(messages).await;

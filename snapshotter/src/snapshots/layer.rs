@@ -82,6 +82,10 @@ pub trait LayerMounter: Send + Sync {
     /// the network.
     async fn unmount(&self, tree: TreeNumber);
 
+    /// Forgets what was kept of trees that were in use when they were unmounted, and are not any
+    /// more. Blocks on the disk.
+    fn clean_up(&self);
+
     /// What the cache of this layer takes on the disk, without its parents. From memory.
     fn usage(&self, tree: TreeNumber) -> Usage;
 }

@@ -67,6 +67,16 @@ impl FakeMounter {
         self.answers.lock().unwrap().insert(chain_id.to_owned(), answer);
     }
 
+    /// Takes away what an earlier process had not stored: a mount that is made anew shows nothing else.
+    pub fn show_only_what_is_recorded(&self) {
+        let lazy = self.metadata.lazy_snapshots();
+        for tree in self.trees() {
+            if lazy.iter().all(|lazy| lazy.tree != tree) {
+                fs::remove_dir_all(self.directory(tree)).unwrap();
+            }
+        }
+    }
+
     /// The trees that are mounted.
     pub fn trees(&self) -> Vec<TreeNumber> {
         let mut trees: Vec<_> = fs::read_dir(&self.directory)
@@ -115,6 +125,8 @@ impl LayerMounter for FakeMounter {
     async fn unmount(&self, tree: TreeNumber) {
         fs::remove_dir_all(self.directory(tree)).unwrap();
     }
+
+    fn clean_up(&self) {}
 
     fn usage(&self, tree: TreeNumber) -> Usage {
         Usage { bytes: 1000 + u64::from(tree.0), inodes: 3 }

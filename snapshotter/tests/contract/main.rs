@@ -9,5 +9,7 @@ mod harness;
 mod lifecycle;
 mod model;
 mod mounting;
+mod random;
 mod restart;
+mod subject;
 mod updates;

@@ -1,33 +1,56 @@
-//! Random sequences of calls, with restarts in between, against a model of the contract.
+//! What the contract says: calls on a few names, and what is there after each of them.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::path::Path;
-use std::sync::Arc;
 
 use proptest::prelude::*;
-use weightfs::metadata::{Backing, Kind, Metadata, SNAPSHOT_REF};
-use weightfs::snapshots::{LayerMounter, Prepared, SnapshotError, Snapshots};
-
-use crate::harness::{Answer, FakeMounter, new_root};
+use weightfs::metadata::{Kind, SNAPSHOT_REF};
+use weightfs::snapshots::SnapshotError;
 
 /// Few names, so that calls meet.
-const NAMES: [&str; 6] = ["a", "b", "c", "d", "e", "f"];
+pub const NAMES: [&str; 6] = ["a", "b", "c", "d", "e", "f"];
 /// The first two are lazy.
-const CHAINS: [&str; 3] = ["sha256:lazy-1", "sha256:lazy-2", "sha256:ordinary"];
+pub const CHAINS: [&str; 3] = ["sha256:lazy-1", "sha256:lazy-2", "sha256:ordinary"];
 
+/// A call.
 #[derive(Debug, Clone)]
-enum Call {
-    Prepare { key: usize, parent: Option<usize> },
-    Layer { key: usize, parent: Option<usize>, chain: usize },
-    View { key: usize, parent: Option<usize> },
-    Commit { name: usize, key: usize, chain: Option<usize> },
-    Remove { name: usize },
-    Label { name: usize, value: u8 },
+pub enum Call {
+    Prepare {
+        key: usize,
+        parent: Option<usize>,
+    },
+    Layer {
+        key: usize,
+        parent: Option<usize>,
+        chain: usize,
+    },
+    View {
+        key: usize,
+        parent: Option<usize>,
+    },
+    Commit {
+        name: usize,
+        key: usize,
+        chain: Option<usize>,
+    },
+    Remove {
+        name: usize,
+    },
+    Label {
+        name: usize,
+        value: u8,
+    },
+    /// A file of that number into an active snapshot.
+    Write {
+        name: usize,
+        file: u8,
+    },
     Cleanup,
+    /// The process ends and another one begins.
     Restart,
 }
 
-fn calls() -> impl Strategy<Value = Vec<Call>> {
+/// Sequences of up to so many calls.
+pub fn calls(at_most: usize) -> impl Strategy<Value = Vec<Call>> {
     let name = || 0..NAMES.len();
     let parent = move || prop::option::weighted(0.6, name());
     let chain = || 0..CHAINS.len();
@@ -40,24 +63,27 @@ fn calls() -> impl Strategy<Value = Vec<Call>> {
             .prop_map(|(name, key, chain)| Call::Commit { name, key, chain }),
         3 => name().prop_map(|name| Call::Remove { name }),
         2 => (name(), any::<u8>()).prop_map(|(name, value)| Call::Label { name, value }),
+        3 => (name(), 0..4u8).prop_map(|(name, file)| Call::Write { name, file }),
         1 => Just(Call::Cleanup),
         1 => Just(Call::Restart),
     ];
-    prop::collection::vec(call, 1..40)
+    prop::collection::vec(call, 1..at_most)
 }
 
 /// What the contract says is there.
 #[derive(Debug, Clone, PartialEq, Eq)]
-struct Modelled {
-    kind: Kind,
-    parent: Option<String>,
-    labels: BTreeMap<String, String>,
-    lazy: bool,
+pub struct Modelled {
+    pub kind: Kind,
+    pub parent: Option<String>,
+    pub labels: BTreeMap<String, String>,
+    pub lazy: bool,
+    /// Files of its own.
+    pub files: BTreeSet<String>,
 }
 
 /// How a call ends.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Outcome {
+pub enum Outcome {
     Done,
     LayerExists,
     NotFound,
@@ -80,11 +106,13 @@ impl From<SnapshotError> for Outcome {
     }
 }
 
-#[derive(Debug, Default)]
-struct Model(BTreeMap<String, Modelled>);
+/// All that is there.
+#[derive(Debug, Clone, Default)]
+pub struct Model(pub BTreeMap<String, Modelled>);
 
 impl Model {
-    fn apply(&mut self, call: &Call) -> Outcome {
+    /// Makes a call.
+    pub fn apply(&mut self, call: &Call) -> Outcome {
         let outcome = match call {
             Call::Prepare { key, parent } => self.create(*key, *parent, Kind::Active, None),
             Call::View { key, parent } => self.create(*key, *parent, Kind::View, None),
@@ -92,6 +120,7 @@ impl Model {
             Call::Commit { name, key, chain } => self.commit(*name, *key, *chain),
             Call::Remove { name } => self.remove(*name),
             Call::Label { name, value } => self.label(*name, *value),
+            Call::Write { name, file } => self.write(*name, *file),
             Call::Cleanup | Call::Restart => Ok(Outcome::Done),
         };
         outcome.unwrap_or_else(|failed| failed)
@@ -123,7 +152,9 @@ impl Model {
         self.check_new(key, parent)?;
         let lazy = kind == Kind::Committed;
         let parent = parent.map(|parent| NAMES[parent].to_owned());
-        let modelled = Modelled { kind, parent, labels: labels(chain), lazy };
+        let files = chain.filter(|_| lazy).map(|chain| lazy_file(chain).to_owned());
+        let files = files.into_iter().collect();
+        let modelled = Modelled { kind, parent, labels: labels(chain), lazy, files };
         self.0.insert(NAMES[key].to_owned(), modelled);
         Ok(Outcome::Done)
     }
@@ -185,123 +216,36 @@ impl Model {
         found.labels.insert("value".to_owned(), value.to_string());
         Ok(Outcome::Done)
     }
+
+    fn write(&mut self, name: usize, file: u8) -> Result<Outcome, Outcome> {
+        let found = self.0.get_mut(NAMES[name]).ok_or(Outcome::NotFound)?;
+        if found.kind != Kind::Active {
+            return Err(Outcome::FailedPrecondition);
+        }
+        found.files.insert(file.to_string());
+        Ok(Outcome::Done)
+    }
+
+    /// The files that a snapshot shows: its own and its parents'.
+    pub fn shown(&self, name: &str) -> BTreeSet<String> {
+        let found = &self.0[name];
+        let below = found.parent.as_deref().map(|parent| self.shown(parent));
+        found.files.iter().cloned().chain(below.into_iter().flatten()).collect()
+    }
+
+    /// The names for which something holds.
+    pub fn names(&self, holds: impl Fn(&str, &Modelled) -> bool) -> Vec<&str> {
+        let all = self.0.iter().map(|(name, found)| (name.as_str(), found));
+        all.filter(|(name, found)| holds(name, found)).map(|(name, _)| name).collect()
+    }
 }
 
-fn labels(chain: Option<usize>) -> BTreeMap<String, String> {
+/// The file that a lazy layer has.
+pub fn lazy_file(chain: usize) -> &'static str {
+    ["lazy-1", "lazy-2", "never"][chain]
+}
+
+/// The labels of a layer.
+pub fn labels(chain: Option<usize>) -> BTreeMap<String, String> {
     chain.map(|chain| (SNAPSHOT_REF.to_owned(), CHAINS[chain].to_owned())).into_iter().collect()
-}
-
-/// The real thing.
-struct Subject {
-    metadata: Arc<Metadata>,
-    mounter: Arc<FakeMounter>,
-    snapshots: Arc<Snapshots>,
-}
-
-impl Subject {
-    fn open(root: &Path) -> Subject {
-        let metadata = Arc::new(Metadata::open(root).unwrap());
-        let mounter = FakeMounter::new(root, metadata.clone());
-        for chain in &CHAINS[..2] {
-            mounter.answer(chain, Answer::Lazy(vec![]));
-        }
-        let snapshots = Snapshots::open(root, metadata.clone(), mounter.clone()).unwrap();
-        Subject { metadata, mounter, snapshots }
-    }
-
-    async fn apply(&self, call: &Call) -> Outcome {
-        let ended: Result<Outcome, SnapshotError> = match call {
-            Call::Prepare { key, parent } => self.prepare(*key, *parent, None).await,
-            Call::Layer { key, parent, chain } => self.prepare(*key, *parent, Some(*chain)).await,
-            Call::View { key, parent } => {
-                let parent = parent.map(|parent| NAMES[parent]);
-                let viewed = self.snapshots.view(NAMES[*key], parent, BTreeMap::new()).await;
-                viewed.map(|_| Outcome::Done)
-            }
-            Call::Commit { name, key, chain } => {
-                let committed = self.snapshots.commit(NAMES[*name], NAMES[*key], labels(*chain));
-                committed.await.map(|()| Outcome::Done)
-            }
-            Call::Remove { name } => {
-                self.snapshots.remove(NAMES[*name]).await.map(|()| Outcome::Done)
-            }
-            Call::Label { name, value } => {
-                let label = BTreeMap::from([("value".to_owned(), value.to_string())]);
-                let mask = ["labels.value".to_owned()];
-                let updated = self.snapshots.update(NAMES[*name], label, &mask).await;
-                updated.map(|_| Outcome::Done)
-            }
-            Call::Cleanup => self.snapshots.cleanup().await.map(|()| Outcome::Done),
-            Call::Restart => Ok(Outcome::Done),
-        };
-        ended.unwrap_or_else(Outcome::from)
-    }
-
-    async fn prepare(
-        &self,
-        key: usize,
-        parent: Option<usize>,
-        chain: Option<usize>,
-    ) -> Result<Outcome, SnapshotError> {
-        let parent = parent.map(|parent| NAMES[parent]);
-        Ok(match self.snapshots.prepare(NAMES[key], parent, labels(chain)).await? {
-            Prepared::Active(mounts) => {
-                assert_eq!(self.snapshots.mounts(NAMES[key])?, mounts);
-                Outcome::Done
-            }
-            Prepared::Committed { .. } => Outcome::LayerExists,
-        })
-    }
-
-    /// Everything that is there, and that memory, records, directories and trees agree on it.
-    fn observe(&self, root: &Path) -> BTreeMap<String, Modelled> {
-        let mut seen = BTreeMap::new();
-        let (mut directories, mut trees) = (BTreeSet::new(), BTreeSet::new());
-        for record in self.snapshots.list(&[]).unwrap() {
-            let info = self.snapshots.stat(&record.info.name).unwrap();
-            assert_eq!(info, record.info);
-            let (lazy, unseen) = match record.backing {
-                Backing::Directory { id, .. } => (false, directories.insert(id.to_string())),
-                Backing::Lazy { tree, .. } => (true, trees.insert(tree)),
-            };
-            assert!(unseen, "two snapshots share {:?}", record.backing);
-            let modelled =
-                Modelled { kind: info.kind, parent: info.parent, labels: info.labels, lazy };
-            seen.insert(info.name, modelled);
-        }
-        let on_disk: BTreeSet<String> = std::fs::read_dir(root.join("snapshots"))
-            .unwrap()
-            .map(|entry| entry.unwrap().file_name().into_string().unwrap())
-            .collect();
-        assert_eq!(on_disk, directories);
-        assert_eq!(self.mounter.trees().into_iter().collect::<BTreeSet<_>>(), trees);
-        for lazy in self.metadata.lazy_snapshots() {
-            assert!(self.mounter.directory(lazy.tree).is_dir());
-        }
-        seen
-    }
-}
-
-async fn run(calls: Vec<Call>) {
-    let root = new_root();
-    let mut subject = Subject::open(root.path());
-    let mut model = Model::default();
-    for call in &calls {
-        if matches!(call, Call::Restart) {
-            drop(subject);
-            subject = Subject::open(root.path());
-        }
-        let expected = model.apply(call);
-        assert_eq!(subject.apply(call).await, expected, "{call:?}");
-        assert_eq!(subject.observe(root.path()), model.0, "after {call:?}");
-    }
-}
-
-proptest! {
-    #![proptest_config(ProptestConfig { cases: 40, max_shrink_iters: 200, ..ProptestConfig::default() })]
-
-    #[test]
-    fn random_calls_do_what_the_contract_says(calls in calls()) {
-        tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap().block_on(run(calls));
-    }
 }

@@ -24,6 +24,8 @@ pub(crate) enum Unit {
     OfNative,
     /// CPU seconds per 10⁹ bytes.
     SecondsPerGigabyte,
+    /// Hundredths of one CPU.
+    PercentOfCpu,
 }
 
 impl Unit {
@@ -37,6 +39,7 @@ impl Unit {
             Self::Mebibytes => "MiB",
             Self::OfNative => "of native",
             Self::SecondsPerGigabyte => "s/GB",
+            Self::PercentOfCpu => "% CPU",
         }
     }
 }
@@ -120,6 +123,8 @@ pub(crate) const CATALOGUE: &[Kind] = &[
     kind("tensorizer_mount_s", Unit::Seconds, "tensorizer, cold mount + load"),
     kind("tensorizer_pull_s", Unit::Seconds, "  pull + local load"),
     kind("daemon_cpu_s_per_gb", Unit::SecondsPerGigabyte, "daemon's CPU, cold sequential"),
+    kind("polling_cpu_percent", Unit::PercentOfCpu, "daemon's CPU, CRI polls 10,000 snapshots"),
+    kind("restart_ms", Unit::Milliseconds, "restart, 1,000 snapshots and 200 models: the pause"),
     kind("daemon_rss_mib", Unit::Mebibytes, "daemon's peak memory, mapped files not counted"),
     kind("store_start_ms", Unit::Milliseconds, "start-up with 100 blobs of 100 GB"),
 ];

@@ -10,6 +10,7 @@ mod figures;
 mod images;
 mod lab;
 mod loaders;
+mod node;
 mod read;
 mod report;
 mod start;
@@ -17,6 +18,7 @@ mod throttle;
 mod usage;
 mod warm;
 
+use std::cell::OnceCell;
 use std::env;
 use std::fs;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -29,6 +31,7 @@ use weightfs_tests::containerd::{Containerd, ContainerdOptions, Version};
 use crate::figures::Figures;
 use crate::lab::Lab;
 use crate::loaders::Loaders;
+use crate::node::Polled;
 
 /// What the environment asks for.
 #[derive(Debug, Clone)]
@@ -82,18 +85,21 @@ pub(crate) struct Bench {
     containerd21: Option<Containerd>,
     containerd16: Containerd,
     loaders: Loaders,
+    polled: OnceCell<Polled>,
+    quick: bool,
     /// The last field, so that it goes last.
     lab: Lab,
 }
 
 type Section = fn(&Bench, &mut Figures);
 
-const SECTIONS: [(&str, Section); 5] = [
+const SECTIONS: [(&str, Section); 6] = [
     ("cold", cold::measure),
     ("images", images::measure),
     ("warm", warm::measure),
     ("loaders", loaders::measure),
     ("start", start::measure),
+    ("node", node::measure),
 ];
 
 impl Bench {
@@ -108,7 +114,8 @@ impl Bench {
             figures.leave_out("containerd21_", "containerd 2.1 can't be had from Debian sid");
         }
         let loaders = Loaders::new(options, &lab, figures);
-        Self { containerd21, containerd16, loaders, lab }
+        let (polled, quick) = (OnceCell::new(), options.quick);
+        Self { containerd21, containerd16, loaders, polled, quick, lab }
     }
 }
 

@@ -124,6 +124,14 @@ const REACHES: &[Reach] = &[
         },
     },
     Reach {
+        title: "CRI polls 10,000 snapshots, % of a CPU",
+        judge: |f| value(f, "polling_cpu_percent", Bound::AtMost(2.0)),
+    },
+    Reach {
+        title: "restart with 1,000 snapshots, 200 models, ms",
+        judge: |f| value(f, "restart_ms", Bound::AtMost(1000.0)),
+    },
+    Reach {
         title: "safetensors, mount / pull",
         judge: |f| ratio(f, "safetensors_mount_s", "safetensors_pull_s", Bound::AtMost(1.0)),
     },
