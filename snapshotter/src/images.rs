@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 use tonic::async_trait;
 use tracing::{error, info, warn};
 use weightfs_fusefs::{Artifact, Compression, LayerContent, LayerDescriptor, Quiet, TreeNumber};
-use weightfs_store::{Digest, Reference};
+use weightfs_store::{Digest, Reference, parse_reference};
 
 use crate::metadata::{LazySnapshot, Metadata, Usage};
 use crate::snapshots::{LayerMounter, LayerRequest, LazyLayer, Verdict};
@@ -239,8 +239,8 @@ fn identify(request: &LayerRequest) -> Result<(Reference, Digest, Digest), Strin
     let image = request.image_ref.as_ref().ok_or_else(|| missing("which image it is of"))?;
     let manifest = request.manifest_digest.as_ref().ok_or_else(|| missing("its manifest"))?;
     let layer = request.layer_digest.as_ref().ok_or_else(|| missing("its digest"))?;
-    let reference: Reference =
-        image.parse().map_err(|error| format!("image reference {image:?}: {error}"))?;
+    let reference =
+        parse_reference(image).map_err(|error| format!("image reference {image:?}: {error}"))?;
     let digest = |text: &String| text.parse().map_err(|error| format!("{error}"));
     Ok((reference, digest(manifest)?, digest(layer)?))
 }

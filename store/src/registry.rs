@@ -9,6 +9,7 @@ mod auth;
 mod blob;
 mod host;
 mod push;
+mod reference;
 mod referrers;
 
 use std::collections::BTreeMap;
@@ -27,6 +28,7 @@ use serde::{Deserialize, Serialize};
 
 use self::blob::BlobSource;
 use self::host::Host;
+pub use self::reference::parse_reference;
 pub use self::referrers::Referrer;
 use crate::shared::lock;
 use crate::{Digest, Source, SourceError};
