@@ -7,6 +7,7 @@ use std::num::NonZeroUsize;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 
+use futures::future::join;
 use lru::LruCache;
 use serde::{Deserialize, Serialize};
 use tonic::async_trait;
@@ -122,9 +123,12 @@ impl ImageLayers {
         let open = self.opener.open_layer(&layer, &Quiet).await;
         let open = open.map_err(|error| error.to_string())?;
         let record = TreeRecord { layers: vec![layer.clone()], over_foreign };
-        self.opener.remember(&reference.whole(), manifest, &record).await;
+        let name = reference.whole();
+        // Each waits for the disk.
+        let (number, ()) =
+            join(self.allocate(), self.opener.remember(&name, manifest, &record)).await;
+        let number = number?;
         let tree = stack(below.as_deref(), OpenTree { layers: vec![open], record });
-        let number = self.allocate().await?;
         self.trees.show(number, tree).map_err(|error| error.to_string())?;
         let record = serde_json::to_value(Remembered { layer, over_foreign });
         match record {

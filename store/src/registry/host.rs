@@ -3,13 +3,13 @@
 use std::net::IpAddr;
 use std::num::NonZeroUsize;
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, Once};
+use std::sync::{Arc, Mutex, Once, OnceLock};
 use std::time::Duration;
 
 use lru::LruCache;
-use reqwest::header::{HeaderMap, RETRY_AFTER};
+use reqwest::header::{HeaderMap, LOCATION, RETRY_AFTER};
 use reqwest::redirect::{Attempt, Policy};
-use reqwest::{Certificate, Client, RequestBuilder, Response, StatusCode, Url};
+use reqwest::{Certificate, Client, ClientBuilder, RequestBuilder, Response, StatusCode, Url};
 
 use super::auth::{Access, Authority, Authorization, Right};
 use super::{RegistryOptions, Repository};
@@ -38,7 +38,7 @@ const MAX_REPOSITORIES: NonZeroUsize = NonZeroUsize::new(1024).unwrap();
 #[derive(Debug)]
 pub(super) struct Host {
     base: Url,
-    client: Client,
+    clients: Clients,
     authority: Arc<Authority>,
     access: Mutex<LruCache<(String, Right), Arc<Access>>>,
 }
@@ -63,11 +63,11 @@ impl Host {
                     .map_err(|error| failed(format!("CA file {}: {error}", path.display())))?,
             ),
         };
-        let client = client(&base, ca.as_deref(), timeout.min(MAX_SILENCE))
-            .map_err(|error| failed(format!("TLS can't be set up: {}", words(&error))))?;
+        let clients = Clients::new(&base, ca.as_deref(), timeout.min(MAX_SILENCE))
+            .map_err(|error| failed(no_tls(&error)))?;
         let authority = Authority::new(registry, &base, ca, docker_config, timeout);
         let access = Mutex::new(LruCache::new(MAX_REPOSITORIES));
-        Ok(Self { base, client, authority: Arc::new(authority), access })
+        Ok(Self { base, clients, authority: Arc::new(authority), access })
     }
 
     /// Asks for `path` below the repository; authenticates, once, where the registry wants it.
@@ -80,7 +80,7 @@ impl Host {
         headers: &HeaderMap,
     ) -> Result<Response, SourceError> {
         let url = self.url(from, path)?;
-        let build = || self.client.get(url.clone()).headers(headers.clone());
+        let build = |client: &Client| client.get(url.clone()).headers(headers.clone());
         self.ask(from, what, Right::Pull, build).await
     }
 
@@ -90,25 +90,50 @@ impl Host {
         from: &Repository,
         what: &str,
         right: Right,
-        build: impl Fn() -> RequestBuilder,
+        build: impl Fn(&Client) -> RequestBuilder,
     ) -> Result<Response, SourceError> {
         let access = self.access(&from.name, right);
         let known = access.current().await;
-        let answer = send(from, build(), known.authorization()).await?;
+        let answer = self.send(from, &build, known.authorization()).await?;
         if !is_refusal(answer.status()) {
             return Ok(answer);
         }
         let fresh = access.renew(&known, from, what).await?;
-        let answer = send(from, build(), fresh.authorization()).await?;
+        let answer = self.send(from, &build, fresh.authorization()).await?;
         if is_refusal(answer.status()) {
             return Err(fresh.refused(from, what));
         }
         Ok(answer)
     }
 
-    /// For requests that [`Host::ask`] sends.
-    pub(super) fn client(&self) -> &Client {
-        &self.client
+    /// Sends it again where it turns out that TLS is spoken behind a plain registry.
+    async fn send(
+        &self,
+        from: &Repository,
+        build: impl Fn(&Client) -> RequestBuilder,
+        authorization: &Authorization,
+    ) -> Result<Response, SourceError> {
+        let answer = send(from, build(self.clients.known()), authorization).await?;
+        if !leads_to_tls(&answer) {
+            return Ok(answer);
+        }
+        let client = self.client_with_tls(from)?;
+        send(from, build(client), authorization).await
+    }
+
+    /// For a request to another place than the registry.
+    pub(super) fn client_for(&self, from: &Repository, url: &Url) -> Result<&Client, SourceError> {
+        match url.scheme() {
+            "https" => self.client_with_tls(from),
+            _ => Ok(self.clients.known()),
+        }
+    }
+
+    fn client_with_tls(&self, from: &Repository) -> Result<&Client, SourceError> {
+        self.clients.with_tls().map_err(|error| SourceError::Unreachable {
+            source_name: from.to_string(),
+            message: no_tls(&error),
+        })
     }
 
     pub(super) fn url(&self, from: &Repository, path: &str) -> Result<Url, SourceError> {
@@ -200,27 +225,91 @@ pub(super) fn is_loopback(address: &str) -> bool {
     host == "localhost" || ip.is_ok_and(|ip| ip.is_loopback())
 }
 
-fn client(base: &Url, ca: Option<&[u8]>, silence: Duration) -> reqwest::Result<Client> {
-    let ca = ca.map(Certificate::from_pem_bundle).transpose()?.unwrap_or_default();
-    let build = || {
+/// The clients of a registry. Reading the machine's certificates takes some 40 ms of a core, so
+/// where a registry speaks plain HTTP they are not read before something leads to TLS.
+#[derive(Debug)]
+struct Clients {
+    /// Knows no certificates where the registry is plain.
+    first: Client,
+    /// Set once something led to TLS.
+    with_tls: OnceLock<Client>,
+    builder: Builder,
+}
+
+/// Makes clients.
+#[derive(Debug)]
+struct Builder {
+    loopback: bool,
+    ca: Vec<Certificate>,
+    silence: Duration,
+}
+
+impl Clients {
+    fn new(base: &Url, ca: Option<&[u8]>, silence: Duration) -> reqwest::Result<Self> {
+        let ca = ca.map(Certificate::from_pem_bundle).transpose()?.unwrap_or_default();
+        let builder = Builder { loopback: is_loopback(base.authority()), ca, silence };
+        if base.scheme() == "http" {
+            return Ok(Self { first: builder.plain()?, with_tls: OnceLock::new(), builder });
+        }
+        let first = builder.with_tls()?;
+        Ok(Self { with_tls: OnceLock::from(first.clone()), first, builder })
+    }
+
+    /// The one to begin with.
+    fn known(&self) -> &Client {
+        self.with_tls.get().unwrap_or(&self.first)
+    }
+
+    /// One that knows the certificates of this machine, which are read now if they were not.
+    fn with_tls(&self) -> reqwest::Result<&Client> {
+        if let Some(client) = self.with_tls.get() {
+            return Ok(client);
+        }
+        let client = self.builder.with_tls()?;
+        Ok(self.with_tls.get_or_init(|| client))
+    }
+}
+
+impl Builder {
+    fn plain(&self) -> reqwest::Result<Client> {
+        let policy = Policy::custom(follow_to_plain);
+        self.either().redirect(policy).tls_certs_only([]).build()
+    }
+
+    fn with_tls(&self) -> reqwest::Result<Client> {
+        let policy = Policy::custom(follow);
+        self.either().redirect(policy).tls_certs_merge(self.ca.clone()).build()
+    }
+
+    fn either(&self) -> ClientBuilder {
         let builder = Client::builder()
             .user_agent(USER_AGENT)
             // One connection for each range: HTTP/2 would put them all through one window.
             .http1_only()
-            .redirect(Policy::custom(follow))
             .referer(false)
-            .connect_timeout(silence)
-            .read_timeout(silence)
+            .connect_timeout(self.silence)
+            .read_timeout(self.silence)
             .pool_max_idle_per_host(MAX_IDLE_CONNECTIONS)
             .pool_idle_timeout(IDLE_CONNECTION);
         // A proxy can't reach what listens on our own loopback.
-        if is_loopback(base.authority()) { builder.no_proxy() } else { builder }
-    };
-    match build().tls_certs_merge(ca.clone()).build() {
-        // A machine without any certificate can still talk plain HTTP.
-        Err(_) if base.scheme() == "http" => build().tls_certs_only(ca).build(),
-        other => other,
+        if self.loopback { builder.no_proxy() } else { builder }
     }
+}
+
+fn no_tls(error: &reqwest::Error) -> String {
+    format!("TLS can't be set up: {}", words(error))
+}
+
+/// Whether a redirect was not followed because it needs certificates.
+fn leads_to_tls(answer: &Response) -> bool {
+    let location = answer.headers().get(LOCATION).and_then(|location| location.to_str().ok());
+    let target = location.and_then(|location| answer.url().join(location).ok());
+    answer.status().is_redirection() && target.is_some_and(|target| target.scheme() == "https")
+}
+
+/// As [`follow`], up to where TLS begins.
+fn follow_to_plain(attempt: Attempt<'_>) -> reqwest::redirect::Action {
+    if attempt.url().scheme() == "https" { attempt.stop() } else { follow(attempt) }
 }
 
 /// Follows redirects, but not from TLS to plain text: what is believed for its transport must

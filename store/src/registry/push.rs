@@ -6,7 +6,7 @@
 
 use bytes::Bytes;
 use reqwest::header::{CONTENT_LENGTH, CONTENT_TYPE, LOCATION};
-use reqwest::{Response, StatusCode, Url};
+use reqwest::{Client, Response, StatusCode, Url};
 
 use super::auth::Right;
 use super::host::{Host, failed_status};
@@ -27,20 +27,21 @@ impl Registries {
             return Ok(digest);
         }
         let begin = host.url(to, "blobs/uploads/")?;
-        let begin = || host.client().post(begin.clone()).header(CONTENT_LENGTH, 0);
+        let begin = |client: &Client| client.post(begin.clone()).header(CONTENT_LENGTH, 0);
         let answer = host.ask(to, &what, Right::Push, begin).await?;
         let mut upload = expect(to, &what, &answer, StatusCode::ACCEPTED)
             .and_then(|()| location(to, &what, &answer))?;
         upload.query_pairs_mut().append_pair("digest", &digest.to_string());
-        let put = || {
-            let request = host.client().put(upload.clone());
+        let put = |client: &Client| {
+            let request = client.put(upload.clone());
             request.header(CONTENT_TYPE, "application/octet-stream").body(bytes.clone())
         };
         let answer = if upload.origin() == host.url(to, "")?.origin() {
             host.ask(to, &what, Right::Push, put).await?
         } else {
             // Another host's business: it gets no credentials of ours.
-            put().send().await.map_err(|error| super::host::unreachable(to, error))?
+            let client = host.client_for(to, &upload)?;
+            put(client).send().await.map_err(|error| super::host::unreachable(to, error))?
         };
         expect(to, &what, &answer, StatusCode::CREATED).map(|()| digest)
     }
@@ -66,7 +67,7 @@ impl Registries {
 async fn has(host: &Host, to: &Repository, what: &str, path: &str) -> Result<bool, SourceError> {
     let url = host.url(to, path)?;
     // With the right to push, so that one token serves for all that follows.
-    let answer = host.ask(to, what, Right::Push, || host.client().head(url.clone())).await?;
+    let answer = host.ask(to, what, Right::Push, |client| client.head(url.clone())).await?;
     match answer.status() {
         StatusCode::OK => Ok(true),
         StatusCode::NOT_FOUND => Ok(false),

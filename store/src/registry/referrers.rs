@@ -3,8 +3,8 @@
 //! Tag Schema"); whoever pushes a referrer there adds it to the list.
 
 use bytes::Bytes;
-use reqwest::StatusCode;
 use reqwest::header::CONTENT_TYPE;
+use reqwest::{Client, StatusCode};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
@@ -145,8 +145,8 @@ impl Registries {
         let what = format!("manifest {name}");
         let host = self.host(&to.registry)?;
         let url = host.url(to, &format!("manifests/{name}"))?;
-        let put = || {
-            let request = host.client().put(url.clone());
+        let put = |client: &Client| {
+            let request = client.put(url.clone());
             request.header(CONTENT_TYPE, media_type).body(bytes.clone())
         };
         let answer = host.ask(to, &what, Right::Push, put).await?;
