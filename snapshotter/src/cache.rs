@@ -22,7 +22,7 @@ use weightfs_proto::control::{
 };
 use weightfs_store::{
     BlobId, BlobUsage, Digest, Evicted, Form, OpenError, ReadError, Reference, Store, Usage,
-    VerifyError,
+    VerifyError, parse_reference,
 };
 
 use crate::references::{Pin, ReferenceRecord, References};
@@ -44,7 +44,7 @@ impl FromStr for Subject {
         if let Ok(digest) = text.parse() {
             return Ok(Self::Blob(digest));
         }
-        let reference = text.parse::<Reference>().map_err(|error| format!("{text}: {error}"))?;
+        let reference = parse_reference(text).map_err(|error| format!("{text}: {error}"))?;
         Ok(Self::Reference(reference.whole()))
     }
 }

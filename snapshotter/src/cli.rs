@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
 use glob::Pattern;
-use weightfs_store::Reference;
+use weightfs_store::{Reference, parse_reference};
 
 use crate::cache::Subject;
 
@@ -42,7 +42,7 @@ pub enum Command {
     /// List a model's files without mounting it
     Ls {
         /// The artifact: host/repository:tag or host/repository@digest
-        #[arg(value_name = "REF")]
+        #[arg(value_name = "REF", value_parser = parse_reference)]
         reference: Reference,
         /// Print JSON
         #[arg(long)]
@@ -172,7 +172,7 @@ pub enum CacheCommand {
 #[derive(Debug, Args)]
 pub struct PinArgs {
     /// The artifact: host/repository:tag or host/repository@digest
-    #[arg(value_name = "REF")]
+    #[arg(value_name = "REF", value_parser = parse_reference)]
     pub reference: Reference,
     /// Print JSON
     #[arg(long)]
@@ -197,7 +197,7 @@ pub struct VerifyArgs {
 #[derive(Debug, Args)]
 pub struct MountArgs {
     /// The artifact: host/repository:tag or host/repository@digest
-    #[arg(value_name = "REF")]
+    #[arg(value_name = "REF", value_parser = parse_reference)]
     pub reference: Reference,
     /// An empty directory
     pub dir: PathBuf,
@@ -226,7 +226,7 @@ pub struct MountArgs {
 #[derive(Debug, Args)]
 pub struct RpullArgs {
     /// The image: host/repository:tag or host/repository@digest
-    #[arg(value_name = "IMAGE")]
+    #[arg(value_name = "IMAGE", value_parser = parse_reference)]
     pub image: Reference,
     /// containerd's socket
     #[arg(long, value_name = "SOCKET", default_value = "/run/containerd/containerd.sock")]
@@ -246,7 +246,7 @@ pub struct RpullArgs {
 #[derive(Debug, Args)]
 pub struct ImageArgs {
     /// The artifact: host/repository:tag or host/repository@digest
-    #[arg(value_name = "REF")]
+    #[arg(value_name = "REF", value_parser = parse_reference)]
     pub reference: Reference,
     /// Tag of the image [default: the artifact's tag with `-image`]
     #[arg(long, value_name = "TAG")]
@@ -260,7 +260,7 @@ pub struct ImageArgs {
 #[derive(Debug, Args)]
 pub struct IndexArgs {
     /// The artifact: host/repository:tag or host/repository@digest
-    #[arg(value_name = "REF")]
+    #[arg(value_name = "REF", value_parser = parse_reference)]
     pub reference: Reference,
     /// Write it to a file and push nothing
     #[arg(long, short, value_name = "FILE")]
@@ -274,7 +274,7 @@ pub struct IndexArgs {
 #[derive(Debug, Args)]
 pub struct PullArgs {
     /// The artifact: host/repository:tag or host/repository@digest
-    #[arg(value_name = "REF")]
+    #[arg(value_name = "REF", value_parser = parse_reference)]
     pub reference: Reference,
     /// Only files that match, like `*.json` or `weights/**` (may be given again)
     #[arg(long, value_name = "GLOB")]

@@ -22,7 +22,7 @@ use weightfs_proto::control::{
     ReleaseReply, ReleaseRequest, StatusReply, StatusRequest, VerifyEvent, VerifyRequest,
     mount_event,
 };
-use weightfs_store::Reference;
+use weightfs_store::{Reference, parse_reference};
 
 use crate::cache::{Cache, CacheError, Repair, Subject};
 use crate::handover::Keeper;
@@ -223,7 +223,7 @@ fn subject(text: &str) -> Result<Subject, Status> {
 }
 
 fn reference(text: &str) -> Result<Reference, Status> {
-    text.parse().map_err(|error| Status::invalid_argument(format!("{text}: {error}")))
+    parse_reference(text).map_err(|error| Status::invalid_argument(format!("{text}: {error}")))
 }
 
 fn pattern(text: &str) -> Result<Pattern, Status> {

@@ -7,12 +7,13 @@ use std::num::NonZeroUsize;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 
+use futures::future::join;
 use lru::LruCache;
 use serde::{Deserialize, Serialize};
 use tonic::async_trait;
 use tracing::{error, info, warn};
 use weightfs_fusefs::{Artifact, Compression, LayerContent, LayerDescriptor, Quiet, TreeNumber};
-use weightfs_store::{Digest, Reference};
+use weightfs_store::{Digest, Reference, parse_reference};
 
 use crate::metadata::{LazySnapshot, Metadata, Usage};
 use crate::reason::Reason;
@@ -126,9 +127,12 @@ impl ImageLayers {
         let index = opener.indexes.find(&opener.registries, &artifact, None).await;
         let open = opener.open_layer(&layer, index.as_deref(), &Quiet).await?;
         let record = TreeRecord { layers: vec![layer.clone()], over_foreign };
-        self.opener.remember(&reference.whole(), manifest, &record).await;
+        let name = reference.whole();
+        // Each waits for the disk.
+        let (number, ()) =
+            join(self.allocate(), self.opener.remember(&name, manifest, &record)).await;
+        let number = number?;
         let tree = stack(below.as_deref(), OpenTree { layers: vec![open], record });
-        let number = self.allocate().await?;
         self.trees.show(number, tree)?;
         let record = serde_json::to_value(Remembered { layer, over_foreign });
         match record {
@@ -238,8 +242,8 @@ fn identify(request: &LayerRequest) -> Result<(Reference, Digest, Digest), Reaso
     let image = request.image_ref.as_ref().ok_or_else(|| missing("which image it is of"))?;
     let manifest = request.manifest_digest.as_ref().ok_or_else(|| missing("its manifest"))?;
     let layer = request.layer_digest.as_ref().ok_or_else(|| missing("its digest"))?;
-    let reference: Reference =
-        image.parse().map_err(|error| Reason::bad_labels(format!("{image:?}: {error}")))?;
+    let reference = parse_reference(image)
+        .map_err(|error| Reason::bad_labels(format!("{image:?}: {error}")))?;
     let digest = |text: &String| text.parse::<Digest>().map_err(Reason::bad_labels);
     Ok((reference, digest(manifest)?, digest(layer)?))
 }

@@ -12,9 +12,12 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 use containerd_client::types::Descriptor;
+use futures::future::{join, try_join, try_join3};
+use futures::{FutureExt as _, StreamExt as _, stream};
 use oci_spec::image::{ImageConfiguration, ImageManifest};
 use serde::Serialize;
 use sha2::{Digest as _, Sha256};
+use tokio::sync::OnceCell;
 use weightfs_fusefs::{Artifact, ArtifactError, Platform};
 use weightfs_store::{Digest, DigestError, Reference, Registries, SourceError};
 
@@ -32,6 +35,9 @@ const MAX_CONFIG_BYTES: u64 = 4 << 20;
 /// Longest list of layers in the label `cri.image-layers`: containerd limits a label's key and
 /// value to 4,096 bytes in total.
 const MAX_IMAGE_LAYERS_LABEL: usize = 4096 - 64;
+
+/// Blobs that are downloaded at the same time; containerd's own default.
+const CONTENTS_AT_ONCE: usize = 3;
 
 /// Why a pull failed.
 #[derive(Debug, thiserror::Error)]
@@ -156,9 +162,22 @@ struct ImageLayer {
     descriptor: oci_spec::image::Descriptor,
     /// The digest of the plain tar.
     diff_id: String,
+    /// Set once containerd has its blob.
+    content: OnceCell<()>,
+}
+
+impl ImageLayer {
+    /// Whether no snapshotter of ours mounts it: it needs its blob.
+    fn is_compressed(&self) -> bool {
+        let media_type = self.descriptor.media_type().to_string();
+        media_type.ends_with("+gzip")
+            || media_type.ends_with("+zstd")
+            || media_type.ends_with(".gzip")
+    }
 }
 
 /// Where a layer goes.
+#[derive(Default)]
 struct Place {
     /// Its position in the image.
     index: usize,
@@ -177,20 +196,19 @@ pub async fn pull(
     pull: &Pull,
     mut report: impl FnMut(&PulledLayer),
 ) -> Result<Vec<PulledLayer>, RpullError> {
-    let containerd = Containerd::connect(&pull.address, &pull.namespace, &pull.snapshotter).await?;
+    let connect = Containerd::connect(&pull.address, &pull.namespace, &pull.snapshotter);
+    let (containerd, image) = join(connect, ImageParts::resolve(registries, &pull.image)).await;
+    let containerd = containerd?;
     let result = async {
-        let image = ImageParts::resolve(registries, &pull.image).await?;
-        image.write_documents(&containerd).await?;
-        let mut layers = Vec::new();
-        let mut parent = String::new();
-        for (index, layer) in image.layers.iter().enumerate() {
-            let place = Place { index, chain_id: chain_id(&parent, &layer.diff_id), parent };
-            let pulled = image.pull_layer(registries, &containerd, layer, &place).await?;
-            report(&pulled);
-            layers.push(pulled);
-            parent = place.chain_id;
-        }
-        image.finish(&containerd, &pull.snapshotter, &parent).await?;
+        let image = image?;
+        // What keeps what is in containerd's label syntax, and need not be there yet: the lease
+        // keeps all of it until the image has its name.
+        let documents = image.write_documents(&containerd, &pull.snapshotter);
+        let layers = image.pull_layers(registries, &containerd, &mut report);
+        // Beside it, since a layer is unpacked only when those below it are there.
+        let contents = image.fetch_contents(registries, &containerd).map(Ok);
+        let ((), (), layers) = try_join3(documents, contents, layers).await?;
+        image.put_name(&containerd).await?;
         Ok(layers)
     }
     .await;
@@ -220,23 +238,99 @@ impl ImageParts {
         let descriptors = manifest.layers().iter().cloned();
         let layers = descriptors
             .zip(diff_ids)
-            .map(|(descriptor, diff_id)| ImageLayer { descriptor, diff_id })
+            .map(|(descriptor, diff_id)| {
+                let content = OnceCell::new();
+                ImageLayer { descriptor, diff_id, content }
+            })
             .collect();
         Ok(Self { name, artifact, manifest, config_digest, config, layers })
     }
 
-    /// Manifest and config, with the labels that keep containerd from collecting what they need.
-    async fn write_documents(&self, containerd: &Containerd) -> Result<(), RpullError> {
+    /// Manifest and config, with the labels that keep containerd from collecting what they need:
+    /// the manifest keeps the config, and the config keeps the snapshots.
+    async fn write_documents(
+        &self,
+        containerd: &Containerd,
+        snapshotter: &str,
+    ) -> Result<(), RpullError> {
         let config = self.config_digest;
-        containerd.write_bytes(config, self.config.clone(), HashMap::new()).await?;
-        let mut labels =
+        let mut keeps =
             HashMap::from([("containerd.io/gc.ref.content.config".into(), config.to_string())]);
         for (index, layer) in self.manifest.layers().iter().enumerate() {
             let key = format!("containerd.io/gc.ref.content.l.{index}");
-            labels.insert(key, layer.digest().to_string());
+            keeps.insert(key, layer.digest().to_string());
         }
         let manifest = self.artifact.manifest.clone();
-        containerd.write_bytes(self.artifact.manifest_digest, manifest, labels).await
+        let manifest = containerd.write_bytes(self.artifact.manifest_digest, manifest, keeps);
+        let config = async {
+            let label = format!("containerd.io/gc.ref.snapshot.{snapshotter}");
+            let keeps = HashMap::from([(label, self.places().pop().unwrap_or_default().chain_id)]);
+            containerd.write_bytes(config, self.config.clone(), keeps.clone()).await?;
+            // It may have been there, with another snapshotter's label.
+            containerd.label_content(config, keeps).await
+        };
+        try_join(manifest, config).await.map(drop)
+    }
+
+    /// Where each layer goes.
+    fn places(&self) -> Vec<Place> {
+        let mut parent = String::new();
+        let place = |(index, layer): (usize, &ImageLayer)| {
+            let chain_id = chain_id(&parent, &layer.diff_id);
+            let parent = std::mem::replace(&mut parent, chain_id.clone());
+            Place { index, parent, chain_id }
+        };
+        self.layers.iter().enumerate().map(place).collect()
+    }
+
+    /// Brings the blobs of layers that will be unpacked. What fails is tried again, and told,
+    /// when the layer's turn comes.
+    async fn fetch_contents(&self, registries: &Arc<Registries>, containerd: &Containerd) {
+        let wanted = self.layers.iter().zip(self.places());
+        let wanted = wanted.filter(|(layer, _)| layer.is_compressed());
+        stream::iter(wanted)
+            .for_each_concurrent(CONTENTS_AT_ONCE, |(layer, place)| async move {
+                if let Ok(false) = containerd.has_snapshot(&place.chain_id).await {
+                    let _ = self.fetch_content(registries, containerd, layer).await;
+                }
+            })
+            .await;
+    }
+
+    /// Has containerd hold the blob of a layer.
+    async fn fetch_content(
+        &self,
+        registries: &Arc<Registries>,
+        containerd: &Containerd,
+        layer: &ImageLayer,
+    ) -> Result<(), RpullError> {
+        let (name, size) = (layer.descriptor.digest().to_string(), layer.descriptor.size());
+        let digest = parse_digest(&self.name, "manifest", &name)?;
+        let fetch = || async {
+            if containerd.has_content(digest).await? {
+                return Ok(());
+            }
+            let source = registries.source(&self.artifact.repository, digest, size);
+            let bytes = source.fetch(0..size).await.map_err(RpullError::Source)?;
+            containerd.write(digest, size, bytes, HashMap::new()).await
+        };
+        layer.content.get_or_try_init(fetch).await.copied()
+    }
+
+    /// All layers, each on those below it.
+    async fn pull_layers(
+        &self,
+        registries: &Arc<Registries>,
+        containerd: &Containerd,
+        mut report: impl FnMut(&PulledLayer),
+    ) -> Result<Vec<PulledLayer>, RpullError> {
+        let mut layers = Vec::new();
+        for (layer, place) in self.layers.iter().zip(self.places()) {
+            let pulled = self.pull_layer(registries, containerd, layer, &place).await?;
+            report(&pulled);
+            layers.push(pulled);
+        }
+        Ok(layers)
     }
 
     /// One layer: offered to the snapshotter, and unpacked if it declines.
@@ -308,14 +402,9 @@ impl ImageParts {
         layer: &ImageLayer,
         mounts: Vec<containerd_client::types::Mount>,
     ) -> Result<(), RpullError> {
-        let ImageLayer { descriptor, diff_id } = layer;
+        self.fetch_content(registries, containerd, layer).await?;
+        let ImageLayer { descriptor, diff_id, .. } = layer;
         let (name, size) = (descriptor.digest().to_string(), descriptor.size());
-        let digest = parse_digest(&self.name, "manifest", &name)?;
-        if !containerd.has_content(digest).await? {
-            let source = registries.source(&self.artifact.repository, digest, size);
-            let bytes = source.fetch(0..size).await.map_err(RpullError::Source)?;
-            containerd.write(digest, size, bytes, HashMap::new()).await?;
-        }
         let descriptor = Descriptor {
             media_type: descriptor.media_type().to_string(),
             digest: name.clone(),
@@ -330,16 +419,8 @@ impl ImageParts {
         Ok(())
     }
 
-    /// The config keeps the snapshots, the name keeps the manifest: now all of it lasts.
-    async fn finish(
-        &self,
-        containerd: &Containerd,
-        snapshotter: &str,
-        chain_id: &str,
-    ) -> Result<(), RpullError> {
-        let label = format!("containerd.io/gc.ref.snapshot.{snapshotter}");
-        let labels = HashMap::from([(label, chain_id.to_owned())]);
-        containerd.label_content(self.config_digest, labels).await?;
+    /// The name keeps the manifest: now all of it lasts.
+    async fn put_name(&self, containerd: &Containerd) -> Result<(), RpullError> {
         let media_type = self.manifest.media_type().as_ref().map(ToString::to_string);
         let target = Descriptor {
             media_type: media_type

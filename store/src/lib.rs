@@ -42,8 +42,10 @@ pub use blob::{Blob, BlobStats, Miss, Read, SegmentHold, Slice, Trust};
 pub use digest::{Digest, DigestError};
 pub use error::{OpenError, ReadError, SourceError};
 pub use layout::{CHUNK_BYTES, Layout, LayoutError};
-pub use oci_client::Reference;
-pub use registry::{MAX_MANIFEST_BYTES, Manifest, Registries, RegistryOptions, Repository};
+pub use oci_client::{ParseError, Reference};
+pub use registry::{
+    MAX_MANIFEST_BYTES, Manifest, Registries, RegistryOptions, Repository, parse_reference,
+};
 pub use source::{ByteStream, Source, in_order};
 pub use store::{
     Amount, Background, BlobId, BlobUsage, CacheOptions, Checked, Evicted, FetchOptions, Form,

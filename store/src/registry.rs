@@ -7,10 +7,12 @@
 
 mod auth;
 mod blob;
+mod clients;
 mod endpoints;
 mod health;
 mod host;
 mod push;
+mod reference;
 mod referrers;
 mod target;
 
@@ -30,6 +32,7 @@ use serde::{Deserialize, Serialize};
 
 use self::blob::BlobSource;
 use self::host::Host;
+pub use self::reference::parse_reference;
 pub use self::referrers::Referrer;
 use crate::shared::lock;
 use crate::{Digest, Source, SourceError};

@@ -6,17 +6,17 @@
 
 use std::net::IpAddr;
 use std::num::NonZeroUsize;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex, Once};
 use std::time::Duration;
 
 use lru::LruCache;
 use reqwest::header::{HeaderMap, LOCATION, RETRY_AFTER};
-use reqwest::redirect::{Attempt, Policy};
-use reqwest::{Certificate, Client, Identity, Method, RequestBuilder, Response, StatusCode, Url};
+use reqwest::{Method, RequestBuilder, Response, StatusCode, Url};
 
 use super::Repository;
 use super::auth::{Access, Authority, Authorization, Right};
+use super::clients::{Clients, pem};
 use super::endpoints::{Capabilities, Endpoint};
 use super::health::Health;
 use crate::SourceError;
@@ -25,20 +25,11 @@ use crate::shared::lock;
 /// What registries see of us.
 pub(super) const USER_AGENT: &str = concat!("weightfs/", env!("CARGO_PKG_VERSION"));
 
-/// Idle connections that are kept; as many as a few busy blobs use at once.
-const MAX_IDLE_CONNECTIONS: usize = 64;
-
-/// How long they are kept: shorter than the minute after which common proxies close them.
-const IDLE_CONNECTION: Duration = Duration::from_secs(50);
-
 /// Redirects that are followed: registries send one, to their storage.
-const MAX_REDIRECTS: usize = 5;
+pub(super) const MAX_REDIRECTS: usize = 5;
 
 /// Repositories whose tokens are remembered for a registry.
 const MAX_REPOSITORIES: NonZeroUsize = NonZeroUsize::new(1024).unwrap();
-
-/// Largest PEM file that is read, in bytes.
-const MAX_PEM_BYTES: u64 = 4 << 20;
 
 /// A host that answers for a registry.
 #[derive(Debug)]
@@ -50,7 +41,7 @@ pub(super) struct Host {
     stands_for: Option<String>,
     can: Capabilities,
     headers: HeaderMap,
-    client: Client,
+    clients: Clients,
     authority: Arc<Authority>,
     access: Mutex<LruCache<(String, Right), Arc<Access>>>,
     health: Health,
@@ -71,14 +62,14 @@ impl Host {
             message,
         };
         let ca = pem(&endpoint.authorities).map_err(failed)?;
-        let client = client(&endpoint, ca.as_deref(), silence).map_err(failed)?;
+        let clients = Clients::new(&endpoint, ca.as_deref(), silence).map_err(failed)?;
         let Endpoint { api, mirror, can, headers, skip_verify, .. } = endpoint;
         let name = if mirror { api.authority() } else { registry };
         let authority = Authority::new(name, &api, ca, skip_verify, docker_config, timeout);
         let stands_for = mirror.then(|| registry.to_owned());
         let (authority, health) = (Arc::new(authority), Health::default());
         let access = Mutex::new(LruCache::new(MAX_REPOSITORIES));
-        Ok(Self { api, stands_for, can, headers, client, authority, access, health })
+        Ok(Self { api, stands_for, can, headers, clients, authority, access, health })
     }
 
     /// What it may be asked for.
@@ -101,7 +92,10 @@ impl Host {
         headers: &HeaderMap,
     ) -> Result<Response, SourceError> {
         let url = self.url(from, path)?;
-        let build = || self.request(Method::GET, url.clone()).headers(headers.clone());
+        let build = || {
+            let request = self.request(from, Method::GET, url.clone())?;
+            Ok(request.headers(headers.clone()))
+        };
         let answer = self.ask(from, what, Right::Pull, build).await?;
         self.follow(from, what, answer, headers).await
     }
@@ -124,7 +118,7 @@ impl Host {
         url: Url,
         headers: &HeaderMap,
     ) -> Result<Response, SourceError> {
-        let request = self.client.get(url).headers(headers.clone());
+        let request = self.request_elsewhere(from, Method::GET, url)?.headers(headers.clone());
         send(from, request, &Authorization::None).await
     }
 
@@ -158,13 +152,27 @@ impl Host {
     }
 
     /// A request to this host.
-    pub(super) fn request(&self, method: Method, url: Url) -> RequestBuilder {
-        self.client.request(method, url).headers(self.headers.clone())
+    pub(super) fn request(
+        &self,
+        from: &Repository,
+        method: Method,
+        url: Url,
+    ) -> Result<RequestBuilder, SourceError> {
+        Ok(self.request_elsewhere(from, method, url)?.headers(self.headers.clone()))
     }
 
     /// A request to another host, without anything of ours.
-    pub(super) fn request_elsewhere(&self, method: Method, url: Url) -> RequestBuilder {
-        self.client.request(method, url)
+    pub(super) fn request_elsewhere(
+        &self,
+        from: &Repository,
+        method: Method,
+        url: Url,
+    ) -> Result<RequestBuilder, SourceError> {
+        let client = self.clients.for_url(&url).map_err(|message| SourceError::Unreachable {
+            source_name: from.to_string(),
+            message,
+        })?;
+        Ok(client.request(method, url))
     }
 
     /// Sends what `build` makes, with the right to do so. A redirect to another host is answered
@@ -174,16 +182,16 @@ impl Host {
         from: &Repository,
         what: &str,
         right: Right,
-        build: impl Fn() -> RequestBuilder,
+        build: impl Fn() -> Result<RequestBuilder, SourceError>,
     ) -> Result<Response, SourceError> {
         let access = self.access(&from.name, right);
         let known = access.current().await;
-        let answer = send(from, build(), known.authorization()).await?;
+        let answer = send(from, build()?, known.authorization()).await?;
         if !is_refusal(answer.status()) {
             return Ok(answer);
         }
         let fresh = access.renew(&known, from, what).await?;
-        let answer = send(from, build(), fresh.authorization()).await?;
+        let answer = send(from, build()?, fresh.authorization()).await?;
         if is_refusal(answer.status()) {
             return Err(fresh.refused(from, what));
         }
@@ -260,7 +268,7 @@ pub(super) fn unreachable(from: &Repository, error: reqwest::Error) -> SourceErr
 }
 
 /// An error with its causes, in one line.
-fn words(error: &dyn std::error::Error) -> String {
+pub(super) fn words(error: &dyn std::error::Error) -> String {
     let causes = std::iter::successors(error.source(), |cause| cause.source());
     causes.fold(error.to_string(), |text, cause| format!("{text}: {cause}"))
 }
@@ -271,71 +279,6 @@ pub(super) fn is_loopback(address: &str) -> bool {
     let host = url.host_str().unwrap_or_default();
     let ip = host.trim_start_matches('[').trim_end_matches(']').parse::<IpAddr>();
     host == "localhost" || ip.is_ok_and(|ip| ip.is_loopback())
-}
-
-/// The contents of PEM files, one after the other; `None` if there are none.
-fn pem(files: &[PathBuf]) -> Result<Option<Vec<u8>>, String> {
-    let mut whole: Option<Vec<u8>> = None;
-    for path in files {
-        let bytes = read(path).map_err(|error| format!("{}: {error}", path.display()))?;
-        let whole = whole.get_or_insert_default();
-        whole.extend_from_slice(&bytes);
-        whole.push(b'\n');
-    }
-    Ok(whole)
-}
-
-fn read(path: &Path) -> std::io::Result<Vec<u8>> {
-    use std::io::Read as _;
-    let mut bytes = vec![];
-    std::fs::File::open(path)?.take(MAX_PEM_BYTES + 1).read_to_end(&mut bytes)?;
-    if bytes.len() as u64 > MAX_PEM_BYTES {
-        return Err(std::io::Error::other("it is larger than 4 MiB"));
-    }
-    Ok(bytes)
-}
-
-fn client(endpoint: &Endpoint, ca: Option<&[u8]>, silence: Duration) -> Result<Client, String> {
-    let failed = |error: reqwest::Error| format!("TLS can't be set up: {}", words(&error));
-    let ca = ca.map(Certificate::from_pem_bundle).transpose().map_err(failed)?.unwrap_or_default();
-    let identity = pem(&endpoint.identity)?;
-    let identity = identity.map(|pem| Identity::from_pem(&pem)).transpose();
-    // Its text could show a part of the key.
-    let identity = identity.map_err(|_| "the client's certificate and key can't be used")?;
-    let build = || {
-        let builder = Client::builder()
-            .user_agent(USER_AGENT)
-            // One connection for each range: HTTP/2 would put them all through one window.
-            .http1_only()
-            .redirect(Policy::custom(stay))
-            .referer(false)
-            .connect_timeout(silence)
-            .read_timeout(silence)
-            .pool_max_idle_per_host(MAX_IDLE_CONNECTIONS)
-            .pool_idle_timeout(IDLE_CONNECTION)
-            .tls_danger_accept_invalid_certs(endpoint.skip_verify);
-        let builder = match &identity {
-            Some(identity) => builder.identity(identity.clone()),
-            None => builder,
-        };
-        // A proxy can't reach what listens on our own loopback.
-        if is_loopback(endpoint.api.authority()) { builder.no_proxy() } else { builder }
-    };
-    match build().tls_certs_merge(ca.clone()).build() {
-        // A machine without any certificate can still talk plain HTTP.
-        Err(_) if endpoint.api.scheme() == "http" => build().tls_certs_only(ca).build(),
-        other => other,
-    }
-    .map_err(failed)
-}
-
-/// Follows redirects within a host, with what is ours. One to another host is the answer.
-fn stay(attempt: Attempt<'_>) -> reqwest::redirect::Action {
-    if attempt.previous().len() > MAX_REDIRECTS {
-        return attempt.error("too many redirects");
-    }
-    let here = attempt.previous().last().is_some_and(|url| url.origin() == attempt.url().origin());
-    if here { attempt.follow() } else { attempt.stop() }
 }
 
 /// rustls wants one provider for the process; whoever came first has chosen.

@@ -27,7 +27,10 @@ impl Registries {
             return Ok(digest);
         }
         let begin = host.url(to, "blobs/uploads/")?;
-        let begin = || host.request(Method::POST, begin.clone()).header(CONTENT_LENGTH, 0);
+        let begin = || {
+            let request = host.request(to, Method::POST, begin.clone())?;
+            Ok(request.header(CONTENT_LENGTH, 0))
+        };
         let answer = host.ask(to, &what, Right::Push, begin).await?;
         let mut upload = expect(to, &what, &answer, StatusCode::ACCEPTED)
             .and_then(|()| location(to, &what, &answer))?;
@@ -36,11 +39,11 @@ impl Registries {
             request.header(CONTENT_TYPE, "application/octet-stream").body(bytes.clone())
         };
         let answer = if upload.origin() == host.url(to, "")?.origin() {
-            let put = || put(host.request(Method::PUT, upload.clone()));
+            let put = || host.request(to, Method::PUT, upload.clone()).map(put);
             host.ask(to, &what, Right::Push, put).await?
         } else {
             // Another host's business: it gets no credentials of ours.
-            let put = put(host.request_elsewhere(Method::PUT, upload));
+            let put = put(host.request_elsewhere(to, Method::PUT, upload)?);
             put.send().await.map_err(|error| super::host::unreachable(to, error))?
         };
         expect(to, &what, &answer, StatusCode::CREATED).map(|()| digest)
@@ -67,7 +70,7 @@ impl Registries {
 async fn has(host: &Host, to: &Repository, what: &str, path: &str) -> Result<bool, SourceError> {
     let url = host.url(to, path)?;
     // With the right to push, so that one token serves for all that follows.
-    let head = || host.request(Method::HEAD, url.clone());
+    let head = || host.request(to, Method::HEAD, url.clone());
     let answer = host.ask(to, what, Right::Push, head).await?;
     match answer.status() {
         StatusCode::OK => Ok(true),

@@ -150,8 +150,8 @@ impl Registries {
         let host = self.host_to_push(&to.registry)?;
         let url = host.url(to, &format!("manifests/{name}"))?;
         let put = || {
-            let request = host.request(Method::PUT, url.clone());
-            request.header(CONTENT_TYPE, media_type).body(bytes.clone())
+            let request = host.request(to, Method::PUT, url.clone())?;
+            Ok(request.header(CONTENT_TYPE, media_type).body(bytes.clone()))
         };
         let answer = host.ask(to, &what, Right::Push, put).await?;
         match answer.status() {
