@@ -196,7 +196,7 @@ impl Blob {
     /// Takes over what chunks should be. What is published and was not hashed as a whole is
     /// compared from now on. Digests that were made here are kept. Blocking I/O.
     pub(crate) fn adopt(self: &Arc<Self>, digests: &[u8], origin: Origin) -> io::Result<()> {
-        let _entered = self.enter()?;
+        let entered = self.enter()?;
         let checks = &self.checks;
         let mut known = checks.digests.write().unwrap_or_else(PoisonError::into_inner);
         match &*known {
@@ -217,6 +217,8 @@ impl Blob {
         checks.origin.store(tag(Some(&new)), Ordering::Release);
         *known = Some(new);
         drop(known);
+        // What follows enters by itself: twice at once would wait for a store that waits to close.
+        drop(entered);
         self.hash.poke(self);
         self.checked();
         Ok(())
@@ -254,6 +256,7 @@ impl Blob {
                     self.fetcher.publish(self, &verified, Priority::Background, &entered);
                 }
                 self.checks.clear(chunk);
+                drop((promises, entered, hold));
                 Compared::Fits
             }
             Err(unfit) => {
