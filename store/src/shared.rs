@@ -3,7 +3,9 @@
 
 use std::collections::HashMap;
 use std::io;
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard};
+use std::sync::{
+    Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, TryLockError,
+};
 use std::time::{Duration, Instant};
 
 use tokio::runtime::Handle;
@@ -134,10 +136,16 @@ impl Shared {
     /// Leave to change files, until the guard is dropped. A store that closes waits for it, so it
     /// must not be held across an await.
     pub(crate) fn enter(&self) -> io::Result<Entered<'_>> {
-        let gate = self.gate.read().unwrap_or_else(PoisonError::into_inner);
+        let closed = || io::Error::other("the store is closed");
+        // Nobody but `close` takes it alone, and who is inside must not wait for that.
+        let gate = match self.gate.try_read() {
+            Ok(gate) => gate,
+            Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
+            Err(TryLockError::WouldBlock) => return Err(closed()),
+        };
         match *gate {
             Gate::Open => Ok(Entered(gate)),
-            Gate::Closed => Err(io::Error::other("the store is closed")),
+            Gate::Closed => Err(closed()),
         }
     }
 
