@@ -83,6 +83,9 @@ pub enum DaemonError {
     /// The mount was taken away from outside.
     #[error("somebody unmounted {}", .0.display())]
     Unmounted(PathBuf),
+    /// No thread for containerd's calls.
+    #[error("the thread for containerd's calls: {0}")]
+    Thread(#[source] io::Error),
     /// A part of the daemon panicked.
     #[error("a part of the daemon failed: {0}")]
     Join(#[from] tokio::task::JoinError),
@@ -238,8 +241,8 @@ impl Daemon {
             %keeper,
             "serving"
         );
-        let mut snapshotter =
-            tokio::spawn(containerd::serve(snapshots, self.snapshotter_socket, wait()));
+        let snapshotter = containerd::serve_alone(snapshots, self.snapshotter_socket, wait());
+        let mut snapshotter = snapshotter.map_err(DaemonError::Thread)?;
         let mut controller = tokio::spawn(control::serve(control, self.control_socket, wait()));
         keeper.tell_ready();
         tokio::spawn(doctor::warn_at_start(self.config));
@@ -297,12 +300,9 @@ where
 }
 
 fn opener(config: &Config, store: Arc<Store>) -> Result<Opener, DaemonError> {
-    let docker_config = config.credentials.docker_config.clone();
-    let deadline = config.fetch.deadline;
-    let registries =
-        weightfs_store::Registries::new(config.registry_options(), docker_config, deadline)?;
+    let registries = config.registries()?;
     let references = References::new(&config.root);
-    Ok(Opener { registries, store, references, deadline })
+    Ok(Opener { registries, store, references, deadline: config.fetch.deadline })
 }
 
 /// Waits until somebody takes the mount away.

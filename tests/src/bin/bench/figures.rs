@@ -126,6 +126,7 @@ pub(crate) const CATALOGUE: &[Kind] = &[
     kind("polling_cpu_percent", Unit::PercentOfCpu, "daemon's CPU, CRI polls 10,000 snapshots"),
     kind("restart_ms", Unit::Milliseconds, "restart, 1,000 snapshots and 200 models: the pause"),
     kind("daemon_rss_mib", Unit::Mebibytes, "daemon's peak memory, mapped files not counted"),
+    kind("store_start_ms", Unit::Milliseconds, "start-up with 100 blobs of 100 GB"),
 ];
 
 /// Median, least and greatest of a figure's samples.

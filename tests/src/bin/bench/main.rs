@@ -13,6 +13,7 @@ mod loaders;
 mod node;
 mod read;
 mod report;
+mod start;
 mod throttle;
 mod usage;
 mod warm;
@@ -92,12 +93,13 @@ pub(crate) struct Bench {
 
 type Section = fn(&Bench, &mut Figures);
 
-const SECTIONS: [(&str, Section); 5] = [
+const SECTIONS: [(&str, Section); 6] = [
     ("cold", cold::measure),
     ("images", images::measure),
     ("warm", warm::measure),
     ("loaders", loaders::measure),
     ("node", node::measure),
+    ("start", start::measure),
 ];
 
 impl Bench {
