@@ -22,10 +22,10 @@ SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
 AS_ROOT := $(if $(SUDO),$(SUDO) --preserve-env env PATH="$$PATH" HOME="$$HOME",)
 export CARGO_TARGET_DIR := $(TARGET)
 
-.PHONY: help build demo test fuzz sanitize soak soak-store soak-contract soak-daemon bench check deps test-deps clean
+.PHONY: help build demo test test-matrix fuzz sanitize soak soak-store soak-contract soak-daemon bench check deps test-deps clean
 
 help: ## Say what there is
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 build: deps ## Build the release binary: target/release/weightfs
 	$(CARGO) build --release --locked -p weightfs
@@ -43,6 +43,15 @@ test: test-deps ## All tests, as root: real registry, containerd, runc
 	    --workspace --locked --no-fail-fast --lib --bins --tests 2>&1 | tee $(TARGET)/test.log
 	@awk '/^test result:/ { passed += $$4; failed += $$6 } \
 	    END { print passed " passed, " failed " failed" }' $(TARGET)/test.log
+
+test-matrix: test-deps ## The end-to-end tests of containerd 1.6, 1.7 and 2.1
+	$(CARGO) build --locked -p weightfs --bins
+	$(CARGO) test --locked -p weightfs-tests --test matrix --test model_image --test node \
+	    --test doctor --test cri --no-run
+	@for version in 17 21; do [ -x $(TARGET)/containerd$$version/usr/bin/containerd ] || \
+	    echo "test-matrix: containerd$$version can't be had here and is left out" >&2; done
+	$(AS_ROOT) timeout --kill-after=30 $(TEST_TIMEOUT) $(CARGO) test --locked -p weightfs-tests \
+	    --test matrix --test model_image --test node --test doctor --test cri -- --nocapture
 
 fuzz: deps $(BOLERO) ## Fuzz every parser (DURATION=seconds for each, TARGETS=part of a name)
 	PATH="$(TARGET)/tools/bin:$$PATH" packaging/fuzz $(DURATION) $(TARGETS)

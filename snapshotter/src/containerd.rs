@@ -70,6 +70,18 @@ pub async fn serve(
     }
 }
 
+/// As [`serve`], on a thread of its own: containerd asks for one thing after the other, and thousands
+/// of them. Handing each from thread to thread would cost more than the answer. Work that takes
+/// time is done elsewhere ([`Snapshots`]).
+pub fn serve_alone(
+    snapshots: Arc<Snapshots>,
+    listener: UnixListener,
+    shutdown: impl Future<Output = ()> + Send + 'static,
+) -> io::Result<tokio::task::JoinHandle<Result<(), ServeError>>> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    Ok(tokio::task::spawn_blocking(move || runtime.block_on(serve(snapshots, listener, shutdown))))
+}
+
 /// The connections of a listener. A failed accept (no file descriptor left) is a pause, not the
 /// end: tonic's server stops at the first error.
 fn connections(

@@ -84,6 +84,9 @@ pub enum DaemonError {
     /// The mount was taken away from outside.
     #[error("somebody unmounted {}", .0.display())]
     Unmounted(PathBuf),
+    /// No thread for containerd's calls.
+    #[error("the thread for containerd's calls: {0}")]
+    Thread(#[source] io::Error),
     /// A part of the daemon panicked.
     #[error("a part of the daemon failed: {0}")]
     Join(#[from] tokio::task::JoinError),
@@ -239,8 +242,8 @@ impl Daemon {
             %keeper,
             "serving"
         );
-        let mut snapshotter =
-            tokio::spawn(containerd::serve(snapshots, self.snapshotter_socket, wait()));
+        let snapshotter = containerd::serve_alone(snapshots, self.snapshotter_socket, wait());
+        let mut snapshotter = snapshotter.map_err(DaemonError::Thread)?;
         let mut controller = tokio::spawn(control::serve(control, self.control_socket, wait()));
         keeper.tell_ready();
         tokio::spawn(doctor::warn_at_start(self.config));

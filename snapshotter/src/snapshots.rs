@@ -29,6 +29,8 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::SystemTime;
 
+use tokio::runtime::Handle;
+
 pub use self::decisions::Decisions;
 pub use self::error::SnapshotError;
 pub use self::handshake::Prepared;
@@ -62,6 +64,8 @@ pub struct Snapshots {
     flights: Flights,
     overlay: OverlayOptions,
     decisions: Arc<Decisions>,
+    /// Where work goes on: calls come in on a thread that has no time for it.
+    runtime: Handle,
 }
 
 impl std::fmt::Debug for Snapshots {
@@ -72,7 +76,8 @@ impl std::fmt::Debug for Snapshots {
 
 impl Snapshots {
     /// Opens the snapshots below `root` and removes what an earlier process left unfinished.
-    /// The mounter already shows all of [`Metadata::lazy_snapshots`]. Blocks on the disk.
+    /// The mounter already shows all of [`Metadata::lazy_snapshots`]. Blocks on the disk. To be called
+    /// within a tokio runtime: what changes something is done there.
     pub fn open(
         root: &Path,
         metadata: Arc<Metadata>,
@@ -81,8 +86,9 @@ impl Snapshots {
         let directories = Directories::open(root, metadata.clone())?;
         let flights = Flights::default();
         let overlay = OverlayOptions::detect();
-        let decisions = Arc::default();
-        let snapshots = Snapshots { metadata, mounter, directories, flights, overlay, decisions };
+        let (decisions, runtime) = (Arc::default(), Handle::current());
+        let snapshots =
+            Snapshots { metadata, mounter, directories, flights, overlay, decisions, runtime };
         snapshots.remove_orphans()?;
         Ok(Arc::new(snapshots))
     }
@@ -125,7 +131,7 @@ impl Snapshots {
             (Backing::Lazy { tree, .. }, _) => Ok(self.mounter.usage(*tree)),
             (Backing::Directory { id, .. }, Kind::Active) => {
                 let files = self.directories.files(*id);
-                blocking(move || usage::measure(&files)).await
+                self.blocking(move || usage::measure(&files)).await
             }
             (Backing::Directory { usage, .. }, Kind::View | Kind::Committed) => Ok(*usage),
         }
@@ -134,7 +140,7 @@ impl Snapshots {
     /// Removes what removals and broken-off calls left on the disk.
     pub async fn cleanup(self: &Arc<Self>) -> Result<(), SnapshotError> {
         let this = self.clone();
-        blocking(move || {
+        self.blocking(move || {
             this.mounter.clean_up();
             this.metadata.settle()?;
             this.remove_orphans()
@@ -156,6 +162,23 @@ impl Snapshots {
             let error = describe(&error);
             tracing::warn!(directory = %id, error, "a directory is left for the next cleanup");
         }
+    }
+
+    /// Runs work to its end, also when the caller's future is dropped: a client that hangs up leaves
+    /// no half a snapshot.
+    async fn finish<T: Send + 'static>(
+        &self,
+        work: impl Future<Output = Result<T, SnapshotError>> + Send + 'static,
+    ) -> Result<T, SnapshotError> {
+        self.runtime.spawn(work).await?
+    }
+
+    /// Runs work that waits on the disk. It, too, ends whatever its caller does.
+    async fn blocking<T: Send + 'static>(
+        &self,
+        work: impl FnOnce() -> Result<T, SnapshotError> + Send + 'static,
+    ) -> Result<T, SnapshotError> {
+        self.runtime.spawn_blocking(work).await?
     }
 
     fn mounts_of(&self, record: &Record, ancestors: &[Arc<Record>]) -> Vec<Mount> {
@@ -236,21 +259,6 @@ fn stored_labels(mut labels: Labels) -> Result<Labels, SnapshotError> {
     let bytes = labels.iter().map(|(name, value)| name.len() + value.len()).sum();
     check_size("the labels together", bytes, 0, LABELS_BYTES_MAX)?;
     Ok(labels)
-}
-
-/// Runs work to its end, also when the caller's future is dropped: a client that hangs up leaves
-/// no half a snapshot.
-async fn finish<T: Send + 'static>(
-    work: impl Future<Output = Result<T, SnapshotError>> + Send + 'static,
-) -> Result<T, SnapshotError> {
-    tokio::spawn(work).await?
-}
-
-/// Runs work that waits on the disk. It, too, ends whatever its caller does.
-async fn blocking<T: Send + 'static>(
-    work: impl FnOnce() -> Result<T, SnapshotError> + Send + 'static,
-) -> Result<T, SnapshotError> {
-    tokio::task::spawn_blocking(work).await?
 }
 
 /// An error with all its causes, in one line.

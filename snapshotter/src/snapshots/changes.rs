@@ -4,8 +4,8 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use super::{
-    KEY_BYTES_MAX, Labels, SnapshotError, Snapshots, blocking, check_free, check_size, existing,
-    finish, stored_labels, usage,
+    KEY_BYTES_MAX, Labels, SnapshotError, Snapshots, check_free, check_size, existing,
+    stored_labels, usage,
 };
 use crate::metadata::{Backing, Change, DirectoryId, Index, Kind, Record, SnapshotInfo, Usage};
 use crate::reason::Reason;
@@ -28,7 +28,7 @@ impl Snapshots {
         check_size("the name", name.len(), 1, KEY_BYTES_MAX)?;
         let (name, key, labels) = (name.to_owned(), key.to_owned(), stored_labels(labels)?);
         let this = self.clone();
-        blocking(move || this.commit_blocking(&name, &key, labels)).await
+        self.blocking(move || this.commit_blocking(&name, &key, labels)).await
     }
 
     fn commit_blocking(&self, name: &str, key: &str, labels: Labels) -> Result<(), SnapshotError> {
@@ -49,14 +49,15 @@ impl Snapshots {
     /// Removes a snapshot that no other has as its parent.
     pub async fn remove(self: &Arc<Self>, name: &str) -> Result<(), SnapshotError> {
         let (this, name) = (self.clone(), name.to_owned());
-        finish(async move {
+        self.finish(async move {
             let forgetting = this.clone();
-            let removed = blocking(move || forgetting.forget(&name)).await?;
+            let removed = this.blocking(move || forgetting.forget(&name)).await?;
             match removed.backing {
                 Backing::Lazy { tree, .. } => this.mounter.unmount(tree).await,
                 Backing::Directory { id, .. } => {
-                    blocking(move || {
-                        this.remove_directory(id);
+                    let removing = this.clone();
+                    this.blocking(move || {
+                        removing.remove_directory(id);
                         Ok(())
                     })
                     .await?;
@@ -87,7 +88,7 @@ impl Snapshots {
         mask: &[String],
     ) -> Result<SnapshotInfo, SnapshotError> {
         let (this, name, mask) = (self.clone(), name.to_owned(), mask.to_vec());
-        blocking(move || {
+        self.blocking(move || {
             this.metadata.change(|index| {
                 let mut record = Record::clone(existing(index, &name)?);
                 let info = &mut record.info;

@@ -9,9 +9,7 @@
 use std::sync::Arc;
 
 use super::layer::{LayerMounter, LayerRequest, LazyLayer, LazyParent, Verdict};
-use super::{
-    Labels, Mount, NewSnapshot, SnapshotError, Snapshots, blocking, describe, finish, mounts,
-};
+use super::{Labels, Mount, NewSnapshot, SnapshotError, Snapshots, describe, mounts};
 use crate::metadata::{Backing, Change, Kind, Record, SNAPSHOT_REF, TreeNumber, Usage};
 use crate::reason::Reason;
 
@@ -37,7 +35,7 @@ impl Snapshots {
     ) -> Result<Prepared, SnapshotError> {
         let new = NewSnapshot::new(key, parent, labels)?;
         let this = self.clone();
-        finish(async move {
+        self.finish(async move {
             match new.labels.get(SNAPSHOT_REF).cloned() {
                 None => this.create(new, Kind::Active, None).await.map(Prepared::Active),
                 Some(chain_id) => this.prepare_layer(&chain_id, new).await,
@@ -103,16 +101,17 @@ impl Snapshots {
     ) -> Result<Prepared, SnapshotError> {
         let mounted = MountedTree { mounter: self.mounter.clone(), tree: Some(layer.tree) };
         let this = self.clone();
-        let stored = blocking(move || {
-            this.metadata.change(|index| {
-                new.check(index)?;
-                let backing = Backing::Lazy { tree: layer.tree, record: layer.record };
-                let info = new.into_info(Kind::Committed);
-                let stored = (info.name.clone(), info.labels.clone());
-                Ok((Change::Put(Record { info, backing }), stored))
+        let stored = self
+            .blocking(move || {
+                this.metadata.change(|index| {
+                    new.check(index)?;
+                    let backing = Backing::Lazy { tree: layer.tree, record: layer.record };
+                    let info = new.into_info(Kind::Committed);
+                    let stored = (info.name.clone(), info.labels.clone());
+                    Ok((Change::Put(Record { info, backing }), stored))
+                })
             })
-        })
-        .await;
+            .await;
         match stored {
             Ok((name, labels)) => {
                 mounted.keep();
@@ -138,7 +137,7 @@ impl Snapshots {
         reason: Option<Reason>,
     ) -> Result<Vec<Mount>, SnapshotError> {
         let this = self.clone();
-        blocking(move || this.create_blocking(new, kind, reason)).await
+        self.blocking(move || this.create_blocking(new, kind, reason)).await
     }
 
     fn create_blocking(

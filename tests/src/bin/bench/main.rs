@@ -98,8 +98,8 @@ const SECTIONS: [(&str, Section); 6] = [
     ("images", images::measure),
     ("warm", warm::measure),
     ("loaders", loaders::measure),
-    ("start", start::measure),
     ("node", node::measure),
+    ("start", start::measure),
 ];
 
 impl Bench {
