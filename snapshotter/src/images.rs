@@ -11,6 +11,7 @@ use lru::LruCache;
 use serde::{Deserialize, Serialize};
 use tonic::async_trait;
 use tracing::{error, info, warn};
+use weightfs_fusefs::index::Index;
 use weightfs_fusefs::{Artifact, Compression, LayerContent, LayerDescriptor, Quiet, TreeNumber};
 use weightfs_store::{Digest, Reference};
 
@@ -108,7 +109,9 @@ impl ImageLayers {
             .iter()
             .find(|layer| layer.digest == digest)
             .ok_or_else(|| format!("the manifest {manifest} has no layer {digest}"))?;
-        self.check(descriptor)?;
+        let opener = &self.opener;
+        let index = opener.indexes.find(&opener.registries, &artifact, None).await;
+        self.check(descriptor, index.as_deref())?;
         let below = match &request.parent {
             Some(parent) => Some(self.trees.get(parent.tree).ok_or("its parent is not shown")?),
             None => None,
@@ -119,8 +122,6 @@ impl ImageLayers {
         };
         let layer =
             LayerRecord { descriptor: descriptor.clone(), repository: artifact.repository.clone() };
-        let opener = &self.opener;
-        let index = opener.indexes.find(&opener.registries, &artifact, None).await;
         let open = opener.open_layer(&layer, index.as_deref(), &Quiet).await;
         let open = open.map_err(|error| error.to_string())?;
         let record = TreeRecord { layers: vec![layer.clone()], over_foreign };
@@ -155,18 +156,20 @@ impl ImageLayers {
     }
 
     /// Whether a layer of that kind is worth mounting.
-    fn check(&self, layer: &LayerDescriptor) -> Result<(), String> {
+    fn check(&self, layer: &LayerDescriptor, index: Option<&Index>) -> Result<(), String> {
+        let index = index.and_then(|index| index.layer(layer.digest));
+        let has_points = index.is_some_and(|index| !index.points.is_empty());
         match (&layer.content, layer.compression) {
-            (_, Compression::Gzip) => Err("compressed with gzip".into()),
-            (_, Compression::Zstd) => Err("compressed with zstd".into()),
+            (_, Compression::Gzip) if !has_points => Err("compressed with gzip".into()),
+            (_, Compression::Zstd) if !has_points => Err("compressed with zstd".into()),
             // A model's, whatever its size: above one that is downloaded, raw layers would have to
             // be, too, and only we can unpack those.
-            (LayerContent::Raw(_) | LayerContent::ModelTar { .. }, Compression::None) => Ok(()),
-            (_, Compression::None) if layer.size < self.min_layer_bytes => {
+            (LayerContent::Raw(_) | LayerContent::ModelTar { .. }, _) => Ok(()),
+            (LayerContent::ImageTar, _) if layer.size < self.min_layer_bytes => {
                 let (size, least) = (layer.size, self.min_layer_bytes);
                 Err(format!("{size} bytes are fewer than snapshotter.min_layer_size ({least})"))
             }
-            (_, Compression::None) => Ok(()),
+            (LayerContent::ImageTar, _) => Ok(()),
         }
     }
 

@@ -145,8 +145,8 @@ impl Checks {
 }
 
 impl Blob {
-    /// Whether its chunks can be compared.
-    pub(crate) fn has_digests(&self) -> bool {
+    /// Whether its chunks are compared with digests of theirs.
+    pub fn has_digests(&self) -> bool {
         self.checks.origin().is_some()
     }
 
@@ -196,7 +196,7 @@ impl Blob {
     /// Takes over what chunks should be. What is published and was not hashed as a whole is
     /// compared from now on. Digests that were made here are kept. Blocking I/O.
     pub(crate) fn adopt(self: &Arc<Self>, digests: &[u8], origin: Origin) -> io::Result<()> {
-        let _entered = self.enter()?;
+        let entered = self.enter()?;
         let checks = &self.checks;
         let mut known = checks.digests.write().unwrap_or_else(PoisonError::into_inner);
         match &*known {
@@ -216,7 +216,8 @@ impl Blob {
         }
         checks.origin.store(tag(Some(&new)), Ordering::Release);
         *known = Some(new);
-        drop(known);
+        // Before what may enter again: a store that closes would wait in between.
+        drop((known, entered));
         self.hash.poke(self);
         self.checked();
         Ok(())
@@ -254,6 +255,8 @@ impl Blob {
                     self.fetcher.publish(self, &verified, Priority::Background, &entered);
                 }
                 self.checks.clear(chunk);
+                // Before what may enter again.
+                drop((promises, entered, hold));
                 Compared::Fits
             }
             Err(unfit) => {
