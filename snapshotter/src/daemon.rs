@@ -294,12 +294,9 @@ where
 }
 
 fn opener(config: &Config, store: Arc<Store>) -> Result<Opener, DaemonError> {
-    let docker_config = config.credentials.docker_config.clone();
-    let deadline = config.fetch.deadline;
-    let registries =
-        weightfs_store::Registries::new(config.registry_options(), docker_config, deadline)?;
+    let registries = config.registries()?;
     let references = References::new(&config.root);
-    let indexes = Indexes::new(config.verify.referrers);
+    let (deadline, indexes) = (config.fetch.deadline, Indexes::new(config.verify.referrers));
     Ok(Opener { registries, store, references, indexes, deadline })
 }
 

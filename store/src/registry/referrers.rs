@@ -4,8 +4,8 @@
 
 use bytes::Bytes;
 use futures::future::join;
-use reqwest::StatusCode;
 use reqwest::header::CONTENT_TYPE;
+use reqwest::{Method, StatusCode};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
@@ -147,10 +147,10 @@ impl Registries {
         bytes: &Bytes,
     ) -> Result<bool, SourceError> {
         let what = format!("manifest {name}");
-        let host = self.host(&to.registry)?;
+        let host = self.host_to_push(&to.registry)?;
         let url = host.url(to, &format!("manifests/{name}"))?;
         let put = || {
-            let request = host.client().put(url.clone());
+            let request = host.request(Method::PUT, url.clone());
             request.header(CONTENT_TYPE, media_type).body(bytes.clone())
         };
         let answer = host.ask(to, &what, Right::Push, put).await?;
@@ -168,7 +168,8 @@ impl Default for List {
 }
 
 fn asked(of: &Repository, subject: Digest) -> Asked<'_> {
-    Asked { from: of, what: format!("referrers of {subject}"), limit: MAX_MANIFEST_BYTES }
+    let what = format!("referrers of {subject}");
+    Asked { from: of, what, limit: MAX_MANIFEST_BYTES, checked: true }
 }
 
 fn parse(asked: &Asked<'_>, bytes: &[u8]) -> Result<List, SourceError> {
