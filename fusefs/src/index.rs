@@ -91,6 +91,8 @@ pub struct LayerIndex {
     pub listing: Listing,
     /// The sha256 of each chunk, one after the other.
     pub chunk_digests: Bytes,
+    /// Where a compressed blob can be read in part, as it is stored; empty where it can't.
+    pub points: Bytes,
 }
 
 /// The part of an index that is read when it is opened.
@@ -112,6 +114,13 @@ struct Row {
     /// Bytes of the sections of this layer, in the order in which they lie in the index.
     listing_bytes: u64,
     chunks_bytes: u64,
+    #[serde(default, skip_serializing_if = "is_zero")]
+    points_bytes: u64,
+}
+
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "what serde calls it with")]
+fn is_zero(number: &u64) -> bool {
+    *number == 0
 }
 
 impl Index {
@@ -144,6 +153,7 @@ impl Index {
             chunk_bytes: CHUNK_BYTES,
             listing_bytes: listing.len() as u64,
             chunks_bytes: layer.chunk_digests.len() as u64,
+            points_bytes: layer.points.len() as u64,
         });
         let directory = Directory { manifest: self.manifest, layers: rows.collect() };
         let directory = serde_json::to_vec(&directory).unwrap_or_default();
@@ -156,6 +166,7 @@ impl Index {
         for (layer, listing) in self.layers.iter().zip(&listings) {
             bytes.put_slice(listing);
             bytes.put_slice(&layer.chunk_digests);
+            bytes.put_slice(&layer.points);
         }
         if bytes.len() as u64 > MAX_INDEX_BYTES {
             return Err(IndexError::TooLarge);
@@ -237,6 +248,7 @@ impl Row {
         }
         let listing = take(rest, self.listing_bytes).ok_or("its list of files is cut")?;
         let chunk_digests = take(rest, self.chunks_bytes).ok_or("its chunk digests are cut")?;
+        let points = take(rest, self.points_bytes).ok_or("its access points are cut")?;
         let listing = Listing::from_bytes(&listing).ok_or("its list of files is malformed")?;
         if overlap(&listing) {
             return Err("its files overlap".into());
@@ -249,6 +261,9 @@ impl Row {
         if chunk_digests.len() as u64 != chunks.saturating_mul(DIGEST_BYTES as u64) {
             return Err(format!("it has not one digest for each of its {chunks} chunks"));
         }
+        if !points.is_empty() {
+            crate::layer::check_points(&points, self.compression, self.size, layout.size())?;
+        }
         Ok(LayerIndex {
             digest: self.digest,
             size: self.size,
@@ -256,6 +271,7 @@ impl Row {
             content_digest: self.content_digest,
             listing,
             chunk_digests,
+            points,
         })
     }
 }

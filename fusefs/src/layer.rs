@@ -1,16 +1,18 @@
 //! One layer, opened: its descriptor, the blob that holds its bytes and the listing of its files.
 //!
 //! A raw layer needs nothing; a plain tar is listed by ranged reads of its headers; a compressed
-//! tar is downloaded, checked and inflated once. The listing of a tar is kept beside its blob, so
+//! tar is downloaded, checked and inflated once, or read in part where an index has access points. The listing of a tar is kept beside its blob, so
 //! that a restart needs no network.
 
 pub(crate) mod fetch;
 mod inflate;
 mod remote;
+mod spans;
 
 use std::sync::Arc;
 use std::time::Duration;
 
+use bytes::Bytes;
 use weightfs_store::{
     Blob, BlobId, Digest, Form, LayoutError, OpenError, Source, SourceError, Store, in_order,
 };
@@ -19,6 +21,7 @@ use crate::archive::TarError;
 use crate::artifact::{Compression, LayerContent, LayerDescriptor};
 use crate::index::LayerIndex;
 use crate::layer::fetch::Remote;
+use crate::layer::spans::{InflatedSource, Points};
 use crate::listing::Listing;
 
 /// A layer whose files are known and whose bytes can be read.
@@ -48,6 +51,9 @@ impl Progress for Quiet {
 
 /// Name of the listing beside a blob.
 const LISTING: &str = "listing";
+
+/// Name of the access points beside a decompressed blob.
+const POINTS: &str = "points";
 
 /// Why a layer can't be opened.
 #[derive(Debug, thiserror::Error)]
@@ -205,22 +211,66 @@ pub async fn open_indexed_layer(
     let same = (index.size, index.compression) == (layer.size, layer.compression);
     let raw = matches!(layer.content, LayerContent::Raw(_));
     let fits = !raw || index.listing == Listing::raw(layer.size);
-    if !same || !fits || layer.compression != Compression::None {
+    let lazy = layer.compression == Compression::None || !index.points.is_empty();
+    if !same || !fits || !lazy {
         return Ok(None);
     }
     let (store, descriptor, index) = (Arc::clone(store), layer.clone(), index.clone());
     blocking(layer.digest, move || {
         let id = blob_id(&descriptor);
         store.discard_poisoned(id)?;
-        let LayerIndex { listing, chunk_digests, .. } = index;
+        let LayerIndex { listing, chunk_digests, points, .. } = index;
+        let source = match id.form {
+            Form::AsStored => Some(source),
+            Form::Decompressed => inflated_source(source, &descriptor, &points, &listing),
+        };
+        let Some(source) = source else { return Ok(None) };
         let blob = store.indexed_blob(id, listing.layout(), &chunk_digests)?;
         if !raw {
             store.attach(id, LISTING, &listing.to_bytes())?;
+        }
+        if id.form == Form::Decompressed {
+            store.attach(id, POINTS, &points)?;
         }
         blob.add_source(source);
         Ok(Some(Arc::new(OpenLayer { descriptor, blob, listing })))
     })
     .await
+}
+
+/// A source of a layer's decompressed bytes; `None` if its access points make no sense.
+fn inflated_source(
+    source: Arc<dyn Source>,
+    layer: &LayerDescriptor,
+    points: &Bytes,
+    listing: &Listing,
+) -> Option<Arc<dyn Source>> {
+    let content = listing.layout().size();
+    match Points::parse(points, layer.compression, layer.size, content) {
+        Ok(points) => Some(Arc::new(InflatedSource::new(source, Arc::new(points)))),
+        Err(why) => {
+            tracing::warn!(layer = %layer.digest, why, "access points ignored");
+            None
+        }
+    }
+}
+
+/// Whether access points of a layer make sense.
+pub(crate) fn check_points(
+    points: &Bytes,
+    compression: Compression,
+    blob_bytes: u64,
+    content_bytes: u64,
+) -> Result<(), &'static str> {
+    if compression == Compression::None {
+        return Err("it has access points, but is not compressed");
+    }
+    Points::parse(points, compression, blob_bytes, content_bytes).map(drop)
+}
+
+/// The access points that the store keeps of a compressed layer; empty if there are none.
+pub fn stored_points(store: &Store, layer: &LayerDescriptor) -> Bytes {
+    store.attachment(blob_id(layer), POINTS).unwrap_or_default().into()
 }
 
 /// Opens a layer from what the store has on disk, without any network; `None` if the store
@@ -248,6 +298,16 @@ pub fn reopen_layer(
     let blob = store.blob(id, listing.layout())?;
     match id.form {
         Form::AsStored => sources.into_iter().for_each(|source| blob.add_source(source)),
+        // Only what can be compared chunk by chunk may come from where it is inflated in part.
+        Form::Decompressed if blob.has_digests() => {
+            let points = stored_points(store, layer);
+            let inflated = |source| inflated_source(source, layer, &points, &listing);
+            let sources = sources.into_iter().filter(|_| !points.is_empty());
+            sources.filter_map(inflated).for_each(|source| blob.add_source(source));
+            if points.is_empty() && blob.stats().cached < listing.layout().size() {
+                return Ok(None);
+            }
+        }
         Form::Decompressed if blob.stats().cached < listing.layout().size() => return Ok(None),
         Form::Decompressed => {}
     }

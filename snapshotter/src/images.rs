@@ -12,6 +12,7 @@ use lru::LruCache;
 use serde::{Deserialize, Serialize};
 use tonic::async_trait;
 use tracing::{error, info, warn};
+use weightfs_fusefs::index::Index;
 use weightfs_fusefs::{Artifact, Compression, LayerContent, LayerDescriptor, Quiet, TreeNumber};
 use weightfs_store::{Digest, Reference, parse_reference};
 
@@ -109,7 +110,12 @@ impl ImageLayers {
             artifact.layers.iter().find(|layer| layer.digest == digest).ok_or_else(|| {
                 Reason::bad_labels(format!("the manifest {manifest} has no layer {digest}"))
             })?;
-        self.check(descriptor)?;
+        if descriptor.compression == Compression::None {
+            self.check(descriptor, None)?;
+        }
+        let opener = &self.opener;
+        let index = opener.indexes.find(&opener.registries, &artifact, None).await;
+        self.check(descriptor, index.as_deref())?;
         let below = match &request.parent {
             Some(parent) => {
                 let shown = self.trees.get(parent.tree);
@@ -123,8 +129,6 @@ impl ImageLayers {
         };
         let layer =
             LayerRecord { descriptor: descriptor.clone(), repository: artifact.repository.clone() };
-        let opener = &self.opener;
-        let index = opener.indexes.find(&opener.registries, &artifact, None).await;
         let open = opener.open_layer(&layer, index.as_deref(), &Quiet).await?;
         let record = TreeRecord { layers: vec![layer.clone()], over_foreign };
         let name = reference.whole();
@@ -161,17 +165,20 @@ impl ImageLayers {
     }
 
     /// Whether a layer of that kind is worth mounting.
-    fn check(&self, layer: &LayerDescriptor) -> Result<(), Reason> {
+    fn check(&self, layer: &LayerDescriptor, index: Option<&Index>) -> Result<(), Reason> {
+        let index = index.and_then(|index| index.layer(layer.digest));
+        let has_points = index.is_some_and(|index| !index.points.is_empty());
+        let compressed = |with: &str| Err(Reason::Compressed { with: with.to_owned() });
         match (&layer.content, layer.compression) {
-            (_, Compression::Gzip) => Err(Reason::Compressed { with: "gzip".to_owned() }),
-            (_, Compression::Zstd) => Err(Reason::Compressed { with: "zstd".to_owned() }),
+            (_, Compression::Gzip) if !has_points => compressed("gzip"),
+            (_, Compression::Zstd) if !has_points => compressed("zstd"),
             // A model's, whatever its size: above one that is downloaded, raw layers would have to
             // be, too, and only we can unpack those.
-            (LayerContent::Raw(_) | LayerContent::ModelTar { .. }, Compression::None) => Ok(()),
-            (_, Compression::None) if layer.size < self.min_layer_bytes => {
+            (LayerContent::Raw(_) | LayerContent::ModelTar { .. }, _) => Ok(()),
+            (LayerContent::ImageTar, _) if layer.size < self.min_layer_bytes => {
                 Err(Reason::Small { bytes: layer.size, least: self.min_layer_bytes })
             }
-            (_, Compression::None) => Ok(()),
+            (LayerContent::ImageTar, _) => Ok(()),
         }
     }
 

@@ -2,11 +2,12 @@
 
 use bytes::Bytes;
 use serde::Serialize;
+use tracing::info;
 use weightfs_fusefs::index::build::layer_index;
 use weightfs_fusefs::index::find::find_index;
 use weightfs_fusefs::index::{Index, IndexError, MEDIA_TYPE};
-use weightfs_fusefs::{Artifact, LayerError, Progress};
-use weightfs_store::{Digest, Reference, SourceError};
+use weightfs_fusefs::{Artifact, Compression, LayerError, Progress, stored_points};
+use weightfs_store::{Digest, ReadError, Reference, SourceError};
 
 use crate::indexes::{IndexPolicy, Indexes};
 use crate::trees::{Opener, TreesError};
@@ -23,6 +24,9 @@ pub enum MakeIndexError {
     /// A layer can't be read.
     #[error(transparent)]
     Layer(#[from] LayerError),
+    /// A layer can't be decompressed.
+    #[error(transparent)]
+    Read(#[from] ReadError),
     /// It would be over its bound.
     #[error("the index of {reference}: {source}")]
     Index {
@@ -116,7 +120,18 @@ pub async fn make(
         }
         let (digest, size) = (descriptor.digest, descriptor.size);
         let source = opener.registries.source(&artifact.repository, digest, size);
-        layers.push(layer_index(layer, source, opener.deadline, progress).await?);
+        let points = match descriptor.compression {
+            Compression::None => Bytes::new(),
+            Compression::Gzip | Compression::Zstd => {
+                // Where it was read in part until now.
+                layer.blob.complete().await?;
+                stored_points(&opener.store, descriptor)
+            }
+        };
+        if descriptor.compression != Compression::None && points.is_empty() {
+            info!(layer = %digest, "it is one piece: it can't be read in part");
+        }
+        layers.push(layer_index(layer, source, points, opener.deadline, progress).await?);
     }
     let index = Index::new(artifact.manifest_digest, layers);
     let bytes = index

@@ -71,7 +71,9 @@ fn an_indexed_model_is_mounted_without_a_look_at_its_tar() {
     let mounted = bed.mount(&reference);
     let size = |dir: &Path| fs::metadata(dir.join(WEIGHTS)).unwrap().len();
     assert_eq!(size(mounted.dir()), size(&source));
-    assert_eq!(bed.proxy.bytes(layer(&artifact)), 0, "the index says it all");
+    // The first windows of a walk are asked for at the same time as the index.
+    let fetched = bed.proxy.bytes(layer(&artifact));
+    assert!(fetched <= MIB / 4, "{fetched} bytes, but the index says it all");
     tree::assert_same(&source, mounted.dir(), Scope::ModelFiles);
     mounted.stop();
     let listed = bed.weightfs.run_here(&["cache", "ls", "--json"]).ok();
@@ -222,4 +224,34 @@ fn what_policy_does_not_allow_is_not_looked_for() {
     bed.weightfs.configure("[verify]\nreferrers = \"signed\"");
     let refused = bed.weightfs.run_here(&["ls", &reference]);
     refused.assert_fails(1, &["verify.referrers", "same-repository"]);
+}
+
+#[test]
+fn a_compressed_layer_is_read_in_part() {
+    let bed = Bed::new();
+    bed.weightfs.configure("[fetch]\nbackground = \"off\"\nprefetch = false");
+    let source = bed.model(MODEL);
+    let plans = [Plan::Tar(Compression::Gzip, vec!["w".to_owned()])];
+    let artifact = bed.pack(&source, Dialect::Cncf, &plans);
+    let reference = bed.push(&artifact, "models/gzip");
+    Weightfs::new(&bed.area).run_here(&["index", &reference]).ok();
+    bed.proxy.forget();
+    let size = artifact.layers()[0]["size"].as_u64().unwrap();
+    let mounted = bed.mount(&reference);
+    assert_eq!(bed.proxy.bytes(layer(&artifact)), 0, "nothing is downloaded for the mount");
+    let there = read_at(&mounted.dir().join(WEIGHTS), 7 * MIB + 5, 4096).unwrap();
+    assert_eq!(there, read_at(&source.join(WEIGHTS), 7 * MIB + 5, 4096).unwrap());
+    let fetched = bed.proxy.bytes(layer(&artifact));
+    assert!(fetched * 3 < size, "{fetched} of {size} bytes for 4096");
+    mounted.stop();
+    // What is here of it is believed after a restart, and the rest still comes lazily.
+    let mounted = bed.mount(&reference);
+    tree::assert_same(&source, mounted.dir(), Scope::ModelFiles);
+    mounted.stop();
+    bed.proxy.fail(layer(&artifact), Fault::Corrupt { at: size / 2 });
+    let fresh = Weightfs::new(&bed.area);
+    let mounted = fresh.mount(&bed.area, &reference, &bed.mount_point());
+    let whole = fs::read(mounted.dir().join(WEIGHTS));
+    assert!(whole.is_err(), "a byte was inflated from a wrong one");
+    mounted.stop();
 }

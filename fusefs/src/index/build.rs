@@ -25,13 +25,14 @@ const REQUESTS_AHEAD: usize = 8;
 const WAITING_RANGES: usize = 3;
 
 /// Makes the index of an open layer. A layer that is not compressed is read from `source`; a
-/// compressed one is in the store already.
+/// compressed one is in the store already, with what is known of its access `points`.
 ///
 /// # Errors
 /// A source that fails, bytes that don't hash to the layer's digest, a cache that can't be read.
 pub async fn layer_index(
     layer: &Arc<OpenLayer>,
     source: Arc<dyn Source>,
+    points: Bytes,
     deadline: std::time::Duration,
     progress: &dyn Progress,
 ) -> Result<LayerIndex, LayerError> {
@@ -55,6 +56,7 @@ pub async fn layer_index(
         content_digest,
         listing: layer.listing.clone(),
         chunk_digests,
+        points,
     })
 }
 

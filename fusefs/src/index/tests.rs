@@ -33,6 +33,7 @@ fn layer(name: &str, listing: Listing) -> LayerIndex {
         size: listing.layout().size(),
         compression: Compression::None,
         content_digest: digest,
+        points: Bytes::new(),
         chunk_digests: digests.collect(),
         listing,
     }

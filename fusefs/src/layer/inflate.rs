@@ -8,16 +8,16 @@ use std::io::{self, BufRead, Read};
 use std::sync::Arc;
 
 use bytes::{Buf as _, Bytes};
-use flate2::bufread::MultiGzDecoder;
 use futures::{StreamExt as _, stream};
 use sha2::{Digest as _, Sha256};
 use tokio::sync::mpsc;
 use weightfs_store::{Blob, BlobId, Digest, Form, Ingest, Store};
 
 use super::fetch::Remote;
-use super::{LISTING, LayerError, Progress};
+use super::spans::{Collector, Decoder};
+use super::{LISTING, LayerError, POINTS, Progress};
 use crate::archive::Walker;
-use crate::artifact::{Compression, LayerDescriptor};
+use crate::artifact::LayerDescriptor;
 use crate::listing::{Entry, Listing, cuts_of};
 
 /// Bytes of one request: large enough for a registry's cost of a request to vanish.
@@ -26,8 +26,6 @@ const REQUEST_BYTES: u64 = 8 << 20;
 const REQUESTS_AHEAD: usize = 4;
 /// Ranges that wait for the inflating thread.
 const WAITING_RANGES: usize = 2;
-/// Bytes that are inflated at a time.
-const BUFFER_BYTES: usize = 256 << 10;
 
 /// Deflate can't exceed this ratio (zlib, "Technical Details"); zstd is held to it as well.
 const MAX_RATIO: u64 = 1032;
@@ -95,41 +93,45 @@ fn unpack(
     if !matches!(&inflated, Err(LayerError::Store(_) | LayerError::TooLarge { .. })) {
         compressed.check()?;
     }
-    inflated?;
+    let points = inflated?;
     let Writer { ingest, walker, entries, .. } = writer;
     debug_assert!(walker.needs().is_none(), "the walk ended");
     let listing = Listing::new(entries, ingest.position());
     let listing = listing.map_err(|source| LayerError::Layout { digest, source })?;
     // First the listing: without the blob it means nothing, and the blob is of no use without it.
     store.attach(id, LISTING, &listing.to_bytes())?;
+    store.attach(id, POINTS, &points)?;
     Ok((ingest.finish()?, listing))
 }
 
+/// Gives the access points that were met.
 fn inflate(
     compressed: &mut Compressed,
     layer: &LayerDescriptor,
     writer: &mut Writer,
-) -> Result<(), LayerError> {
+) -> Result<Bytes, LayerError> {
     let failed = |source: io::Error| LayerError::Inflate {
         digest: layer.digest,
         compression: layer.compression,
         message: source.to_string(),
     };
-    let mut inflated: Box<dyn Read + '_> = match layer.compression {
-        Compression::None => Box::new(compressed),
-        Compression::Gzip => Box::new(MultiGzDecoder::new(compressed)),
-        Compression::Zstd => {
-            Box::new(zstd::stream::read::Decoder::with_buffer(compressed).map_err(failed)?)
-        }
-    };
-    let mut buffer = vec![0; BUFFER_BYTES];
+    let mut decoder = Decoder::new(layer.compression).map_err(failed)?;
+    let (mut points, mut taken) = (Collector::default(), 0);
     loop {
-        let length = inflated.read(&mut buffer).map_err(failed)?;
-        match buffer.get(..length) {
-            Some(bytes) if length > 0 => writer.write(bytes)?,
-            _ => return writer.end(),
+        points.note(&decoder, writer.ingest.position(), taken);
+        let input = compressed.fill_buf().map_err(failed)?;
+        let has_ended = input.is_empty();
+        let step = decoder.step(input).map_err(failed)?;
+        compressed.consume(step.consumed);
+        taken += step.consumed as u64;
+        match decoder.bytes(&step.produced) {
+            [] if has_ended && decoder.may_end() => break,
+            [] if has_ended => return Err(failed(io::ErrorKind::UnexpectedEof.into())),
+            bytes => writer.write(bytes)?,
         }
     }
+    writer.end()?;
+    Ok(points.finish(writer.ingest.position()))
 }
 
 /// The compressed bytes, hashed as they are read.

@@ -145,8 +145,8 @@ impl Checks {
 }
 
 impl Blob {
-    /// Whether its chunks can be compared.
-    pub(crate) fn has_digests(&self) -> bool {
+    /// Whether its chunks are compared with digests of theirs.
+    pub fn has_digests(&self) -> bool {
         self.checks.origin().is_some()
     }
 
@@ -216,9 +216,8 @@ impl Blob {
         }
         checks.origin.store(tag(Some(&new)), Ordering::Release);
         *known = Some(new);
-        drop(known);
-        // What follows enters by itself: twice at once would wait for a store that waits to close.
-        drop(entered);
+        // Before what may enter again: a store that closes would wait in between.
+        drop((known, entered));
         self.hash.poke(self);
         self.checked();
         Ok(())
@@ -256,6 +255,7 @@ impl Blob {
                     self.fetcher.publish(self, &verified, Priority::Background, &entered);
                 }
                 self.checks.clear(chunk);
+                // Before what may enter again.
                 drop((promises, entered, hold));
                 Compared::Fits
             }

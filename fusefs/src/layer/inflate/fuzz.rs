@@ -8,7 +8,7 @@ use weightfs_fuzz::foreign;
 
 use super::*;
 use crate::archive::tests::walk;
-use crate::artifact::LayerContent;
+use crate::artifact::{Compression, LayerContent};
 use crate::testing;
 
 fn descriptor(bytes: &[u8], compression: Compression) -> LayerDescriptor {
