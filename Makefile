@@ -9,6 +9,8 @@ BOLERO_VERSION := 0.13.5
 BOLERO := $(TARGET)/tools/bin/cargo-bolero
 # Seconds that `make fuzz` spends on each target.
 DURATION ?= 300
+# The same random inputs in each run of the tests: a failure is the change's. `make fuzz` looks for others.
+export BOLERO_RANDOM_SEED ?= 1
 # A hung test must not hang a build machine: the whole run ends after this many seconds.
 TEST_TIMEOUT ?= 1500
 BENCH_TIMEOUT ?= $(if $(QUICK),300,3600)

@@ -25,9 +25,7 @@ use weightfs_store::{OpenError, Registries, Store};
 
 /// The registries that the configuration speaks of.
 pub fn registries(config: &Config) -> anyhow::Result<Arc<Registries>> {
-    let docker_config = config.credentials.docker_config.clone();
-    Registries::new(config.registry_options(), docker_config, config.fetch.deadline)
-        .context("the registries' configuration")
+    config.registries().context("the registries' configuration")
 }
 
 /// What opens artifacts into that store.

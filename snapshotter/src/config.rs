@@ -5,13 +5,15 @@
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 
 use bytesize::ByteSize;
 use serde::{Deserialize, Serialize};
 use toml::{Table, Value};
 use weightfs_store::{
-    Amount, Background, CacheOptions, FetchOptions, Recheck, RegistryOptions, StoreOptions, Verify,
+    Amount, Background, CacheOptions, FetchOptions, Recheck, Registries, RegistryOptions,
+    SourceError, StoreOptions, Verify,
 };
 
 /// Where the configuration is looked for; its absence means defaults.
@@ -67,6 +69,10 @@ const KEYS: &[(&str, &str)] = &[
         "credentials.docker_config",
         "Directory of docker's config.json. Unset: $DOCKER_CONFIG, else ~/.docker.",
     ),
+    (
+        "mirrors.hosts_dir",
+        "containerd's directory of hosts.toml files, for registries that have no table here.",
+    ),
     ("registry.*.plain_http", "Plain HTTP. Unset: only on loopback, as docker does it."),
     ("registry.*.ca_file", "PEM file of certificate authorities besides the system's."),
 ];
@@ -87,6 +93,8 @@ pub struct Config {
     pub fetch: FetchConfig,
     /// Where credentials come from.
     pub credentials: CredentialsConfig,
+    /// Other hosts that answer for registries.
+    pub mirrors: MirrorsConfig,
     /// Registries by `host` or `host:port`.
     pub registry: BTreeMap<String, RegistryConfig>,
 }
@@ -98,7 +106,16 @@ pub struct SnapshotterConfig {
     /// Its socket.
     pub address: PathBuf,
     /// Layers below this size are pulled: one download is quicker than many reads.
+    #[serde(serialize_with = "exactly")]
     pub min_layer_size: ByteSize,
+}
+
+/// `[mirrors]`
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct MirrorsConfig {
+    /// Where containerd's hosts.toml files are.
+    pub hosts_dir: PathBuf,
 }
 
 /// `[control]`
@@ -148,13 +165,21 @@ impl TryFrom<String> for Space {
     }
 }
 
+/// A size that reads as the same: "8.0 MiB", or in bytes where that would round it.
+fn size_text(size: ByteSize) -> String {
+    let short = size.to_string();
+    if short.parse() == Ok(size) { short } else { format!("{}B", size.as_u64()) }
+}
+
+/// Writes a size as [`size_text`].
+fn exactly<S: serde::Serializer>(size: &ByteSize, serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.serialize_str(&size_text(*size))
+}
+
 impl From<Space> for String {
     fn from(space: Space) -> Self {
         match space {
-            Space::Bytes(bytes) => {
-                let short = bytes.to_string();
-                if short.parse() == Ok(bytes) { short } else { format!("{}B", bytes.as_u64()) }
-            }
+            Space::Bytes(bytes) => size_text(bytes),
             Space::Percent(percent) => format!("{percent}%"),
         }
     }
@@ -181,10 +206,13 @@ pub struct FetchConfig {
     /// Requests in flight to one host.
     pub connections_per_host: usize,
     /// Bytes of one request at the most.
+    #[serde(serialize_with = "exactly")]
     pub request_size: ByteSize,
     /// First read-ahead window.
+    #[serde(serialize_with = "exactly")]
     pub read_ahead_min: ByteSize,
     /// Largest read-ahead window.
+    #[serde(serialize_with = "exactly")]
     pub read_ahead_max: ByteSize,
     /// What is fetched without being asked for.
     pub background: Background,
@@ -219,6 +247,7 @@ impl Default for Config {
             cache: CacheConfig::default(),
             fetch: FetchConfig::default(),
             credentials: CredentialsConfig::default(),
+            mirrors: MirrorsConfig::default(),
             registry: BTreeMap::new(),
         }
     }
@@ -248,6 +277,13 @@ impl Default for CacheConfig {
             verify: Verify::Background,
             recheck: Recheck::AfterCrash,
         }
+    }
+}
+
+impl Default for MirrorsConfig {
+    fn default() -> Self {
+        // Where containerd's own configuration has it (`config_path` of its CRI plugin).
+        Self { hosts_dir: "/etc/containerd/certs.d".into() }
     }
 }
 
@@ -404,13 +440,20 @@ impl Config {
         }
     }
 
-    /// What the registry client needs of it.
-    pub fn registry_options(&self) -> BTreeMap<String, RegistryOptions> {
+    /// The registries that it speaks of, and all others.
+    ///
+    /// # Errors
+    /// See [`Registries::new`].
+    pub fn registries(&self) -> Result<Arc<Registries>, SourceError> {
         let options = |registry: &RegistryConfig| RegistryOptions {
             plain_http: registry.plain_http,
             ca_file: registry.ca_file.clone(),
         };
-        self.registry.iter().map(|(host, registry)| (host.clone(), options(registry))).collect()
+        let registries = self.registry.iter();
+        let options = registries.map(|(host, registry)| (host.clone(), options(registry)));
+        let hosts_dir = Some(self.mirrors.hosts_dir.clone());
+        let docker_config = self.credentials.docker_config.clone();
+        Registries::new(options.collect(), hosts_dir, docker_config, self.fetch.deadline)
     }
 
     /// The whole configuration as commented TOML; read again, it gives the same.
@@ -418,7 +461,7 @@ impl Config {
         let values = Table::try_from(self).unwrap_or_default();
         let mut text = String::new();
         render(&mut text, &values, "");
-        for section in ["snapshotter", "control", "cache", "fetch", "credentials"] {
+        for section in ["snapshotter", "control", "cache", "fetch", "credentials", "mirrors"] {
             text.push_str(&format!("\n[{section}]\n"));
             if let Some(Value::Table(table)) = values.get(section) {
                 render(&mut text, table, &format!("{section}."));
@@ -571,6 +614,15 @@ mod tests {
     fn a_named_file_must_be_there() {
         let error = Config::load(Some(Path::new("/nonexistent/x.toml"))).unwrap_err();
         assert!(matches!(error, ConfigError::Read { .. }));
+    }
+
+    #[test]
+    fn a_size_is_printed_as_it_is() {
+        let text =
+            "[snapshotter]\nmin_layer_size = \"8MB\"\n[fetch]\nrequest_size = \"4194305B\"\n";
+        let config = parse(text).unwrap();
+        assert_eq!(config.snapshotter.min_layer_size, ByteSize(8_000_000));
+        assert_eq!(parse(&config.to_commented_toml()).unwrap(), config);
     }
 
     #[test]

@@ -293,12 +293,9 @@ where
 }
 
 fn opener(config: &Config, store: Arc<Store>) -> Result<Opener, DaemonError> {
-    let docker_config = config.credentials.docker_config.clone();
-    let deadline = config.fetch.deadline;
-    let registries =
-        weightfs_store::Registries::new(config.registry_options(), docker_config, deadline)?;
+    let registries = config.registries()?;
     let references = References::new(&config.root);
-    Ok(Opener { registries, store, references, deadline })
+    Ok(Opener { registries, store, references, deadline: config.fetch.deadline })
 }
 
 /// Waits until somebody takes the mount away.

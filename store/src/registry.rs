@@ -7,10 +7,13 @@
 
 mod auth;
 mod blob;
+mod endpoints;
+mod health;
 mod host;
 mod push;
 mod reference;
 mod referrers;
+mod target;
 
 use std::collections::BTreeMap;
 use std::num::NonZeroUsize;
@@ -70,6 +73,12 @@ pub const MAX_MANIFEST_BYTES: u64 = 4 << 20;
 /// Registries that are remembered at the most, with connections and tokens.
 const MAX_HOSTS: NonZeroUsize = NonZeroUsize::new(256).unwrap();
 
+/// A connection that gives no byte for this long is dead, whatever the timeout allows.
+const MAX_SILENCE: Duration = Duration::from_secs(10);
+
+/// The same where another host can be asked: a few fail-overs fit into a read's deadline.
+const FAIL_OVER_AFTER: Duration = Duration::from_secs(3);
+
 /// The manifests that are understood, docker's older names among them.
 const DOCKER_MANIFEST: &str = "application/vnd.docker.distribution.manifest.v2+json";
 const DOCKER_INDEX: &str = "application/vnd.docker.distribution.manifest.list.v2+json";
@@ -78,13 +87,18 @@ const DOCKER_INDEX: &str = "application/vnd.docker.distribution.manifest.list.v2
 #[derive(Debug)]
 pub struct Registries {
     options: BTreeMap<String, RegistryOptions>,
+    hosts_dir: Option<PathBuf>,
     docker_config: Option<PathBuf>,
     timeout: Duration,
-    hosts: Mutex<LruCache<String, Arc<Host>>>,
+    hosts: Mutex<LruCache<String, Hosts>>,
 }
 
+/// The hosts that answer for a registry, in the order in which they are asked.
+type Hosts = Arc<[Arc<Host>]>;
+
 impl Registries {
-    /// `options` by `host` or `host:port`. `docker_config` is the directory with docker's
+    /// `options` by `host` or `host:port`. `hosts_dir` is containerd's directory with a hosts.toml
+    /// for each registry, for those that are not in `options`. `docker_config` is the directory with docker's
     /// config.json (default: `$DOCKER_CONFIG`, else `~/.docker`). `timeout` bounds a request for
     /// a manifest or a small blob, with its authentication; a connection that gives no byte for
     /// so long (10 s at the most) is given up.
@@ -93,14 +107,15 @@ impl Registries {
     /// When a registry's CA file can't be used.
     pub fn new(
         options: BTreeMap<String, RegistryOptions>,
+        hosts_dir: Option<PathBuf>,
         docker_config: Option<PathBuf>,
         timeout: Duration,
     ) -> Result<Arc<Self>, SourceError> {
         let hosts = Mutex::new(LruCache::new(MAX_HOSTS));
-        let registries =
-            Self { options, docker_config: docker_config.or_else(default_config), timeout, hosts };
+        let docker_config = docker_config.or_else(default_config);
+        let registries = Self { options, hosts_dir, docker_config, timeout, hosts };
         for registry in registries.options.keys() {
-            registries.host(registry)?;
+            registries.hosts(registry)?;
         }
         Ok(Arc::new(registries))
     }
@@ -143,7 +158,7 @@ impl Registries {
         digest: Digest,
         limit: u64,
     ) -> Result<Bytes, SourceError> {
-        let asked = Asked { from, what: format!("blob {digest}"), limit };
+        let asked = Asked { from, what: format!("blob {digest}"), limit, checked: true };
         let path = format!("blobs/{digest}");
         let (_, bytes) = self.get_small(&asked, &path, &HeaderMap::new()).await?;
         asked.check_digest(&bytes, digest)?;
@@ -166,7 +181,8 @@ impl Registries {
         name: &str,
         digest: Option<Digest>,
     ) -> Result<Manifest, SourceError> {
-        let asked = Asked { from, what: format!("manifest {name}"), limit: MAX_MANIFEST_BYTES };
+        let (what, limit) = (format!("manifest {name}"), MAX_MANIFEST_BYTES);
+        let asked = Asked { from, what, limit, checked: digest.is_some() };
         let path = format!("manifests/{name}");
         let (headers, bytes) = self.get_small(&asked, &path, &manifest_headers()).await?;
         let found = match digest {
@@ -185,13 +201,7 @@ impl Registries {
         headers: &HeaderMap,
     ) -> Result<(HeaderMap, Bytes), SourceError> {
         use backon::Retryable;
-        let once = || async {
-            let host = self.host(&asked.from.registry)?;
-            let answer = host.get(asked.from, &asked.what, path, headers).await?;
-            let answer = asked.check_status(answer)?;
-            let headers = answer.headers().clone();
-            asked.read(answer).await.map(|bytes| (headers, bytes))
-        };
+        let once = || self.get_small_once(asked, path, headers);
         let pauses = backon::ExponentialBuilder::new()
             .with_min_delay(Duration::from_millis(100))
             .with_max_times(3)
@@ -203,16 +213,90 @@ impl Registries {
         })
     }
 
-    fn host(&self, registry: &str) -> Result<Arc<Host>, SourceError> {
-        let mut hosts = lock(&self.hosts);
-        if let Some(host) = hosts.get(registry) {
-            return Ok(Arc::clone(host));
+    /// One try at each host, until one gives it.
+    async fn get_small_once(
+        &self,
+        asked: &Asked<'_>,
+        path: &str,
+        headers: &HeaderMap,
+    ) -> Result<(HeaderMap, Bytes), SourceError> {
+        let hosts = self.hosts(&asked.from.registry)?;
+        let mut failure = Failures::default();
+        for host in health::by_health(&hosts).filter(|host| asked.may_come_from(host)) {
+            let got = async {
+                let answer = host.get(asked.from, &asked.what, path, headers).await?;
+                let answer = asked.check_status(answer)?;
+                let headers = answer.headers().clone();
+                asked.read(answer).await.map(|bytes| (headers, bytes))
+            };
+            match got.await {
+                Ok(got) => {
+                    host.health().well();
+                    return Ok(got);
+                }
+                Err(error) => failure.add(host, error),
+            }
         }
-        let options = self.options.get(registry).cloned().unwrap_or_default();
-        let host = Host::new(registry, &options, self.docker_config.clone(), self.timeout)?;
-        let host = Arc::new(host);
-        hosts.put(registry.to_owned(), Arc::clone(&host));
-        Ok(host)
+        Err(failure.into_error(&asked.from.registry))
+    }
+
+    fn hosts(&self, registry: &str) -> Result<Hosts, SourceError> {
+        let mut known = lock(&self.hosts);
+        if let Some(hosts) = known.get(registry) {
+            return Ok(Arc::clone(hosts));
+        }
+        let options = self.options.get(registry);
+        let found = endpoints::endpoints(registry, options, self.hosts_dir.as_deref());
+        let found = found.map_err(|message| SourceError::Unreachable {
+            source_name: registry.to_owned(),
+            message,
+        })?;
+        let last = found.len().saturating_sub(1);
+        let open = |(at, endpoint)| {
+            let silence = if at == last { MAX_SILENCE } else { FAIL_OVER_AFTER };
+            let (config, timeout) = (self.docker_config.clone(), self.timeout);
+            Host::new(registry, endpoint, config, timeout, timeout.min(silence)).map(Arc::new)
+        };
+        let hosts = found.into_iter().enumerate().map(open).collect::<Result<Vec<_>, _>>()?;
+        let hosts = Hosts::from(hosts);
+        known.put(registry.to_owned(), Arc::clone(&hosts));
+        Ok(hosts)
+    }
+
+    /// The host of a registry that takes what is pushed.
+    fn host_to_push(&self, registry: &str) -> Result<Arc<Host>, SourceError> {
+        let hosts = self.hosts(registry)?;
+        let host = hosts.iter().rev().find(|host| host.can().push);
+        host.map(Arc::clone).ok_or_else(|| SourceError::Unreachable {
+            source_name: registry.to_owned(),
+            message: "hosts.toml names no host with the capability \"push\"".into(),
+        })
+    }
+}
+
+/// What went wrong at the hosts of a registry.
+#[derive(Debug, Default)]
+struct Failures {
+    last: Option<SourceError>,
+}
+
+impl Failures {
+    fn add(&mut self, host: &Host, error: SourceError) {
+        if error.may_pass() {
+            host.health().failed();
+        }
+        // What may pass is tried again; that counts more than another host's refusal.
+        let keep = self.last.as_ref().is_some_and(SourceError::may_pass) && !error.may_pass();
+        if !keep {
+            self.last = Some(error);
+        }
+    }
+
+    fn into_error(self, registry: &str) -> SourceError {
+        self.last.unwrap_or_else(|| SourceError::Unreachable {
+            source_name: registry.to_owned(),
+            message: "hosts.toml names no host with the capability for it".into(),
+        })
     }
 }
 
@@ -234,9 +318,15 @@ struct Asked<'a> {
     from: &'a Repository,
     what: String,
     limit: u64,
+    /// Whether the answer can be checked against a digest.
+    checked: bool,
 }
 
 impl Asked<'_> {
+    fn may_come_from(&self, host: &Host) -> bool {
+        if self.checked { host.can().pull } else { host.can().resolve }
+    }
+
     fn bad(&self, message: String) -> SourceError {
         let source_name = self.from.to_string();
         SourceError::BadAnswer { source_name, what: self.what.clone(), message }

@@ -15,6 +15,8 @@ pub struct RegistryOptions {
     pub credentials: Option<Credentials>,
     /// Speaks TLS with a certificate of an authority that nobody knows yet.
     pub tls: bool,
+    /// With TLS: lets in only who shows a certificate of the same authority.
+    pub client_certificates: bool,
 }
 
 /// A running registry.
@@ -68,6 +70,11 @@ impl Registry {
         self.ca_file.as_deref()
     }
 
+    /// A client's certificate and its key, both in one PEM file, of a registry that speaks TLS.
+    pub fn client_file(&self) -> Option<PathBuf> {
+        self.ca_file.as_ref().map(|ca| ca.with_file_name("client.pem"))
+    }
+
     /// Kills it, as a power cut would.
     pub fn kill(&mut self) {
         self.service.kill();
@@ -89,7 +96,14 @@ fn config_text(dir: &Path, options: &RegistryOptions) -> String {
         dir.display()
     );
     if options.tls {
-        text += &format!("  tls: {{certificate: {0}/cert.pem, key: {0}/key.pem}}\n", dir.display());
+        let authorities = match options.client_certificates {
+            true => format!(", clientcas: [{}/ca.pem]", dir.display()),
+            false => String::new(),
+        };
+        text += &format!(
+            "  tls: {{certificate: {0}/cert.pem, key: {0}/key.pem{authorities}}}\n",
+            dir.display()
+        );
     }
     if let Some(credentials) = &options.credentials {
         fs::write(dir.join("htpasswd"), htpasswd(credentials)).unwrap();
@@ -110,6 +124,8 @@ fn make_certificates(dir: &Path) -> PathBuf {
     };
     fs::write(dir.join("san.cnf"), "subjectAltName=IP:127.0.0.1\nbasicConstraints=CA:FALSE\n")
         .unwrap();
+    fs::write(dir.join("client.cnf"), "extendedKeyUsage=clientAuth\nbasicConstraints=CA:FALSE\n")
+        .unwrap();
     openssl(
         "req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 2 -subj /CN=test-ca \
          -keyout ca-key.pem -out ca.pem",
@@ -122,5 +138,15 @@ fn make_certificates(dir: &Path) -> PathBuf {
         "x509 -req -in cert.csr -CA ca.pem -CAkey ca-key.pem -CAcreateserial -days 2 \
          -extfile san.cnf -out cert.pem",
     );
+    openssl(
+        "req -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -subj /CN=client \
+         -keyout client-key.pem -out client.csr",
+    );
+    openssl(
+        "x509 -req -in client.csr -CA ca.pem -CAkey ca-key.pem -CAcreateserial -days 2 \
+         -extfile client.cnf -out client-cert.pem",
+    );
+    let both = [fs::read(dir.join("client-cert.pem")), fs::read(dir.join("client-key.pem"))];
+    fs::write(dir.join("client.pem"), both.map(Result::unwrap).concat()).unwrap();
     dir.join("ca.pem")
 }

@@ -178,7 +178,8 @@ fn the_proxy_redirects_and_asks_for_tokens() {
 fn registries_ask_for_credentials_and_speak_tls() {
     let area = Area::new();
     let credentials = Credentials { user: "someone".into(), password: "secret".into() };
-    let options = RegistryOptions { credentials: Some(credentials), tls: true };
+    let options =
+        RegistryOptions { credentials: Some(credentials), tls: true, ..RegistryOptions::default() };
     let registry = Registry::start_with(&area, options);
     let image = image(&[LayerBuilder::new(area.path()).finish(Compression::Plain)]);
     image.push(registry.remote(), "a/b", "c");

@@ -7,7 +7,7 @@ use weightfs_tests::model::{Part, SMALL_MODEL};
 use weightfs_tests::modelpack::Dialect;
 use weightfs_tests::remote::Credentials;
 use weightfs_tests::tree::{self, Scope};
-use weightfs_tests::{Bed, Fault, Proxy, RegistryOptions, Target};
+use weightfs_tests::{Bed, Fault, Proxy, Registry, RegistryOptions, Target};
 
 fn someone() -> Credentials {
     Credentials { user: "someone".into(), password: "pa:ss word".into() }
@@ -15,7 +15,10 @@ fn someone() -> Credentials {
 
 #[test]
 fn credentials_of_docker_login_open_a_registry() {
-    let bed = Bed::with_registry(RegistryOptions { credentials: Some(someone()), tls: false });
+    let bed = Bed::with_registry(RegistryOptions {
+        credentials: Some(someone()),
+        ..RegistryOptions::default()
+    });
     let source = bed.model(SMALL_MODEL);
     let reference = bed.push(&bed.pack_raw(&source, Dialect::Cncf), "private/model");
     bed.weightfs.log_in(&bed.proxy.address(), "someone", "pa:ss word");
@@ -26,7 +29,10 @@ fn credentials_of_docker_login_open_a_registry() {
 
 #[test]
 fn no_credentials_are_an_error_that_says_so() {
-    let bed = Bed::with_registry(RegistryOptions { credentials: Some(someone()), tls: false });
+    let bed = Bed::with_registry(RegistryOptions {
+        credentials: Some(someone()),
+        ..RegistryOptions::default()
+    });
     let source = bed.model(&SMALL_MODEL[..1]);
     let reference = bed.push(&bed.pack_raw(&source, Dialect::Cncf), "private/model");
     bed.assert_refused(&reference, &["private/model", "no credentials"]);
@@ -34,7 +40,10 @@ fn no_credentials_are_an_error_that_says_so() {
 
 #[test]
 fn wrong_credentials_are_an_error_that_keeps_the_password() {
-    let bed = Bed::with_registry(RegistryOptions { credentials: Some(someone()), tls: false });
+    let bed = Bed::with_registry(RegistryOptions {
+        credentials: Some(someone()),
+        ..RegistryOptions::default()
+    });
     let source = bed.model(&SMALL_MODEL[..1]);
     let reference = bed.push(&bed.pack_raw(&source, Dialect::Cncf), "private/model");
     bed.weightfs.log_in(&bed.proxy.address(), "someone", "guessed-wrong");
@@ -86,8 +95,43 @@ fn credentials_do_not_follow_a_redirect_to_another_host() {
 }
 
 #[test]
+fn storage_that_the_registry_names_is_asked_until_it_refuses() {
+    let bed = Bed::new();
+    let source = bed.model(&[Part { path: "model.safetensors", bytes: 24 << 20, mode: 0o644 }]);
+    let reference = bed.push(&bed.pack_raw(&source, Dialect::Cncf), "models/redirected");
+    let (first, second) =
+        (Proxy::start(bed.registry.address()), Proxy::start(bed.registry.address()));
+    bed.weightfs.configure(
+        "[fetch]\nbackground = \"off\"\nread_ahead_max = \"1MiB\"\nread_ahead_min = \"1MiB\"\n",
+    );
+    bed.proxy.fail(Target::Blobs, Fault::Redirect { to: first.address() });
+    let mounted = bed.mount(&reference);
+    let file = File::open(mounted.dir().join("model.safetensors")).unwrap();
+    let expected = std::fs::read(source.join("model.safetensors")).unwrap();
+    let check = |mebibytes: std::ops::Range<usize>| {
+        for at in mebibytes.map(|n| n << 20) {
+            let mut bytes = [0; 4096];
+            file.read_exact_at(&mut bytes, at as u64).unwrap();
+            assert_eq!(bytes, expected[at..at + 4096]);
+        }
+    };
+    check(0..1);
+    bed.proxy.forget();
+    check(1..12);
+    assert_eq!(bed.proxy.requests(Target::Blobs), 0, "the registry was asked again");
+    assert!(first.requests(Target::Blobs) > 1);
+    // As storage does of a signature that has ended.
+    first.fail(Target::All, Fault::Status(403));
+    bed.proxy.heal();
+    bed.proxy.fail(Target::Blobs, Fault::Redirect { to: second.address() });
+    check(12..24);
+    assert!(second.requests(Target::Blobs) > 1);
+    mounted.stop();
+}
+
+#[test]
 fn a_registry_with_its_own_authority_is_trusted_by_configuration() {
-    let bed = Bed::with_registry(RegistryOptions { credentials: None, tls: true });
+    let bed = Bed::with_registry(RegistryOptions { tls: true, ..RegistryOptions::default() });
     let source = bed.model(SMALL_MODEL);
     bed.pack_raw(&source, Dialect::Cncf).push(bed.registry.remote(), "tls/model", "v1");
     let reference = bed.registry.remote().reference("tls/model", "v1");
@@ -98,6 +142,26 @@ fn a_registry_with_its_own_authority_is_trusted_by_configuration() {
     bed.assert_refused(&reference, &[bed.registry.address(), "certificate"]);
     let ca_file = bed.registry.ca_file().unwrap().display();
     bed.weightfs.configure(&table(&format!("ca_file = \"{ca_file}\"\n")));
+    let mounted = bed.mount(&reference);
+    tree::assert_same(&source, mounted.dir(), Scope::ModelFiles);
+    mounted.stop();
+}
+
+#[test]
+fn a_plain_registry_may_redirect_to_storage_that_speaks_tls() {
+    let bed = Bed::new();
+    let source = bed.model(SMALL_MODEL);
+    let artifact = bed.pack_raw(&source, Dialect::Cncf);
+    let reference = bed.push(&artifact, "models/tls");
+    let tls = RegistryOptions { tls: true, ..RegistryOptions::default() };
+    let storage = Registry::start_with(&bed.area, tls);
+    artifact.push(storage.remote(), "models/tls", "v1");
+    let to = format!("https://{}", storage.address());
+    bed.proxy.fail(Target::Blobs, Fault::Redirect { to });
+    bed.assert_refused(&reference, &["certificate"]);
+    let ca_file = storage.ca_file().unwrap().display();
+    let table = format!("[registry.\"{}\"]\nca_file = \"{ca_file}\"\n", bed.proxy.address());
+    bed.weightfs.configure(&table);
     let mounted = bed.mount(&reference);
     tree::assert_same(&source, mounted.dir(), Scope::ModelFiles);
     mounted.stop();

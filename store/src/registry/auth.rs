@@ -76,6 +76,7 @@ pub(super) struct Authority {
     plain_http: bool,
     loopback: bool,
     ca: Option<Vec<u8>>,
+    skip_verify: bool,
     docker_config: Option<PathBuf>,
     timeout: Duration,
 }
@@ -93,12 +94,13 @@ impl Authority {
         registry: &str,
         base: &Url,
         ca: Option<Vec<u8>>,
+        skip_verify: bool,
         docker_config: Option<PathBuf>,
         timeout: Duration,
     ) -> Self {
         let (plain_http, loopback) = (base.scheme() == "http", is_loopback(base.authority()));
         let registry = registry.to_owned();
-        Self { registry, plain_http, loopback, ca, docker_config, timeout }
+        Self { registry, plain_http, loopback, ca, skip_verify, docker_config, timeout }
     }
 
     async fn authenticate(
@@ -149,6 +151,7 @@ impl Authority {
         Client::try_from(ClientConfig {
             protocol: if self.plain_http { ClientProtocol::Http } else { ClientProtocol::Https },
             extra_root_certificates: ca.into_iter().collect(),
+            accept_invalid_certificates: self.skip_verify,
             read_timeout: Some(self.timeout),
             connect_timeout: Some(self.timeout),
             user_agent: USER_AGENT,

@@ -7,11 +7,12 @@ use std::sync::Arc;
 use bytes::Bytes;
 use futures::future::BoxFuture;
 use futures::stream::{self, BoxStream, StreamExt};
-use reqwest::header::{CONTENT_RANGE, HeaderMap, HeaderValue, RANGE};
+use reqwest::header::{CONTENT_ENCODING, CONTENT_RANGE, HeaderMap, HeaderValue, RANGE};
 use reqwest::{Response, StatusCode};
 
-use super::host::{failed_status, unreachable};
-use super::{Registries, Repository};
+use super::host::{Host, failed_status, unreachable};
+use super::target::{Target, is_stale};
+use super::{Failures, Registries, Repository, health};
 use crate::source::{ByteStream, Source};
 use crate::{Digest, SourceError};
 
@@ -24,6 +25,7 @@ pub(super) struct BlobSource {
     what: String,
     path: String,
     size: u64,
+    target: Target,
 }
 
 impl BlobSource {
@@ -35,24 +37,65 @@ impl BlobSource {
     ) -> Self {
         let (name, what, path) =
             (from.to_string(), format!("blob {digest}"), format!("blobs/{digest}"));
-        Self { registries, from, name, what, path, size }
+        Self { registries, from, name, what, path, size, target: Target::default() }
     }
 
+    /// From the first host that gives it. One that fails is asked last for a while.
     async fn get(&self, range: Range<u64>) -> Result<ByteStream, SourceError> {
         if range.is_empty() {
             return Ok(stream::empty().boxed());
         }
-        let host = self.registries.host(&self.from.registry)?;
+        let hosts = self.registries.hosts(&self.from.registry)?;
+        let mut failures = Failures::default();
+        for host in health::by_health(&hosts).filter(|host| host.can().pull) {
+            match self.get_from(host, &range).await {
+                Ok(body) => return Ok(body),
+                Err(error) => failures.add(host, error),
+            }
+        }
+        Err(failures.into_error(&self.from.registry))
+    }
+
+    async fn get_from(
+        &self,
+        host: &Arc<Host>,
+        range: &Range<u64>,
+    ) -> Result<ByteStream, SourceError> {
         let wanted = format!("bytes={}-{}", range.start, range.end - 1);
         let wanted = HeaderValue::try_from(wanted).map_err(|error| self.bad(error.to_string()))?;
         let headers = HeaderMap::from_iter([(RANGE, wanted)]);
-        let answer = host.get(&self.from, &self.what, &self.path, &headers).await?;
-        self.check(&answer, &range)?;
-        Ok(self.body(answer, range.end - range.start))
+        let answer = self.ask(host, &headers).await?;
+        self.check(&answer, range)?;
+        Ok(self.body(host, answer, range.end - range.start))
+    }
+
+    /// Asks where the host sent us last, else the host.
+    async fn ask(&self, host: &Arc<Host>, headers: &HeaderMap) -> Result<Response, SourceError> {
+        let asked = host.url(&self.from, &self.path)?;
+        if let Some(url) = self.target.current(&asked) {
+            let answer = host.get_elsewhere(&self.from, &self.what, url.clone(), headers).await;
+            let status = answer.as_ref().map(Response::status);
+            if !status.is_ok_and(|status| status.is_success()) {
+                self.target.forget(&url);
+            }
+            if !status.is_ok_and(is_stale) {
+                return answer;
+            }
+        }
+        let answer = host.get(&self.from, &self.what, &self.path, headers).await?;
+        if answer.status().is_success() {
+            self.target.note(&asked, answer.url());
+        }
+        Ok(answer)
     }
 
     /// Whether the answer's body begins with what was asked for.
     fn check(&self, answer: &Response, range: &Range<u64>) -> Result<(), SourceError> {
+        if let Some(encoding) = answer.headers().get(CONTENT_ENCODING)
+            && encoding != "identity"
+        {
+            return Err(self.bad(format!("it comes with Content-Encoding {encoding:?}")));
+        }
         match answer.status() {
             StatusCode::PARTIAL_CONTENT => self.check_partial(answer, range),
             StatusCode::OK => self.check_whole(answer, range),
@@ -105,16 +148,22 @@ impl BlobSource {
         }
     }
 
-    fn body(&self, answer: Response, wanted: u64) -> ByteStream {
+    fn body(&self, host: &Arc<Host>, answer: Response, wanted: u64) -> ByteStream {
         let from = self.from.clone();
         let pieces = answer
             .bytes_stream()
             .map(move |piece| piece.map_err(|error| unreachable(&from, error)));
         let name = self.name.clone();
-        exactly(pieces.boxed(), wanted, move |missing| SourceError::Unreachable {
+        let pieces = exactly(pieces.boxed(), wanted, move |missing| SourceError::Unreachable {
             source_name: name.clone(),
             message: format!("the body ended {missing} bytes early"),
-        })
+        });
+        let host = Arc::clone(host);
+        let noted = pieces.inspect(move |piece| match piece {
+            Ok(_) => host.health().well(),
+            Err(_) => host.health().failed(),
+        });
+        noted.boxed()
     }
 
     fn bad(&self, message: String) -> SourceError {

@@ -1,18 +1,26 @@
-//! One registry: its address, connections, and requests that authenticate themselves.
+//! One host that answers for a registry: its connections, requests that authenticate themselves,
+//! and whether it is well.
+//!
+//! Invariant: what is ours (authorization, configured headers) goes to this host alone. A redirect
+//! to another one is followed without.
 
 use std::net::IpAddr;
 use std::num::NonZeroUsize;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, Once, OnceLock};
 use std::time::Duration;
 
 use lru::LruCache;
 use reqwest::header::{HeaderMap, LOCATION, RETRY_AFTER};
 use reqwest::redirect::{Attempt, Policy};
-use reqwest::{Certificate, Client, ClientBuilder, RequestBuilder, Response, StatusCode, Url};
+use reqwest::{
+    Certificate, Client, ClientBuilder, Identity, Method, RequestBuilder, Response, StatusCode, Url,
+};
 
+use super::Repository;
 use super::auth::{Access, Authority, Authorization, Right};
-use super::{RegistryOptions, Repository};
+use super::endpoints::{Capabilities, Endpoint};
+use super::health::Health;
 use crate::SourceError;
 use crate::shared::lock;
 
@@ -25,49 +33,64 @@ const MAX_IDLE_CONNECTIONS: usize = 64;
 /// How long they are kept: shorter than the minute after which common proxies close them.
 const IDLE_CONNECTION: Duration = Duration::from_secs(50);
 
-/// A connection that gives no byte for this long is dead, whatever the timeout allows.
-const MAX_SILENCE: Duration = Duration::from_secs(10);
-
 /// Redirects that are followed: registries send one, to their storage.
 const MAX_REDIRECTS: usize = 5;
 
 /// Repositories whose tokens are remembered for a registry.
 const MAX_REPOSITORIES: NonZeroUsize = NonZeroUsize::new(1024).unwrap();
 
-/// A registry.
+/// Largest PEM file that is read, in bytes.
+const MAX_PEM_BYTES: u64 = 4 << 20;
+
+/// A host that answers for a registry.
 #[derive(Debug)]
 pub(super) struct Host {
-    base: Url,
+    /// What its repositories are below.
+    api: Url,
+    /// The registry that it stands for, where it is not that itself; it is told with each request,
+    /// for hosts that stand for many (containerd does the same).
+    stands_for: Option<String>,
+    can: Capabilities,
+    headers: HeaderMap,
     clients: Clients,
     authority: Arc<Authority>,
     access: Mutex<LruCache<(String, Right), Arc<Access>>>,
+    health: Health,
 }
 
 impl Host {
+    /// `timeout` bounds authentication. A connection that gives no byte for `silence` is given up.
     pub(super) fn new(
         registry: &str,
-        options: &RegistryOptions,
+        endpoint: Endpoint,
         docker_config: Option<PathBuf>,
         timeout: Duration,
+        silence: Duration,
     ) -> Result<Self, SourceError> {
         install_crypto();
         let failed = |message: String| SourceError::Unreachable {
             source_name: registry.to_owned(),
             message,
         };
-        let base = base_url(registry, options).ok_or_else(|| failed("not a host name".into()))?;
-        let ca = match &options.ca_file {
-            None => None,
-            Some(path) => Some(
-                std::fs::read(path)
-                    .map_err(|error| failed(format!("CA file {}: {error}", path.display())))?,
-            ),
-        };
-        let clients = Clients::new(&base, ca.as_deref(), timeout.min(MAX_SILENCE))
-            .map_err(|error| failed(no_tls(&error)))?;
-        let authority = Authority::new(registry, &base, ca, docker_config, timeout);
+        let ca = pem(&endpoint.authorities).map_err(failed)?;
+        let clients = Clients::new(&endpoint, ca.as_deref(), silence).map_err(failed)?;
+        let Endpoint { api, mirror, can, headers, skip_verify, .. } = endpoint;
+        let name = if mirror { api.authority() } else { registry };
+        let authority = Authority::new(name, &api, ca, skip_verify, docker_config, timeout);
+        let stands_for = mirror.then(|| registry.to_owned());
+        let (authority, health) = (Arc::new(authority), Health::default());
         let access = Mutex::new(LruCache::new(MAX_REPOSITORIES));
-        Ok(Self { base, clients, authority: Arc::new(authority), access })
+        Ok(Self { api, stands_for, can, headers, clients, authority, access, health })
+    }
+
+    /// What it may be asked for.
+    pub(super) const fn can(&self) -> Capabilities {
+        self.can
+    }
+
+    /// How it has answered lately.
+    pub(super) const fn health(&self) -> &Health {
+        &self.health
     }
 
     /// Asks for `path` below the repository; authenticates, once, where the registry wants it.
@@ -80,69 +103,115 @@ impl Host {
         headers: &HeaderMap,
     ) -> Result<Response, SourceError> {
         let url = self.url(from, path)?;
-        let build = |client: &Client| client.get(url.clone()).headers(headers.clone());
-        self.ask(from, what, Right::Pull, build).await
+        let build = || self.request(Method::GET, url.clone()).headers(headers.clone());
+        let answer = self.ask(from, what, Right::Pull, build).await?;
+        self.follow(from, what, answer, headers).await
     }
 
-    /// Sends what `build` makes, with the right to do so; see [`Host::get`].
+    /// Asks another host, to which the registry sent us, without anything of ours.
+    pub(super) async fn get_elsewhere(
+        &self,
+        from: &Repository,
+        what: &str,
+        url: Url,
+        headers: &HeaderMap,
+    ) -> Result<Response, SourceError> {
+        let answer = self.send_elsewhere(from, url, headers).await?;
+        self.follow(from, what, answer, headers).await
+    }
+
+    async fn send_elsewhere(
+        &self,
+        from: &Repository,
+        url: Url,
+        headers: &HeaderMap,
+    ) -> Result<Response, SourceError> {
+        let request = self.request_elsewhere(from, Method::GET, url)?.headers(headers.clone());
+        send(from, request, &Authorization::None).await
+    }
+
+    /// Goes where an answer sends us. Not from TLS to plain text: what is believed for its
+    /// transport must have had that transport all the way.
+    async fn follow(
+        &self,
+        from: &Repository,
+        what: &str,
+        mut answer: Response,
+        headers: &HeaderMap,
+    ) -> Result<Response, SourceError> {
+        let bad = |message: &str| SourceError::BadAnswer {
+            source_name: from.to_string(),
+            what: what.to_owned(),
+            message: message.to_owned(),
+        };
+        for _ in 0..MAX_REDIRECTS {
+            if !is_redirect(answer.status()) {
+                return Ok(answer);
+            }
+            let place = answer.headers().get(LOCATION).and_then(|value| value.to_str().ok());
+            let place = place.and_then(|place| answer.url().join(place).ok());
+            let place = place.ok_or_else(|| bad("it redirects to nowhere"))?;
+            if answer.url().scheme() == "https" && place.scheme() != "https" {
+                return Err(bad("the registry redirects from https to plain http"));
+            }
+            answer = self.send_elsewhere(from, place, headers).await?;
+        }
+        Err(bad("too many redirects"))
+    }
+
+    /// A request to this host.
+    pub(super) fn request(&self, method: Method, url: Url) -> RequestBuilder {
+        self.clients.own.request(method, url).headers(self.headers.clone())
+    }
+
+    /// A request to another host, without anything of ours.
+    pub(super) fn request_elsewhere(
+        &self,
+        from: &Repository,
+        method: Method,
+        url: Url,
+    ) -> Result<RequestBuilder, SourceError> {
+        let client = self.clients.of(&url).map_err(|message| SourceError::Unreachable {
+            source_name: from.to_string(),
+            message,
+        })?;
+        Ok(client.request(method, url))
+    }
+
+    /// Sends what `build` makes, with the right to do so. A redirect to another host is answered
+    /// as it is.
     pub(super) async fn ask(
         &self,
         from: &Repository,
         what: &str,
         right: Right,
-        build: impl Fn(&Client) -> RequestBuilder,
+        build: impl Fn() -> RequestBuilder,
     ) -> Result<Response, SourceError> {
         let access = self.access(&from.name, right);
         let known = access.current().await;
-        let answer = self.send(from, &build, known.authorization()).await?;
+        let answer = send(from, build(), known.authorization()).await?;
         if !is_refusal(answer.status()) {
             return Ok(answer);
         }
         let fresh = access.renew(&known, from, what).await?;
-        let answer = self.send(from, &build, fresh.authorization()).await?;
+        let answer = send(from, build(), fresh.authorization()).await?;
         if is_refusal(answer.status()) {
             return Err(fresh.refused(from, what));
         }
         Ok(answer)
     }
 
-    /// Sends it again where it turns out that TLS is spoken behind a plain registry.
-    async fn send(
-        &self,
-        from: &Repository,
-        build: impl Fn(&Client) -> RequestBuilder,
-        authorization: &Authorization,
-    ) -> Result<Response, SourceError> {
-        let answer = send(from, build(self.clients.known()), authorization).await?;
-        if !leads_to_tls(&answer) {
-            return Ok(answer);
-        }
-        let client = self.client_with_tls(from)?;
-        send(from, build(client), authorization).await
-    }
-
-    /// For a request to another place than the registry.
-    pub(super) fn client_for(&self, from: &Repository, url: &Url) -> Result<&Client, SourceError> {
-        match url.scheme() {
-            "https" => self.client_with_tls(from),
-            _ => Ok(self.clients.known()),
-        }
-    }
-
-    fn client_with_tls(&self, from: &Repository) -> Result<&Client, SourceError> {
-        self.clients.with_tls().map_err(|error| SourceError::Unreachable {
-            source_name: from.to_string(),
-            message: no_tls(&error),
-        })
-    }
-
     pub(super) fn url(&self, from: &Repository, path: &str) -> Result<Url, SourceError> {
-        let url = self.base.join(&format!("/v2/{}/{path}", from.name));
-        url.map_err(|error| SourceError::BadAnswer {
+        let url = self.api.join(&format!("{}/{path}", from.name));
+        let mut url = url.map_err(|error| SourceError::BadAnswer {
             source_name: from.to_string(),
             what: path.to_owned(),
             message: format!("not a repository: {error}"),
-        })
+        })?;
+        if let Some(registry) = &self.stands_for {
+            url.query_pairs_mut().append_pair("ns", registry);
+        }
+        Ok(url)
     }
 
     fn access(&self, repository: &str, right: Right) -> Arc<Access> {
@@ -171,7 +240,10 @@ fn is_refusal(status: StatusCode) -> bool {
     matches!(status, StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN)
 }
 
-/// reqwest drops the header itself when a redirect leads to another host.
+fn is_redirect(status: StatusCode) -> bool {
+    matches!(status.as_u16(), 301 | 302 | 303 | 307 | 308)
+}
+
 fn authorized(request: RequestBuilder, authorization: &Authorization) -> RequestBuilder {
     match authorization {
         Authorization::None => request,
@@ -204,19 +276,6 @@ fn words(error: &dyn std::error::Error) -> String {
     causes.fold(error.to_string(), |text, cause| format!("{text}: {cause}"))
 }
 
-/// Docker Hub's registry answers under another name than its references have.
-fn base_url(registry: &str, options: &RegistryOptions) -> Option<Url> {
-    let address = match registry {
-        "docker.io" | "index.docker.io" => "registry-1.docker.io",
-        other => other,
-    };
-    let plain = options.plain_http.unwrap_or_else(|| is_loopback(address));
-    let scheme = if plain { "http" } else { "https" };
-    let url = Url::parse(&format!("{scheme}://{address}/")).ok()?;
-    let only_host = url.path() == "/" && url.query().is_none() && url.fragment().is_none();
-    (only_host && url.username().is_empty() && url.password().is_none()).then_some(url)
-}
-
 /// Whether `host` or `host:port` is this machine.
 pub(super) fn is_loopback(address: &str) -> bool {
     let Ok(url) = Url::parse(&format!("http://{address}/")) else { return false };
@@ -225,13 +284,34 @@ pub(super) fn is_loopback(address: &str) -> bool {
     host == "localhost" || ip.is_ok_and(|ip| ip.is_loopback())
 }
 
-/// The clients of a registry. Reading the machine's certificates takes some 40 ms of a core, so
-/// where a registry speaks plain HTTP they are not read before something leads to TLS.
+/// The contents of PEM files, one after the other; `None` if there are none.
+fn pem(files: &[PathBuf]) -> Result<Option<Vec<u8>>, String> {
+    let mut whole: Option<Vec<u8>> = None;
+    for path in files {
+        let bytes = read(path).map_err(|error| format!("{}: {error}", path.display()))?;
+        let whole = whole.get_or_insert_default();
+        whole.extend_from_slice(&bytes);
+        whole.push(b'\n');
+    }
+    Ok(whole)
+}
+
+fn read(path: &Path) -> std::io::Result<Vec<u8>> {
+    use std::io::Read as _;
+    let mut bytes = vec![];
+    std::fs::File::open(path)?.take(MAX_PEM_BYTES + 1).read_to_end(&mut bytes)?;
+    if bytes.len() as u64 > MAX_PEM_BYTES {
+        return Err(std::io::Error::other("it is larger than 4 MiB"));
+    }
+    Ok(bytes)
+}
+
+/// The clients of a host. Reading the machine's certificates takes some 40 ms of a core, so they
+/// are not read for a host that speaks plain HTTP, before it leads to one that speaks TLS.
 #[derive(Debug)]
 struct Clients {
-    /// Knows no certificates where the registry is plain.
-    first: Client,
-    /// Set once something led to TLS.
+    own: Client,
+    /// For hosts that speak TLS.
     with_tls: OnceLock<Client>,
     builder: Builder,
 }
@@ -239,46 +319,56 @@ struct Clients {
 /// Makes clients.
 #[derive(Debug)]
 struct Builder {
+    authorities: Vec<Certificate>,
+    identity: Option<Identity>,
+    skip_verify: bool,
+    /// Whether the host is this machine.
     loopback: bool,
-    ca: Vec<Certificate>,
     silence: Duration,
 }
 
 impl Clients {
-    fn new(base: &Url, ca: Option<&[u8]>, silence: Duration) -> reqwest::Result<Self> {
-        let ca = ca.map(Certificate::from_pem_bundle).transpose()?.unwrap_or_default();
-        let builder = Builder { loopback: is_loopback(base.authority()), ca, silence };
-        if base.scheme() == "http" {
-            return Ok(Self { first: builder.plain()?, with_tls: OnceLock::new(), builder });
+    fn new(endpoint: &Endpoint, ca: Option<&[u8]>, silence: Duration) -> Result<Self, String> {
+        let builder = Builder::new(endpoint, ca, silence)?;
+        if endpoint.api.scheme() == "http" {
+            let own = builder.plain().map_err(no_tls)?;
+            return Ok(Self { own, with_tls: OnceLock::new(), builder });
         }
-        let first = builder.with_tls()?;
-        Ok(Self { with_tls: OnceLock::from(first.clone()), first, builder })
+        let own = builder.with_tls().map_err(no_tls)?;
+        Ok(Self { with_tls: OnceLock::from(own.clone()), own, builder })
     }
 
-    /// The one to begin with.
-    fn known(&self) -> &Client {
-        self.with_tls.get().unwrap_or(&self.first)
-    }
-
-    /// One that knows the certificates of this machine, which are read now if they were not.
-    fn with_tls(&self) -> reqwest::Result<&Client> {
+    /// The one for a URL of any host.
+    fn of(&self, url: &Url) -> Result<&Client, String> {
+        if url.scheme() != "https" {
+            return Ok(&self.own);
+        }
         if let Some(client) = self.with_tls.get() {
             return Ok(client);
         }
-        let client = self.builder.with_tls()?;
+        let client = self.builder.with_tls().map_err(no_tls)?;
         Ok(self.with_tls.get_or_init(|| client))
     }
 }
 
 impl Builder {
+    fn new(endpoint: &Endpoint, ca: Option<&[u8]>, silence: Duration) -> Result<Self, String> {
+        let authorities = ca.map(Certificate::from_pem_bundle).transpose().map_err(no_tls)?;
+        let authorities = authorities.unwrap_or_default();
+        let identity = pem(&endpoint.identity)?;
+        let identity = identity.map(|pem| Identity::from_pem(&pem)).transpose();
+        // Its text could show a part of the key.
+        let identity = identity.map_err(|_| "the client's certificate and key can't be used")?;
+        let loopback = is_loopback(endpoint.api.authority());
+        Ok(Self { authorities, identity, skip_verify: endpoint.skip_verify, loopback, silence })
+    }
+
     fn plain(&self) -> reqwest::Result<Client> {
-        let policy = Policy::custom(follow_to_plain);
-        self.either().redirect(policy).tls_certs_only([]).build()
+        self.either().tls_certs_only([]).build()
     }
 
     fn with_tls(&self) -> reqwest::Result<Client> {
-        let policy = Policy::custom(follow);
-        self.either().redirect(policy).tls_certs_merge(self.ca.clone()).build()
+        self.either().tls_certs_merge(self.authorities.clone()).build()
     }
 
     fn either(&self) -> ClientBuilder {
@@ -286,43 +376,33 @@ impl Builder {
             .user_agent(USER_AGENT)
             // One connection for each range: HTTP/2 would put them all through one window.
             .http1_only()
+            .redirect(Policy::custom(stay))
             .referer(false)
             .connect_timeout(self.silence)
             .read_timeout(self.silence)
             .pool_max_idle_per_host(MAX_IDLE_CONNECTIONS)
-            .pool_idle_timeout(IDLE_CONNECTION);
+            .pool_idle_timeout(IDLE_CONNECTION)
+            .tls_danger_accept_invalid_certs(self.skip_verify);
+        let builder = match &self.identity {
+            Some(identity) => builder.identity(identity.clone()),
+            None => builder,
+        };
         // A proxy can't reach what listens on our own loopback.
         if self.loopback { builder.no_proxy() } else { builder }
     }
 }
 
-fn no_tls(error: &reqwest::Error) -> String {
-    format!("TLS can't be set up: {}", words(error))
+fn no_tls(error: reqwest::Error) -> String {
+    format!("TLS can't be set up: {}", words(&error))
 }
 
-/// Whether a redirect was not followed because it needs certificates.
-fn leads_to_tls(answer: &Response) -> bool {
-    let location = answer.headers().get(LOCATION).and_then(|location| location.to_str().ok());
-    let target = location.and_then(|location| answer.url().join(location).ok());
-    answer.status().is_redirection() && target.is_some_and(|target| target.scheme() == "https")
-}
-
-/// As [`follow`], up to where TLS begins.
-fn follow_to_plain(attempt: Attempt<'_>) -> reqwest::redirect::Action {
-    if attempt.url().scheme() == "https" { attempt.stop() } else { follow(attempt) }
-}
-
-/// Follows redirects, but not from TLS to plain text: what is believed for its transport must
-/// have had that transport all the way.
-fn follow(attempt: Attempt<'_>) -> reqwest::redirect::Action {
-    let was_secure = attempt.previous().last().is_some_and(|url| url.scheme() == "https");
-    if was_secure && attempt.url().scheme() != "https" {
-        return attempt.error("the registry redirects from https to plain http");
-    }
+/// Follows redirects within a host, with what is ours. One to another host is the answer.
+fn stay(attempt: Attempt<'_>) -> reqwest::redirect::Action {
     if attempt.previous().len() > MAX_REDIRECTS {
         return attempt.error("too many redirects");
     }
-    attempt.follow()
+    let here = attempt.previous().last().is_some_and(|url| url.origin() == attempt.url().origin());
+    if here { attempt.follow() } else { attempt.stop() }
 }
 
 /// rustls wants one provider for the process; whoever came first has chosen.
@@ -331,35 +411,4 @@ fn install_crypto() {
     ONCE.call_once(|| {
         let _ = rustls::crypto::ring::default_provider().install_default();
     });
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn only_loopback_is_plain_by_itself() {
-        let scheme = |registry: &str, plain_http| {
-            let options = RegistryOptions { plain_http, ca_file: None };
-            base_url(registry, &options).unwrap().scheme().to_owned()
-        };
-        for registry in ["localhost", "localhost:5000", "127.0.0.1:5000", "127.9.9.9", "[::1]:5000"]
-        {
-            assert_eq!(scheme(registry, None), "http", "{registry}");
-            assert_eq!(scheme(registry, Some(false)), "https", "{registry}");
-        }
-        for registry in ["example.com", "localhost.example.com", "10.0.0.1:5000", "128.0.0.1"] {
-            assert_eq!(scheme(registry, None), "https", "{registry}");
-            assert_eq!(scheme(registry, Some(true)), "http", "{registry}");
-        }
-    }
-
-    #[test]
-    fn a_registry_is_a_host_and_nothing_else() {
-        for registry in ["", "a/b", "user@host", "host?x", "host#x", "a b"] {
-            assert!(base_url(registry, &RegistryOptions::default()).is_none(), "{registry}");
-        }
-        let hub = base_url("docker.io", &RegistryOptions::default()).unwrap();
-        assert_eq!(hub.as_str(), "https://registry-1.docker.io/");
-    }
 }

@@ -6,7 +6,7 @@
 
 use bytes::Bytes;
 use reqwest::header::{CONTENT_LENGTH, CONTENT_TYPE, LOCATION};
-use reqwest::{Client, Response, StatusCode, Url};
+use reqwest::{Method, RequestBuilder, Response, StatusCode, Url};
 
 use super::auth::Right;
 use super::host::{Host, failed_status};
@@ -22,26 +22,26 @@ impl Registries {
     pub async fn push_blob(&self, to: &Repository, bytes: &Bytes) -> Result<Digest, SourceError> {
         let digest = Digest::of(bytes);
         let what = format!("blob {digest}");
-        let host = self.host(&to.registry)?;
+        let host = self.host_to_push(&to.registry)?;
         if has(&host, to, &what, &format!("blobs/{digest}")).await? {
             return Ok(digest);
         }
         let begin = host.url(to, "blobs/uploads/")?;
-        let begin = |client: &Client| client.post(begin.clone()).header(CONTENT_LENGTH, 0);
+        let begin = || host.request(Method::POST, begin.clone()).header(CONTENT_LENGTH, 0);
         let answer = host.ask(to, &what, Right::Push, begin).await?;
         let mut upload = expect(to, &what, &answer, StatusCode::ACCEPTED)
             .and_then(|()| location(to, &what, &answer))?;
         upload.query_pairs_mut().append_pair("digest", &digest.to_string());
-        let put = |client: &Client| {
-            let request = client.put(upload.clone());
+        let put = |request: RequestBuilder| {
             request.header(CONTENT_TYPE, "application/octet-stream").body(bytes.clone())
         };
         let answer = if upload.origin() == host.url(to, "")?.origin() {
+            let put = || put(host.request(Method::PUT, upload.clone()));
             host.ask(to, &what, Right::Push, put).await?
         } else {
             // Another host's business: it gets no credentials of ours.
-            let client = host.client_for(to, &upload)?;
-            put(client).send().await.map_err(|error| super::host::unreachable(to, error))?
+            let put = put(host.request_elsewhere(to, Method::PUT, upload)?);
+            put.send().await.map_err(|error| super::host::unreachable(to, error))?
         };
         expect(to, &what, &answer, StatusCode::CREATED).map(|()| digest)
     }
@@ -67,9 +67,12 @@ impl Registries {
 async fn has(host: &Host, to: &Repository, what: &str, path: &str) -> Result<bool, SourceError> {
     let url = host.url(to, path)?;
     // With the right to push, so that one token serves for all that follows.
-    let answer = host.ask(to, what, Right::Push, |client| client.head(url.clone())).await?;
+    let head = || host.request(Method::HEAD, url.clone());
+    let answer = host.ask(to, what, Right::Push, head).await?;
     match answer.status() {
         StatusCode::OK => Ok(true),
+        // Its storage has it.
+        status if status.is_redirection() => Ok(true),
         StatusCode::NOT_FOUND => Ok(false),
         _ => Err(failed_status(to, what, &answer)),
     }

@@ -4,7 +4,7 @@
 
 use bytes::Bytes;
 use reqwest::header::CONTENT_TYPE;
-use reqwest::{Client, StatusCode};
+use reqwest::{Method, StatusCode};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
@@ -143,10 +143,10 @@ impl Registries {
         bytes: &Bytes,
     ) -> Result<bool, SourceError> {
         let what = format!("manifest {name}");
-        let host = self.host(&to.registry)?;
+        let host = self.host_to_push(&to.registry)?;
         let url = host.url(to, &format!("manifests/{name}"))?;
-        let put = |client: &Client| {
-            let request = client.put(url.clone());
+        let put = || {
+            let request = host.request(Method::PUT, url.clone());
             request.header(CONTENT_TYPE, media_type).body(bytes.clone())
         };
         let answer = host.ask(to, &what, Right::Push, put).await?;
@@ -164,7 +164,8 @@ impl Default for List {
 }
 
 fn asked(of: &Repository, subject: Digest) -> Asked<'_> {
-    Asked { from: of, what: format!("referrers of {subject}"), limit: MAX_MANIFEST_BYTES }
+    let what = format!("referrers of {subject}");
+    Asked { from: of, what, limit: MAX_MANIFEST_BYTES, checked: true }
 }
 
 fn parse(asked: &Asked<'_>, bytes: &[u8]) -> Result<List, SourceError> {

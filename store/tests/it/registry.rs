@@ -25,7 +25,7 @@ fn anonymous() -> Arc<Registries> {
 
 fn registries(docker_config: &Path) -> Arc<Registries> {
     let timeout = Duration::from_secs(20);
-    Registries::new(BTreeMap::new(), Some(docker_config.to_owned()), timeout).unwrap()
+    Registries::new(BTreeMap::new(), None, Some(docker_config.to_owned()), timeout).unwrap()
 }
 
 fn reference(server: &Server, rest: &str) -> Reference {
@@ -137,7 +137,7 @@ async fn a_registry_that_hangs_or_refuses_connections_is_unreachable() {
     let server = Server::start(|_| Reply::default().ending(Ending::Silence)).await;
     let timeout = Duration::from_millis(200);
     let registries =
-        Registries::new(BTreeMap::new(), Some("/nonexistent".into()), timeout).unwrap();
+        Registries::new(BTreeMap::new(), None, Some("/nonexistent".into()), timeout).unwrap();
     let error = registries.resolve(&reference(&server, "org/model")).await.unwrap_err();
     assert!(matches!(error, SourceError::Unreachable { .. }), "{error}");
     let address = server.address.clone();
@@ -379,7 +379,7 @@ async fn a_ca_file_that_can_t_be_used_is_told_at_the_start() {
     let missing = PathBuf::from("/nonexistent/ca.pem");
     let options = RegistryOptions { plain_http: None, ca_file: Some(missing) };
     let options = BTreeMap::from([("example.com".to_owned(), options)]);
-    let error = Registries::new(options, None, Duration::from_secs(1)).unwrap_err();
+    let error = Registries::new(options, None, None, Duration::from_secs(1)).unwrap_err();
     assert!(error.to_string().contains("/nonexistent/ca.pem"), "{error}");
 }
 

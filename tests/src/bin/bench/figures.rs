@@ -181,6 +181,7 @@ pub(crate) const CATALOGUE: &[Kind] = &[
     kind("tensorizer_pull_throttled_s", Unit::Seconds, "  throttled, pull + local load"),
     kind("daemon_cpu_s_per_gb", Unit::SecondsPerGigabyte, "daemon's CPU, cold sequential"),
     kind("daemon_rss_mib", Unit::Mebibytes, "daemon's peak memory, mapped files not counted"),
+    kind("store_start_ms", Unit::Milliseconds, "start-up with 100 blobs of 100 GB"),
 ];
 
 /// Median, least and greatest of a figure's samples.

@@ -12,6 +12,7 @@ mod lab;
 mod loaders;
 mod read;
 mod report;
+mod start;
 mod throttle;
 mod usage;
 mod warm;
@@ -87,11 +88,12 @@ pub(crate) struct Bench {
 
 type Section = fn(&Bench, &mut Figures);
 
-const SECTIONS: [(&str, Section); 4] = [
+const SECTIONS: [(&str, Section); 5] = [
     ("cold", cold::measure),
     ("images", images::measure),
     ("warm", warm::measure),
     ("loaders", loaders::measure),
+    ("start", start::measure),
 ];
 
 impl Bench {

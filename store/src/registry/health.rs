@@ -1,0 +1,96 @@
+//! Whether a host answers, so that not every request finds out for itself.
+//!
+//! Invariant: no host is given up. One that fails is asked after the others for a while, and then
+//! first by a single request.
+
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use tokio::time::Instant;
+
+use super::host::Host;
+use crate::shared::lock;
+
+/// How long a host is set aside after its first failure in a row; each more doubles it.
+const FIRST_PAUSE: Duration = Duration::from_secs(1);
+
+/// The longest that it is set aside: so long a host that is back may go unnoticed.
+const LONGEST_PAUSE: Duration = Duration::from_secs(60);
+
+/// How a host has answered lately.
+#[derive(Debug, Default)]
+pub(super) struct Health(Mutex<State>);
+
+#[derive(Debug, Default)]
+enum State {
+    #[default]
+    Well,
+    Aside {
+        failures: u32,
+        until: Instant,
+        /// Whether one request tries it now.
+        tried: bool,
+    },
+}
+
+impl Health {
+    /// It answered as it should.
+    pub(super) fn well(&self) {
+        *lock(&self.0) = State::Well;
+    }
+
+    /// It did not answer, or said that it can't. Requests that fail together count once.
+    pub(super) fn failed(&self) {
+        let mut state = lock(&self.0);
+        let now = Instant::now();
+        let failures = match *state {
+            State::Well => 0,
+            State::Aside { until, tried: false, .. } if now < until => return,
+            State::Aside { failures, .. } => failures,
+        };
+        let pause = FIRST_PAUSE.saturating_mul(1 << failures.min(16)).min(LONGEST_PAUSE);
+        *state = State::Aside { failures: failures + 1, until: now + pause, tried: false };
+    }
+
+    /// Whether to ask it in its turn. When its pause is over, one caller hears yes, and the others
+    /// wait for what comes of it.
+    fn is_in_turn(&self) -> bool {
+        match &mut *lock(&self.0) {
+            State::Well => true,
+            State::Aside { until, .. } if Instant::now() < *until => false,
+            State::Aside { until, tried, .. } => {
+                (*until, *tried) = (Instant::now() + FIRST_PAUSE, true);
+                true
+            }
+        }
+    }
+}
+
+/// Hosts in the order in which to ask them: those that were set aside come last.
+pub(super) fn by_health(hosts: &[Arc<Host>]) -> impl Iterator<Item = &Arc<Host>> {
+    let (well, aside): (Vec<_>, Vec<_>) =
+        hosts.iter().partition(|host| hosts.len() == 1 || host.health().is_in_turn());
+    well.into_iter().chain(aside)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn a_host_that_fails_is_tried_again_by_one_after_growing_pauses() {
+        let health = Health::default();
+        assert!(health.is_in_turn());
+        for pause in [1, 2, 4, 8, 16, 32, 60, 60] {
+            health.failed();
+            health.failed();
+            tokio::time::advance(Duration::from_secs(pause) - Duration::from_millis(1)).await;
+            assert!(!health.is_in_turn(), "{pause}");
+            tokio::time::advance(Duration::from_millis(2)).await;
+            assert!(health.is_in_turn(), "{pause}");
+            assert!(!health.is_in_turn(), "one is enough");
+        }
+        health.well();
+        assert!(health.is_in_turn() && health.is_in_turn());
+    }
+}
