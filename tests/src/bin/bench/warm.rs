@@ -104,7 +104,7 @@ impl<'a> Warm<'a> {
     }
 
     /// Everything is in memory as it comes from the disk.
-    fn from_disk(&mut self) -> Places {
+    fn read_from_disk(&mut self) -> Places {
         if let Some(view) = self.view.take() {
             view.remove(&self.node.containerd);
         }
@@ -156,7 +156,7 @@ pub(crate) fn measure(bench: &Bench, figures: &mut Figures) {
     let again = best_of_two(|| warm.mount_again());
     figures.add("native_dropped_seq_mbps", from_disk);
     figures.add("dropped_seq_of_native", again / from_disk);
-    compare_from_disk(&warm.from_disk(), figures);
+    compare_from_disk(&warm.read_from_disk(), figures);
 }
 
 /// A virtual machine's host may have none of a file in its memory: the second try finds it there,
