@@ -488,10 +488,10 @@ impl Blob {
 
     /// Fetches what a read gives reason to.
     fn follow(self: &Arc<Self>, notice: &Notice) {
-        let Notice { segment, advice: Advice { ahead, request_bytes, .. }, whole } = notice;
+        let Notice { segment, advice: Advice { ahead, window, .. }, whole } = notice;
         for range in ahead {
             if let Some(place) = self.table.locate(range) {
-                self.fetcher.read_ahead(self, &place.chunks, *request_bytes);
+                self.fetcher.read_ahead(self, &place.chunks, *window);
             }
         }
         if *whole {

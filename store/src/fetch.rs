@@ -187,10 +187,11 @@ impl Fetcher {
         Ok(loose)
     }
 
-    /// Fetches what nobody fetches yet of `chunks`, after what is in demand.
-    pub(crate) fn read_ahead(&self, blob: &Arc<Blob>, chunks: &Range<ChunkNo>, request_bytes: u64) {
+    /// Fetches what nobody fetches yet of `chunks`, part of a window of so many bytes, after what
+    /// is in demand.
+    pub(crate) fn read_ahead(&self, blob: &Arc<Blob>, chunks: &Range<ChunkNo>, window: u64) {
         let (limits, until) = (limits(blob), patience(blob));
-        let request_bytes = request_bytes.min(blob.scheduler().request_bytes(&blob.host()));
+        let request_bytes = blob.scheduler().window_request_bytes(&blob.host(), window);
         lock(&self.queue).read_ahead(chunks, request_bytes, blob.presence(), limits, until);
         pump(blob);
     }

@@ -21,8 +21,6 @@ use std::ops::Range;
 use lru::LruCache;
 
 use self::strides::Strides;
-use crate::layout::CHUNK_BYTES;
-
 /// Runs that are remembered for a blob; the least recently continued one is forgotten. Loaders
 /// read with up to 32 threads at once, with some random reads between.
 const MAX_RUNS: std::num::NonZeroUsize = std::num::NonZeroUsize::new(64).unwrap();
@@ -40,10 +38,6 @@ const GAP_BYTES: u64 = 256 << 10;
 /// kernel's requests, which thus come out of order.
 const REORDER_BYTES: u64 = 8 << 20;
 
-/// Requests that a window is spread over: in small ones the first bytes come early, and in
-/// parallel.
-const REQUESTS_PER_WINDOW: u64 = 8;
-
 /// How a read relates to those before it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Access {
@@ -59,14 +53,13 @@ pub(crate) struct Advice {
     pub(crate) access: Access,
     /// What to fetch now, besides what was read.
     pub(crate) ahead: Vec<Range<u64>>,
-    /// In requests of so many bytes.
-    pub(crate) request_bytes: u64,
+    /// Bytes of the window that it belongs to.
+    pub(crate) window: u64,
 }
 
 impl Advice {
     fn new(access: Access, ahead: Vec<Range<u64>>, window: u64) -> Self {
-        let request_bytes = (window / REQUESTS_PER_WINDOW).max(CHUNK_BYTES);
-        Self { access, ahead, request_bytes }
+        Self { access, ahead, window }
     }
 }
 

@@ -100,9 +100,9 @@ pub enum Fault {
         /// Its bytes.
         body: Bytes,
     },
-    /// Redirects (307) to the same path at another `host:port`.
+    /// Redirects (307) to the same path at another host.
     Redirect {
-        /// `host:port`.
+        /// `host:port`; of one that speaks TLS, with `https://` before it.
         to: String,
     },
     /// Answers only after this time, as a registry that is far away does.
@@ -286,7 +286,8 @@ async fn answer(request: Request<Incoming>, state: Arc<State>) -> Answer {
         Some(Fault::Other(digest)) => state.forward(of_blob(request, digest)?, false).await?,
         Some(Fault::Replace { media_type, body }) => replaced(&media_type, body)?,
         Some(Fault::Redirect { to }) => {
-            let location = format!("http://{to}{}", request.uri());
+            let scheme = if to.starts_with("https://") { "" } else { "http://" };
+            let location = format!("{scheme}{to}{}", request.uri());
             return simple(
                 Response::builder()
                     .status(StatusCode::TEMPORARY_REDIRECT)

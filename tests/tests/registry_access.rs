@@ -8,7 +8,7 @@ use weightfs_tests::model::{Part, SMALL_MODEL};
 use weightfs_tests::modelpack::{Dialect, Plan};
 use weightfs_tests::remote::Credentials;
 use weightfs_tests::tree::{self, Scope};
-use weightfs_tests::{Artifact, Bed, Fault, Proxy, RegistryOptions, Target};
+use weightfs_tests::{Artifact, Bed, Fault, Proxy, Registry, RegistryOptions, Target};
 
 fn someone() -> Credentials {
     Credentials { user: "someone".into(), password: "pa:ss word".into() }
@@ -151,6 +151,26 @@ fn a_registry_with_its_own_authority_is_trusted_by_configuration() {
 /// Bytes of blobs that the registry sent, as a multiple of the artifact's layers.
 fn downloads(bed: &Bed, artifact: &Artifact) -> f64 {
     bed.proxy.bytes(Target::Blobs) as f64 / artifact.layer_bytes() as f64
+}
+
+#[test]
+fn a_plain_registry_may_redirect_to_storage_that_speaks_tls() {
+    let bed = Bed::new();
+    let source = bed.model(SMALL_MODEL);
+    let artifact = bed.pack_raw(&source, Dialect::Cncf);
+    let reference = bed.push(&artifact, "models/tls");
+    let tls = RegistryOptions { tls: true, ..RegistryOptions::default() };
+    let storage = Registry::start_with(&bed.area, tls);
+    artifact.push(storage.remote(), "models/tls", "v1");
+    let to = format!("https://{}", storage.address());
+    bed.proxy.fail(Target::Blobs, Fault::Redirect { to });
+    bed.assert_refused(&reference, &["certificate"]);
+    let ca_file = storage.ca_file().unwrap().display();
+    let table = format!("[registry.\"{}\"]\nca_file = \"{ca_file}\"\n", bed.proxy.address());
+    bed.weightfs.configure(&table);
+    let mounted = bed.mount(&reference);
+    tree::assert_same(&source, mounted.dir(), Scope::ModelFiles);
+    mounted.stop();
 }
 
 #[test]

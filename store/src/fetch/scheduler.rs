@@ -11,7 +11,7 @@ use std::sync::{Arc, Mutex, Weak};
 use tokio::time::Instant;
 
 use super::hedge::Hedging;
-use super::line::{Line, Priority, Times};
+use super::line::{Line, Priority, REQUESTS_PER_WINDOW, Times};
 use super::queue::Request;
 use crate::Blob;
 use crate::shared::lock;
@@ -121,9 +121,11 @@ impl Scheduler {
         None
     }
 
-    /// Bytes of a request that nobody waits for, at the most.
-    pub(super) fn request_bytes(&self, host: &str) -> u64 {
-        lock(&self.state).hosts.get(host).map_or(u64::MAX, |host| host.line.request_bytes())
+    /// Bytes of the requests of a read-ahead window of so many bytes.
+    pub(super) fn window_request_bytes(&self, host: &str, window: u64) -> u64 {
+        let state = lock(&self.state);
+        let line = state.hosts.get(host).map(|host| &host.line);
+        line.map_or(window / REQUESTS_PER_WINDOW, |line| line.window_request_bytes(window))
     }
 
     /// A request that [`Scheduler::next`] gave is over; it brought `bytes`. `times` is how it

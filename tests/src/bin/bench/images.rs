@@ -1,13 +1,16 @@
 //! From nothing to a model that was read, as containerd has it: our lazy pull, and containerd's
 //! own pull into overlayfs, of 1.6 and 2.1.
 
+use std::fs;
 use std::path::PathBuf;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
 use nix::mount::{MntFlags, umount2};
+use nix::unistd::Pid;
 use tempfile::TempDir;
 use weightfs_tests::process::run;
+use weightfs_tests::wait::wait_until;
 use weightfs_tests::{Containerd, ContainerdOptions, Daemon};
 
 use crate::Bench;
@@ -20,7 +23,7 @@ use crate::read;
 pub(crate) const SNAPSHOTTER: &str = "weightfs";
 
 /// containerd's own.
-const OVERLAYFS: &str = "overlayfs";
+pub(crate) const OVERLAYFS: &str = "overlayfs";
 
 /// One round.
 pub(crate) fn measure(bench: &Bench, figures: &mut Figures) {
@@ -45,7 +48,7 @@ pub(crate) fn measure(bench: &Bench, figures: &mut Figures) {
 pub(crate) struct Node {
     /// containerd. The first field, so that it goes first.
     pub(crate) containerd: Containerd,
-    pub(crate) daemon: Daemon,
+    daemon: Option<Daemon>,
     pub(crate) fresh: Fresh,
 }
 
@@ -53,13 +56,31 @@ impl Node {
     /// Starts both.
     pub(crate) fn start(lab: &Lab) -> Self {
         let fresh = lab.fresh();
-        let daemon = fresh.weightfs.serve(&lab.area);
+        let daemon = Some(fresh.weightfs.serve(&lab.area));
         let weightfs = Some(fresh.weightfs.snapshotter_socket());
         // Nothing is removed here, and views are to stay.
         let no_garbage_collection = true;
         let options = ContainerdOptions { weightfs, no_garbage_collection, ..Default::default() };
         let containerd = Containerd::start(&lab.area, &options);
         Self { containerd, daemon, fresh }
+    }
+
+    /// The daemon's process.
+    pub(crate) fn pid(&self) -> Pid {
+        self.daemon.as_ref().expect("there is one between two calls").pid()
+    }
+
+    /// Ends the daemon, drops the page cache, and starts it again on the same state. (The kernel
+    /// keeps pages that a process has mapped.)
+    pub(crate) fn restart(&mut self, lab: &Lab) {
+        if let Some(daemon) = self.daemon.take() {
+            daemon.stop();
+        }
+        drop_caches();
+        self.daemon = Some(self.fresh.weightfs.serve(&lab.area));
+        // containerd takes its time before it dials again.
+        let list = ["snapshot", "--snapshotter", SNAPSHOTTER, "ls"];
+        wait_until("containerd finds the daemon", || self.containerd.ctr(&list).code == 0);
     }
 
     /// Pulls an image without its weights.
@@ -104,8 +125,9 @@ fn ours_all_read(lab: &Lab, figures: &mut Figures, line: Line) {
     drop_caches();
     let start = Instant::now();
     node.rpull(&reference);
-    mount_and_read(lab, &node.containerd, SNAPSHOTTER);
+    let view = mount_and_read(lab, &node.containerd, SNAPSHOTTER);
     figures.add(&format!("all_read_{}_s", line.name()), start.elapsed().as_secs_f64());
+    view.remove(&node.containerd);
 }
 
 fn pull_and_read(
@@ -126,8 +148,9 @@ fn pull_and_read(
         figures.add(&figure, first_byte.as_secs_f64());
     }
     let start = Instant::now();
-    mount_and_read(lab, containerd, OVERLAYFS);
+    let view = mount_and_read(lab, containerd, OVERLAYFS);
     let all_read = pulled + start.elapsed();
+    view.remove(containerd);
     figures.add(&format!("{name}_all_read_{}_s", line.name()), all_read.as_secs_f64());
     containerd.remove_image(&reference);
 }
@@ -142,10 +165,10 @@ fn start_and_touch(lab: &Lab, containerd: &Containerd, reference: &str) -> Durat
 }
 
 /// Mounts an image's root file system and reads all weights in it.
-fn mount_and_read(lab: &Lab, containerd: &Containerd, snapshotter: &'static str) {
+fn mount_and_read(lab: &Lab, containerd: &Containerd, snapshotter: &'static str) -> View {
     let view = View::new(lab, containerd, snapshotter);
     lab.model.timed(&view.weights(), read::sequential);
-    view.remove(containerd);
+    view
 }
 
 /// The image's root file system, mounted read-only. (`ctr image mount` of 1.6 unpacks into
@@ -171,6 +194,16 @@ impl View {
     /// Where the weights are.
     pub(crate) fn weights(&self) -> PathBuf {
         self.point.path().join(IN_IMAGE)
+    }
+
+    /// Where the weights are in the layer's own directory, below the overlay.
+    pub(crate) fn weights_below(&self) -> PathBuf {
+        let table = fs::read_to_string("/proc/self/mounts").expect("a mount table");
+        let own = table.lines().find(|line| line.split(' ').nth(1) == Some(self.key()));
+        let options = own.and_then(|line| line.split(' ').nth(3)).expect("it is mounted");
+        let layers = options.split(',').find_map(|option| option.strip_prefix("lowerdir="));
+        let lowest = layers.and_then(|layers| layers.split(':').next_back()).expect("an overlay");
+        PathBuf::from(lowest).join(IN_IMAGE)
     }
 
     /// Unmounts and removes it.

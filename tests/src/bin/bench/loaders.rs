@@ -36,7 +36,8 @@ struct Case {
     loader: &'static str,
     python: PathBuf,
     repository: &'static str,
-    blobs: Blobs,
+    /// On each line.
+    blobs: [(Line, Blobs); 2],
     names: Vec<String>,
 }
 
@@ -59,7 +60,7 @@ fn small_cases(options: &Options, lab: &Lab, figures: &mut Figures, cases: &mut 
         SMALL.iter().for_each(|name| figures.leave_out(name, reason));
         return;
     }
-    let blobs = lab.blobs(Line::Direct);
+    let blobs = Line::BOTH.map(|line| (line, lab.blobs(line)));
     let names = lab.model.shards.clone();
     let [safetensors, gguf] = SMALL;
     cases.push(Case {
@@ -109,34 +110,40 @@ fn pushed(
     names: Vec<String>,
 ) -> Case {
     let blobs: Vec<Blob> = lab.push_model(repository, dir, &names);
-    let blobs = Blobs::new(&lab.address(Line::Direct), repository, &blobs);
+    let blobs = Line::BOTH.map(|line| (line, Blobs::new(&lab.address(line), repository, &blobs)));
     Case { loader, python: python.to_owned(), repository, blobs, names }
 }
 
 /// One round.
 pub(crate) fn measure(bench: &Bench, figures: &mut Figures) {
     for case in &bench.loaders.cases {
-        let (mounted, by_mount) = through_mount(&bench.lab, case);
-        let (pulled, by_pull) = after_pull(&bench.lab, case);
-        assert_eq!(by_mount, by_pull, "{} loaded wrong bytes", case.loader);
-        figures.add(&format!("{}_mount_s", case.loader), mounted.as_secs_f64());
-        figures.add(&format!("{}_pull_s", case.loader), pulled.as_secs_f64());
+        for (line, blobs) in &case.blobs {
+            let (mounted, by_mount) = through_mount(&bench.lab, case, *line);
+            let (pulled, by_pull) = after_pull(&bench.lab, case, blobs);
+            assert_eq!(by_mount, by_pull, "{} loaded wrong bytes", case.loader);
+            let line = match line {
+                Line::Direct => "",
+                Line::Throttled => "_throttled",
+            };
+            figures.add(&format!("{}_mount{line}_s", case.loader), mounted.as_secs_f64());
+            figures.add(&format!("{}_pull{line}_s", case.loader), pulled.as_secs_f64());
+        }
     }
 }
 
-fn through_mount(lab: &Lab, case: &Case) -> (Duration, String) {
+fn through_mount(lab: &Lab, case: &Case, line: Line) -> (Duration, String) {
     let loader = Loader::start(case);
-    lab.with_mount(&lab.reference(Line::Direct, case.repository), |mounted, start| {
+    lab.with_mount(&lab.reference(line, case.repository), |mounted, start| {
         loader.load(mounted.dir(), start)
     })
 }
 
-fn after_pull(lab: &Lab, case: &Case) -> (Duration, String) {
+fn after_pull(lab: &Lab, case: &Case, blobs: &Blobs) -> (Duration, String) {
     let loader = Loader::start(case);
     let dir = tempfile::tempdir_in(lab.area.path()).unwrap();
     drop_caches();
     let start = Instant::now();
-    case.blobs.pull(dir.path(), &case.names);
+    blobs.pull(dir.path(), &case.names);
     loader.load(dir.path(), start)
 }
 

@@ -106,6 +106,38 @@ const REACHES: &[Reach] = &[
         judge: |f| warm(f, "warm_pread_random_overlay_of_native"),
     },
     Reach {
+        title: "just fetched / just pulled, sequential",
+        judge: |f| warm(f, "fetched_seq_of_pulled"),
+    },
+    Reach {
+        title: "just fetched / just pulled, overlay, sequential",
+        judge: |f| warm(f, "fetched_seq_overlay_of_pulled"),
+    },
+    Reach {
+        title: "just fetched / just pulled, mmap",
+        judge: |f| warm(f, "fetched_mmap_of_pulled"),
+    },
+    Reach {
+        title: "just fetched / just pulled, overlay, mmap",
+        judge: |f| warm(f, "fetched_mmap_overlay_of_pulled"),
+    },
+    Reach {
+        title: "just fetched / just pulled, random mmap",
+        judge: |f| warm(f, "fetched_random_of_pulled"),
+    },
+    Reach {
+        title: "just fetched / just pulled, overlay, random mmap",
+        judge: |f| warm(f, "fetched_random_overlay_of_pulled"),
+    },
+    Reach {
+        title: "just fetched / just pulled, random pread",
+        judge: |f| warm(f, "fetched_pread_random_of_pulled"),
+    },
+    Reach {
+        title: "just fetched / just pulled, overlay, random pread",
+        judge: |f| warm(f, "fetched_pread_random_overlay_of_pulled"),
+    },
+    Reach {
         title: "first byte of last shard - container start, s",
         judge: |f| {
             let found = median(f, "first_byte_container_s")? - median(f, "container_start_s")?;
@@ -156,6 +188,60 @@ const REACHES: &[Reach] = &[
     Reach {
         title: "tensorizer, mount / pull",
         judge: |f| ratio(f, "tensorizer_mount_s", "tensorizer_pull_s", Bound::AtMost(1.0)),
+    },
+    Reach {
+        title: "safetensors, throttled, mount / pull",
+        judge: |f| {
+            ratio(
+                f,
+                "safetensors_mount_throttled_s",
+                "safetensors_pull_throttled_s",
+                Bound::AtMost(1.0),
+            )
+        },
+    },
+    Reach {
+        title: "gguf, throttled, mount / pull",
+        judge: |f| ratio(f, "gguf_mount_throttled_s", "gguf_pull_throttled_s", Bound::AtMost(1.0)),
+    },
+    Reach {
+        title: "transformers, throttled, mount / pull",
+        judge: |f| {
+            ratio(
+                f,
+                "transformers_mount_throttled_s",
+                "transformers_pull_throttled_s",
+                Bound::AtMost(1.0),
+            )
+        },
+    },
+    Reach {
+        title: "runai-model-streamer, throttled, mount / pull",
+        judge: |f| {
+            ratio(f, "runai_mount_throttled_s", "runai_pull_throttled_s", Bound::AtMost(1.0))
+        },
+    },
+    Reach {
+        title: "fastsafetensors, throttled, mount / pull",
+        judge: |f| {
+            ratio(
+                f,
+                "fastsafetensors_mount_throttled_s",
+                "fastsafetensors_pull_throttled_s",
+                Bound::AtMost(1.0),
+            )
+        },
+    },
+    Reach {
+        title: "tensorizer, throttled, mount / pull",
+        judge: |f| {
+            ratio(
+                f,
+                "tensorizer_mount_throttled_s",
+                "tensorizer_pull_throttled_s",
+                Bound::AtMost(1.0),
+            )
+        },
     },
 ];
 
