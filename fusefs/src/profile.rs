@@ -313,4 +313,17 @@ mod tests {
             assert_eq!(Profile::parse(&bytes), Err(ProfileError::BadExtent(0)));
         }
     }
+
+    #[test]
+    fn fuzz_profiles_are_refused_or_bounded() {
+        let recorder = recorder();
+        recorder.note(blob(0), &(0..100 * MIB));
+        let sample = recorder.profile(manifest()).encode();
+        bolero::check!().for_each(|input: &[u8]| {
+            let bytes = weightfs_fuzz::foreign(&[&sample], input);
+            let Ok(profile) = Profile::parse(&bytes) else { return };
+            assert_eq!(profile.encode(), bytes);
+            assert!(profile.bytes() < u64::MAX);
+        });
+    }
 }

@@ -4,9 +4,11 @@ use std::fs::{self, File};
 use std::io;
 use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
+use std::time::Instant;
 
 use weightfs_store::Digest;
-use weightfs_tests::layer::Compression;
+use weightfs_tests::image::image;
+use weightfs_tests::layer::{Attributes, Compression, LayerBuilder};
 use weightfs_tests::model::Part;
 use weightfs_tests::modelpack::{Dialect, Plan};
 use weightfs_tests::tree::{self, Scope};
@@ -253,5 +255,26 @@ fn a_compressed_layer_is_read_in_part() {
     let mounted = fresh.mount(&bed.area, &reference, &bed.mount_point());
     let whole = fs::read(mounted.dir().join(WEIGHTS));
     assert!(whole.is_err(), "a byte was inflated from a wrong one");
+    mounted.stop();
+}
+
+#[test]
+fn ten_thousand_files_are_mounted_by_their_index_alone() {
+    let bed = Bed::new();
+    let mode = Attributes::mode(0o644);
+    let mut builder = LayerBuilder::new(bed.area.path());
+    for at in 0..10_000 {
+        builder = builder.file(&format!("d{}/f{at}", at / 100), b"content", &mode);
+    }
+    let artifact = image(&[builder.finish(Compression::Gzip)]);
+    let reference = bed.push(&artifact, "images/many");
+    Weightfs::new(&bed.area).run_here(&["index", &reference]).ok();
+    bed.proxy.forget();
+    let began = Instant::now();
+    let mounted = bed.mount(&reference);
+    println!("10,000 files are mounted after {:?}", began.elapsed());
+    assert_eq!(bed.proxy.bytes(layer(&artifact)), 0);
+    assert_eq!(fs::read_dir(mounted.dir().join("d7")).unwrap().count(), 100);
+    assert_eq!(fs::read(mounted.dir().join("d99/f9999")).unwrap(), b"content");
     mounted.stop();
 }

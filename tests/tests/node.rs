@@ -152,7 +152,7 @@ fn a_configuration_of_another_kind_is_refused_and_left() {
     let node = Node::new(Version::Installed);
     let old = "disabled_plugins = [\"cri\"]\n";
     fs::write(&node.config, old).unwrap();
-    node.node(&["install"]).assert_fails(1, &["version = 2"]);
+    node.node(&["install"]).assert_fails(1, &["as version 2"]);
     fs::write(&node.config, "version = 2\nproxy_plugins = 3\n").unwrap();
     node.node(&["install"]).assert_fails(1, &[]);
     assert_eq!(node.files().len(), 1);

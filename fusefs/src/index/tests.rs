@@ -143,3 +143,19 @@ proptest! {
         }
     }
 }
+
+#[test]
+fn fuzz_indexes_are_refused_or_consistent() {
+    let sample = sample().to_bytes().unwrap();
+    bolero::check!().for_each(|input: &[u8]| {
+        let bytes = Bytes::from(weightfs_fuzz::foreign(&[&sample], input));
+        let Ok(index) = Index::parse_bound(&bytes) else { return };
+        for layer in index.layers() {
+            let chunks = chunks_of(layer.listing.layout());
+            assert_eq!(layer.chunk_digests.len() as u64, 32 * chunks);
+            assert!(!overlap(&layer.listing));
+        }
+        let again = index.to_bytes().unwrap();
+        assert_eq!(Index::parse_bound(&again).unwrap().layers(), index.layers());
+    });
+}

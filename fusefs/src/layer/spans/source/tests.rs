@@ -11,7 +11,7 @@ fn text(len: usize) -> Vec<u8> {
     let mut state = 7u64;
     while bytes.len() < len {
         state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(99);
-        write!(bytes, "line {} says {:x}\n", state % 1000, state >> 40).unwrap();
+        writeln!(bytes, "line {} says {:x}", state % 1000, state >> 40).unwrap();
     }
     bytes.truncate(len);
     bytes
