@@ -126,7 +126,7 @@ fn storage_that_the_registry_names_is_asked_until_it_refuses() {
     bed.proxy.heal();
     bed.proxy.fail(Target::Blobs, Fault::Redirect { to: second.address() });
     check(12..24);
-    assert!(second.requests(Target::Blobs) > 1);
+    assert!(second.requests(Target::Blobs) > 0);
     mounted.stop();
 }
 
