@@ -165,7 +165,7 @@ async fn what_nobody_asked_for_makes_room_first_and_takes_none_from_others() {
     // It ends when there is no room left.
     source.requested(8).await;
     let began = std::time::Instant::now();
-    while second.stats().cached < 44 * MIB {
+    while second.stats().fetched < 44 * MIB {
         assert!(
             began.elapsed().as_secs() < 10,
             "{:?} {:?} {:?}",
