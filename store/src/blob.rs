@@ -7,7 +7,10 @@
 mod check;
 mod complete;
 mod evict;
+mod judge;
 mod kernel;
+mod miss;
+mod open;
 mod recorder;
 mod slice;
 
@@ -15,7 +18,6 @@ use std::fmt;
 use std::fs::File;
 use std::io;
 use std::ops::Range;
-use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
@@ -26,45 +28,33 @@ use tokio::time::Instant;
 use self::check::Checks;
 pub(crate) use self::check::Compared;
 pub(crate) use self::evict::Candidate;
+pub use self::judge::Trust;
 use self::kernel::HandedOut;
 pub use self::kernel::SegmentHold;
+pub use self::miss::Miss;
 use self::recorder::Recorder;
 pub(crate) use self::slice::Hold;
 pub use self::slice::Slice;
 use self::slice::SliceBytes;
 use crate::budget::Budget;
 use crate::chunk::{ChunkNo, ChunkTable, Place, VerifiedChunk, each};
-use crate::digests::{ChunkDigests, Origin};
+use crate::digests::Origin;
 use crate::extents::Extents;
-use crate::fetch::{Failure, Fetcher, Priority, Scheduler};
-use crate::hash::{Follow, Hashers, RunningHash};
+use crate::fetch::{Fetcher, Priority, Scheduler};
+use crate::hash::{Hashers, RunningHash};
 use crate::interest::Interest;
 use crate::loose::LooseChunks;
-use crate::presence::{Bits, Presence, ones};
+use crate::presence::{Bits, Presence};
 use crate::rank::Ranks;
 use crate::read_ahead::{Advice, ReadAhead};
 use crate::segment::{Segments, View};
-use crate::shared::{Entered, Epochs, Shared, lock};
-use crate::state::{Record, Verdict};
+use crate::shared::{Entered, Shared, lock};
 use crate::store::{Background, FetchOptions, touch};
-use crate::trust::{Era, Judgement, Settled};
-use crate::{BlobId, Layout, ReadError, Source, Verify};
+use crate::trust::Judgement;
+use crate::{BlobId, Layout, ReadError, Source};
 
 /// Sources that a blob can have at the most: the registry under a few names, and peers.
 const MAX_SOURCES: usize = 64;
-
-/// What is known of a blob's bytes.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Trust {
-    /// They came over a transport that the configuration trusts; the whole was not hashed yet.
-    Transport,
-    /// Each chunk was compared with its digest in an index.
-    Indexed,
-    /// The whole blob hashes to its digest.
-    Verified,
-    /// The whole blob does not hash to its digest.
-    Poisoned,
-}
 
 /// Numbers of a blob.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -144,136 +134,7 @@ pub enum Read {
     Missing(Miss),
 }
 
-/// A read that waits for its bytes. Nothing is asked for before [`Miss::wait`] is polled.
-#[derive(Debug)]
-pub struct Miss {
-    blob: Arc<Blob>,
-    range: Range<u64>,
-    place: Place,
-    /// `None` if one of its extents was just being evicted.
-    hold: Option<Hold>,
-    notice: Notice,
-    until: Instant,
-}
-
-impl Miss {
-    /// Fetches what is missing, or waits for whoever does. Ends within the deadline, which began
-    /// with the read. If it is dropped, what was asked for is still fetched.
-    ///
-    /// # Errors
-    /// When no source gave the bytes in time, or one refused for good; when the cache files can't
-    /// be written; when the blob turned out to be poisoned.
-    pub async fn wait(self) -> Result<Slice, ReadError> {
-        let Self { blob, range, place, hold, notice, until } = self;
-        // From here on nothing of it is evicted before the slice is dropped.
-        let hold = match hold {
-            Some(hold) => hold,
-            None => blob.hold(&place.extents, until).await.ok_or_else(|| blob.too_late())?,
-        };
-        if blob.shared.verify == Verify::Strict && !blob.compares_all() {
-            blob.complete().await?;
-            return blob.slice(&range, &place, hold);
-        }
-        let access = notice.advice.access;
-        let (mut loose, tickets) = blob.demand(&place, access, until);
-        // After the demand, so that it comes after it in the queue, too.
-        blob.follow(&notice);
-        let mut waited = blob.fetcher.wait(tickets, until).await;
-        // It had joined a request that nobody else waited for.
-        while let Err(Failure::NoRoom) = waited {
-            let (known, tickets) = blob.demand(&place, access, until);
-            loose = known;
-            waited = blob.fetcher.wait(tickets, until).await;
-        }
-        loose.extend(waited.map_err(|failure| failure.into_read_error(&blob))?);
-        blob.check_trust()?;
-        if loose.is_empty() {
-            blob.slice(&range, &place, hold)
-        } else {
-            blob.assembled(&range, &place, hold, &loose)
-        }
-    }
-}
-
 impl Blob {
-    /// A blob whose directory is there; `record` is what an earlier run knew of it.
-    pub(crate) fn open(
-        id: BlobId,
-        dir: PathBuf,
-        table: ChunkTable,
-        record: Option<Record>,
-        digests: Option<ChunkDigests>,
-        shared: Arc<Shared>,
-    ) -> Arc<Self> {
-        let (disk, mappings) = (Arc::clone(&shared.disk), Arc::clone(&shared.mappings));
-        let segments = Segments::new(dir, table.layout().segments(), disk, mappings);
-        let presence = Presence::new(table.all().end.0);
-        let extents = Extents::new(table.extents());
-        for segment in kernel::still_read(&segments, &shared.boot) {
-            tracing::debug!(blob = %id.digest, segment, "read by the kernel since an earlier run");
-            // Never released: the end of it can't be seen from here.
-            extents.hold(&table.extents_of(&table.of_segment(segment)));
-        }
-        let Epochs { now, doubt_before } = shared.epochs;
-        let compared_with = digests.as_ref().map(ChunkDigests::id);
-        let checks = Checks::new(digests, table.all().end.0);
-        let (mut verdict, mut epoch, mut claimed) = (None, now, vec![]);
-        if let Some(record) = record {
-            let in_doubt = record.epoch < doubt_before;
-            let settled = record.verdict.is_some() || record.compared == compared_with;
-            let restored = match compared_with {
-                Some(_) if in_doubt || !settled => Restored::Unchecked,
-                _ => Restored::Believed,
-            };
-            verdict = restore(id, &table, &segments, (&presence, &checks), &record, restored);
-            claimed.clone_from(&record.present);
-            if in_doubt {
-                // Served where there is nothing to compare it with, but not called verified
-                // before it was hashed again.
-                verdict = verdict.filter(|verdict| *verdict != Verdict::Verified);
-                epoch = record.epoch;
-            }
-        }
-        if checks.are_done() && checks.origin() == Some(Origin::Whole) {
-            // What is here, or will be, is what the whole was made of.
-            verdict = verdict.or(Some(Verdict::Verified));
-        }
-        let follow = if presence.bytes() == 0 { Follow::Prefix } else { Follow::Whole };
-        let FetchOptions { read_ahead_min, read_ahead_max, .. } = shared.fetch;
-        let blob = Arc::new(Self {
-            id,
-            segments,
-            recorder: Recorder::new(claimed),
-            extents,
-            handed_out: HandedOut::default(),
-            ranks: Ranks::new(table.extents()),
-            presence,
-            epoch: AtomicU64::new(epoch),
-            judgement: Judgement::new(verdict),
-            checks,
-            judged: Notify::new(),
-            hash: RunningHash::new(follow),
-            unsynced: Bits::new(u32::try_from(table.layout().segments()).unwrap_or(u32::MAX)),
-            sources: RwLock::default(),
-            fetcher: Fetcher::default(),
-            readers: Mutex::new(Readers {
-                ahead: ReadAhead::new(read_ahead_min, read_ahead_max),
-                interest: Interest::default(),
-            }),
-            swept: AtomicBool::new(false),
-            rounding_off: AtomicBool::new(false),
-            fetched: AtomicU64::new(0),
-            table,
-            shared,
-        });
-        if let Err(error) = blob.take_back() {
-            tracing::error!(blob = %id.digest, %error, "what is lost can't be taken out of the record");
-        }
-        // Complete but not judged: an earlier run ended before it had hashed the whole.
-        blob.hash.poke(&blob);
-        blob
-    }
-
     /// Its name in the store.
     pub fn id(&self) -> BlobId {
         self.id
@@ -382,15 +243,7 @@ impl Blob {
             cached: self.presence.bytes() + self.kept_bytes(),
             fetched: self.fetched.load(Ordering::Relaxed),
             rejected: self.checks.rejected(),
-            trust: match self.judgement.verdict() {
-                None if self.checks.are_done() => match self.checks.origin() {
-                    Some(Origin::Whole) => Trust::Verified,
-                    Some(Origin::Index) | None => Trust::Indexed,
-                },
-                None => Trust::Transport,
-                Some(Verdict::Verified) => Trust::Verified,
-                Some(Verdict::Poisoned { .. }) => Trust::Poisoned,
-            },
+            trust: self.trust(),
         }
     }
 
@@ -419,29 +272,6 @@ impl Blob {
         extents.for_each(|extent| self.ranks.read(extent, &self.shared.clock));
         let file = self.segments.open(segment)?;
         Ok(Some((file, SegmentHold::new(self, segment, hold)?)))
-    }
-
-    fn check_trust(&self) -> Result<(), ReadError> {
-        match self.judgement.verdict() {
-            Some(Verdict::Poisoned { actual }) => {
-                Err(ReadError::Poisoned { digest: self.id.digest, actual })
-            }
-            Some(Verdict::Verified) | None => Ok(()),
-        }
-    }
-
-    /// Whether what is published may be served: the whole blob is verified, or each chunk was
-    /// compared, or need not be.
-    fn may_serve(&self) -> bool {
-        self.shared.verify == Verify::Background
-            || self.judgement.is_verified()
-            || self.compares_all()
-    }
-
-    /// Whether all that is published was compared with chunk digests, and will be.
-    fn compares_all(&self) -> bool {
-        // Marks of published chunks come before the digests do, and new ones only with others.
-        self.has_digests() && self.unchecked().iter().all(|chunk| !self.presence.has(*chunk))
     }
 
     /// A read that ended while it waited for an eviction.
@@ -571,10 +401,6 @@ impl Blob {
         &self.shared.fetch
     }
 
-    pub(crate) fn verdict(&self) -> Option<Verdict> {
-        self.judgement.verdict()
-    }
-
     pub(crate) fn sources(&self) -> Vec<Arc<dyn Source>> {
         self.sources.read().unwrap_or_else(PoisonError::into_inner).in_order.clone()
     }
@@ -590,14 +416,6 @@ impl Blob {
 
     pub(crate) fn loose(&self) -> &LooseChunks {
         &self.shared.loose
-    }
-
-    /// A chunk is served that is not published.
-    pub(crate) fn serve_unpublished(&self, _chunk: ChunkNo) {
-        if self.judgement.is_verified() && self.checks.origin() != Some(Origin::Whole) {
-            // Nobody can say whether it is the one that was hashed.
-            self.judgement.replaced();
-        }
     }
 
     pub(crate) fn scheduler(&self) -> &Scheduler {
@@ -664,89 +482,6 @@ impl Blob {
             _ => Ok(None),
         }
     }
-
-    /// See [`Judgement::era`].
-    pub(crate) fn era(&self) -> Era {
-        self.judgement.era()
-    }
-
-    /// Settles the judgement of the whole blob, which was hashed in `era`. That it is poisoned is
-    /// said once, here.
-    pub(crate) fn judge(self: &Arc<Self>, verdict: Verdict, era: Era) -> Settled {
-        let settled = self.judgement.settle(verdict, era);
-        self.judged.notify_waiters();
-        if settled != Settled::Now {
-            return settled;
-        }
-        match verdict {
-            Verdict::Verified => self.epoch.store(self.shared.epochs.now, Ordering::Release),
-            Verdict::Poisoned { actual } => {
-                self.shared.loose.forget(self.id);
-                tracing::error!(
-                    blob = %self.id.digest,
-                    %actual,
-                    sources = ?self.source_names(),
-                    "blob is poisoned: its bytes do not hash to its digest; nothing of it is served any more",
-                );
-            }
-        }
-        // A store that is closed records nothing: the next one hashes the blob again.
-        if let Ok(entered) = self.enter() {
-            self.shared.changed(self, 0, &entered);
-        }
-        settled
-    }
-}
-
-/// What becomes of the chunks of a record.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Restored {
-    /// They are published.
-    Believed,
-    /// They are compared with their digests before they are published.
-    Unchecked,
-}
-
-/// Publishes what a record says, as far as its files bear it out. Gives its verdict, if that is
-/// still about what is here.
-fn restore(
-    id: BlobId,
-    table: &ChunkTable,
-    segments: &Segments,
-    (presence, checks): (&Presence, &Checks),
-    record: &Record,
-    restored: Restored,
-) -> Option<Verdict> {
-    let mut last: Option<(usize, Vec<Range<u64>>)> = None;
-    let mut lost = 0u64;
-    for chunk in ones(record.present.iter().copied()).map(ChunkNo) {
-        let Some((segment, _)) = table.bytes_of(chunk) else { continue };
-        let filled = match last.take() {
-            Some(known) if known.0 == segment => known.1,
-            _ => segments.filled(segment, table.layout()),
-        };
-        let within = table.within_segment(&(chunk..chunk.next()));
-        let is_there = within.is_some_and(|within| {
-            // In order: a fragmented file has many.
-            let after = filled.partition_point(|range| range.start <= within.start);
-            after
-                .checked_sub(1)
-                .and_then(|at| filled.get(at))
-                .is_some_and(|range| within.end <= range.end)
-        });
-        if !is_there {
-            lost += 1;
-        } else if restored == Restored::Unchecked {
-            checks.mark(chunk);
-        } else if let Some(verified) = VerifiedChunk::recorded(table, chunk) {
-            presence.publish(&verified);
-        }
-        last = Some((segment, filled));
-    }
-    if lost > 0 {
-        tracing::warn!(blob = %id.digest, chunks = lost, "cache files are gone or cut: fetched again");
-    }
-    record.verdict.filter(|verdict| lost == 0 || *verdict != Verdict::Verified)
 }
 
 impl Drop for Blob {
