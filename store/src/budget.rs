@@ -291,6 +291,11 @@ impl Budget {
         }
     }
 
+    /// Whether the cache has a limit of its own, and is not only bounded by its disk.
+    pub(crate) fn is_limited(&self) -> bool {
+        self.limits().limit.is_some()
+    }
+
     pub(crate) fn limits(&self) -> Limits {
         lock(&self.space).limits
     }

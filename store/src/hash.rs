@@ -63,7 +63,9 @@ pub(crate) struct RunningHash {
 #[derive(Debug, Default)]
 struct Pass {
     hasher: Sha256,
-    /// The digests of its chunks, while they are in memory anyway: 32 bytes for each.
+    /// The digests of its chunks, 32 bytes for each, while they are in memory anyway. Only where
+    /// the cache is limited, and what is evicted will be fetched again: it is as much to hash as
+    /// the whole. So there is one for each chunk, or none.
     chunks: Vec<u8>,
     era: Era,
 }
@@ -272,7 +274,9 @@ fn hash_ready(blob: &Arc<Blob>, pace: &mut Pace) -> Turn {
         match blob.chunk_bytes(ChunkNo(next)) {
             Ok(Some(bytes)) => {
                 pass.hasher.update(&*bytes);
-                pass.chunks.extend_from_slice(Digest::of(&bytes).as_raw());
+                if blob.budget().is_limited() {
+                    pass.chunks.extend_from_slice(Digest::of(&bytes).as_raw());
+                }
             }
             Ok(None) => return Turn::CaughtUp,
             Err(error) => {
@@ -320,13 +324,15 @@ impl Pace {
     }
 }
 
-/// Judges the whole. What the chunks of the right bytes hash to is kept, whatever has become of
-/// them meanwhile: what is fetched again is compared with it.
+/// Judges the whole. What the chunks of the right bytes hash to is kept, if it is known, whatever has
+/// become of them meanwhile: what is fetched again is compared with it.
 fn judge(blob: &Arc<Blob>, actual: Digest, chunks: &[u8], era: Era) -> Settled {
     if actual != blob.id().digest {
         return blob.judge(Verdict::Poisoned { actual }, era);
     }
-    if let Err(error) = blob.adopt(chunks, Origin::Whole) {
+    if !chunks.is_empty()
+        && let Err(error) = blob.adopt(chunks, Origin::Whole)
+    {
         tracing::warn!(blob = %blob.id().digest, %error, "chunk digests are not kept");
     }
     let settled = blob.judge(Verdict::Verified, era);

@@ -1,7 +1,7 @@
 //! The cache by name: listing, evicting, pinning, hashing again and repairing it, with a daemon
 //! and without one.
 
-use std::fs::File;
+use std::fs::{self, File};
 use std::os::unix::fs::FileExt as _;
 use std::path::PathBuf;
 
@@ -72,6 +72,9 @@ fn rot(bed: &Bed, digest: Digest) {
     file.read_exact_at(&mut byte, 3 << 20).unwrap();
     file.write_all_at(&[!byte[0]], 3 << 20).unwrap();
 }
+
+/// A limit makes the cache keep the digests of chunks that it has verified.
+const KEEPS_DIGESTS: &str = "[cache]\nlimit = \"1GiB\"\n";
 
 #[test]
 fn the_cache_is_listed_evicted_and_pruned_without_a_network() {
@@ -156,6 +159,7 @@ fn a_pinned_model_stays_until_it_is_unpinned() {
 #[test]
 fn what_went_bad_on_disk_is_found_and_repaired() {
     let bed = Bed::new();
+    bed.weightfs.configure(KEEPS_DIGESTS);
     let (source, artifact, reference) = push(&bed, "models/rot", MODEL);
     load(&bed, &source, &reference);
     let verified = json(&bed, &["verify"]);
@@ -185,6 +189,7 @@ fn what_went_bad_on_disk_is_found_and_repaired() {
 #[test]
 fn what_went_bad_below_a_mount_is_fetched_again() {
     let bed = Bed::new();
+    bed.weightfs.configure(KEEPS_DIGESTS);
     let (source, artifact, reference) = push(&bed, "models/daemon-rot", MODEL);
     load(&bed, &source, &reference);
     rot(&bed, weights(&artifact));
@@ -196,6 +201,31 @@ fn what_went_bad_below_a_mount_is_fetched_again() {
     tree::assert_same(&source, mounted.dir(), Scope::ModelFiles);
     assert_eq!(bed.proxy.bytes(Target::Blob(weights(&artifact))), 1 << 20, "that chunk only");
     assert_eq!(run(&bed, &["verify"]).code, 0);
+    mounted.stop();
+    daemon.stop();
+}
+
+#[test]
+fn a_daemon_poisons_what_went_bad_and_its_readers_see_an_error() {
+    let bed = Bed::new();
+    let (source, artifact, reference) = push(&bed, "models/daemon-rot", MODEL);
+    load(&bed, &source, &reference);
+    rot(&bed, weights(&artifact));
+    let daemon = bed.weightfs.serve(&bed.area);
+    let mounted = bed.mount(&reference);
+    assert_eq!(run(&bed, &["verify"]).code, 3);
+    assert!(fs::read(mounted.dir().join(WEIGHTS)).is_err(), "a poisoned blob is served");
+    assert!(fs::read(mounted.dir().join("config.json")).is_ok(), "the other is none the worse");
+    let status = run(&bed, &["status"]).ok();
+    assert!(status.contains("poisoned"), "{status}");
+    assert!(daemon.log().contains("blob is poisoned"), "{}", daemon.log());
+    let in_use = run(&bed, &["verify", "--repair"]);
+    assert_eq!(in_use.code, 3, "{in_use}");
+    assert!(in_use.stdout.contains("in use"), "{in_use}");
+    mounted.stop();
+    wait_until("it is repaired", || run(&bed, &["verify", "--repair"]).code == 0);
+    let mounted = bed.mount(&reference);
+    tree::assert_same(&source, mounted.dir(), Scope::ModelFiles);
     mounted.stop();
     daemon.stop();
 }

@@ -13,7 +13,7 @@ use weightfs_store::{
 
 use super::restart::find;
 use super::source::{Fault, TestSource};
-use super::{MIB, blob_of, id, judged, noise, open, options, read};
+use super::{MIB, blob_of, id, judged, noise, open, open_keeping_digests, options, read};
 
 /// The digest of each chunk of a blob in one segment.
 fn digests(data: &[u8]) -> Vec<u8> {
@@ -250,11 +250,11 @@ async fn a_blob_that_was_verified_as_a_whole_knows_its_chunks_from_then_on() {
     let dir = tempfile::tempdir().unwrap();
     let data = noise(40 * MIB, 27);
     {
-        let store = open(dir.path());
+        let store = open_keeping_digests(dir.path());
         let (blob, _) = blob_of(&store, &data);
         blob.complete().await.unwrap();
     }
-    let store = open(dir.path());
+    let store = open_keeping_digests(dir.path());
     let (blob, source) = blob_of(&store, &data);
     assert_eq!(blob.stats().trust, Trust::Verified);
     while blob.stats().cached > 0 {

@@ -9,7 +9,7 @@ use weightfs_store::{Amount, Background, Blob, Evicted, Layout, Read, Store, Sto
 
 use super::restart::find;
 use super::source::TestSource;
-use super::{MIB, blob_of, id, judged, noise, open, options, read};
+use super::{MIB, blob_of, id, judged, noise, open, open_keeping_digests, options, read};
 
 /// Bytes that all files below take on disk.
 fn on_disk(root: &Path) -> u64 {
@@ -214,7 +214,7 @@ async fn what_was_evicted_is_absent_after_a_restart_and_the_rest_is_believed() {
     let dir = tempfile::tempdir().unwrap();
     let data = noise(40 * MIB, 9);
     {
-        let store = open(dir.path());
+        let store = open_keeping_digests(dir.path());
         let (blob, _) = blob_of(&store, &data);
         read_all(&blob, &data, MIB).await;
         assert_eq!(judged(&blob).await, Trust::Verified);
@@ -222,7 +222,7 @@ async fn what_was_evicted_is_absent_after_a_restart_and_the_rest_is_believed() {
         store.evict(id(&data)).unwrap();
         assert_eq!(blob.stats().trust, Trust::Verified, "what is left was hashed");
     }
-    let store = open(dir.path());
+    let store = open_keeping_digests(dir.path());
     let (blob, source) = blob_of(&store, &data);
     assert_eq!((blob.stats().cached, blob.stats().trust), (16 * MIB, Trust::Verified));
     assert!(matches!(blob.read(0..16 * MIB).unwrap(), Read::Ready(_)));
@@ -236,7 +236,7 @@ async fn what_was_evicted_is_absent_after_a_restart_and_the_rest_is_believed() {
 #[tokio::test]
 async fn what_a_lying_source_gives_in_place_of_evicted_bytes_is_noticed() {
     let dir = tempfile::tempdir().unwrap();
-    let store = open(dir.path());
+    let store = open_keeping_digests(dir.path());
     let data = noise(40 * MIB, 11);
     let (blob, _) = blob_of(&store, &data);
     read_all(&blob, &data, MIB).await;

@@ -76,6 +76,18 @@ fn open(root: &Path) -> Arc<Store> {
     Store::open(root, options()).unwrap()
 }
 
+/// With a limit that is never reached: what is hashed as a whole has chunk digests from then on.
+fn keeping_digests() -> StoreOptions {
+    let mut options = options();
+    options.cache.limit = Some(Amount::Bytes(1 << 30));
+    options
+}
+
+/// See [`keeping_digests`].
+fn open_keeping_digests(root: &Path) -> Arc<Store> {
+    Store::open(root, keeping_digests()).unwrap()
+}
+
 /// A blob of `data` in one segment whose source is a new [`TestSource`].
 fn blob_of(store: &Arc<Store>, data: &[u8]) -> (Arc<Blob>, Arc<TestSource>) {
     let blob = store.blob(id(data), &Layout::whole(data.len() as u64)).unwrap();

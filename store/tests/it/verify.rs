@@ -10,10 +10,12 @@ use weightfs_store::{Amount, Checked, Layout, Others, Read, ReadError, Store, Tr
 
 use super::restart::find;
 use super::source::{Fault, TestSource, status};
-use super::{MIB, blob_of, id, judged, noise, open, options, read};
+use super::{
+    MIB, blob_of, id, judged, keeping_digests, noise, open, open_keeping_digests, options, read,
+};
 
 fn strict(root: &Path) -> Arc<Store> {
-    let mut options = options();
+    let mut options = keeping_digests();
     options.verify = Verify::Strict;
     Store::open(root, options).unwrap()
 }
@@ -101,7 +103,7 @@ async fn what_was_cached_before_strict_is_verified_before_it_is_served() {
 async fn verifying_finds_what_changed_on_disk_and_only_that() {
     let dir = tempfile::tempdir().unwrap();
     let (good, bad, partial) = (noise(3 * MIB, 11), noise(3 * MIB, 13), noise(3 * MIB, 15));
-    let store = open(dir.path());
+    let store = open_keeping_digests(dir.path());
     for (data, end) in [(&good, 3 * MIB), (&bad, 3 * MIB), (&partial, MIB)] {
         let (blob, _) = blob_of(&store, data);
         read(&blob, 0..end).await.unwrap();
@@ -122,7 +124,7 @@ async fn verifying_finds_what_changed_on_disk_and_only_that() {
     assert_eq!(hashed, 7 * MIB);
     // From now on nothing of that chunk is served, after a restart, too.
     drop(store);
-    let store = open(dir.path());
+    let store = open_keeping_digests(dir.path());
     let (blob, source) = blob_of(&store, &bad);
     assert_eq!(blob.stats().cached, 2 * MIB);
     assert_eq!(*read(&blob, 0..3 * MIB).await.unwrap(), bad[..]);
