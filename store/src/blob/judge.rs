@@ -72,7 +72,7 @@ impl Blob {
         self.has_digests() && self.unchecked().iter().all(|chunk| !self.presence.has(*chunk))
     }
 
-    /// See [`Judgement::era`].
+    /// See [`Judgement::era`](crate::trust::Judgement::era).
     pub(crate) fn era(&self) -> Era {
         self.judgement.era()
     }
