@@ -22,6 +22,7 @@ use std::sync::{Arc, OnceLock, PoisonError, RwLock, RwLockReadGuard, RwLockWrite
 use serde::{Deserialize, Serialize};
 use weightfs_store::{Blob, Read, ReadError, SegmentHold};
 
+use crate::counters::{MountCounters, TreeCounters};
 use crate::ledger::Ledger;
 use crate::loader::Loader;
 use crate::profile::Recorder;
@@ -97,6 +98,7 @@ enum Root {
 pub struct Filesystem {
     root: Root,
     ledger: Arc<Ledger>,
+    counters: Arc<MountCounters>,
     /// What a predecessor counted of trees that were not added yet.
     inherited: Inherited,
     trees: RwLock<HashMap<TreeNumber, Arc<MountedTree>>>,
@@ -111,6 +113,7 @@ struct MountedTree {
     tree: Tree,
     loader: Loader,
     recorder: OnceLock<Arc<Recorder>>,
+    counters: Arc<TreeCounters>,
     lookups: Lookups,
 }
 
@@ -150,6 +153,7 @@ impl Filesystem {
             root: Root::AllTrees,
             inherited: Inherited::of(&ledger)?,
             ledger,
+            counters: Arc::default(),
             trees: RwLock::default(),
             shown: RwLock::default(),
         })
@@ -192,8 +196,9 @@ impl Filesystem {
         };
         tree.blobs().for_each(Blob::shown);
         let loader = Loader::of(&tree);
+        let (recorder, counters) = Default::default();
         let mounted =
-            Arc::new(MountedTree { number, loader, tree, recorder: OnceLock::new(), lookups });
+            Arc::new(MountedTree { number, loader, tree, recorder, counters, lookups });
         write(&self.trees).insert(number, Arc::clone(&mounted));
         Some(mounted)
     }
@@ -225,6 +230,16 @@ impl Filesystem {
     pub fn with_tree<T>(&self, number: TreeNumber, look: impl FnOnce(&Tree) -> T) -> Option<T> {
         let mounted = read(&self.shown).get(&number).cloned()?;
         Some(look(&mounted.tree))
+    }
+
+    /// What was read of a tree that is shown.
+    pub fn tree_counters(&self, number: TreeNumber) -> Option<Arc<TreeCounters>> {
+        read(&self.shown).get(&number).map(|mounted| Arc::clone(&mounted.counters))
+    }
+
+    /// What was read of all trees.
+    pub const fn counters(&self) -> &Arc<MountCounters> {
+        &self.counters
     }
 
     /// Trees that are served: shown ones, and removed ones that the kernel has not forgotten.
@@ -334,7 +349,19 @@ impl Filesystem {
         if let Some(recorder) = node.mounted.recorder.get() {
             recorder.note(content.blob.id(), &range);
         }
-        Ok(Some(content.blob.read(range)?))
+        let (counters, bytes) = (&node.mounted.counters, range.end - range.start);
+        let found = content.blob.read(range)?;
+        match found {
+            Read::Ready(_) => {
+                counters.hits.increment();
+                counters.hit_bytes.add(bytes);
+            }
+            Read::Missing(_) => {
+                counters.misses.increment();
+                counters.missed_bytes.add(bytes);
+            }
+        }
+        Ok(Some(found))
     }
 
     /// What a loader is expected to read next, having read these bytes: to be fetched by

@@ -7,7 +7,7 @@ use std::ffi::OsStr;
 use std::io;
 use std::ptr::NonNull;
 use std::sync::{Arc, LazyLock, OnceLock};
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use fuser::{
     Errno, FileAttr, FileHandle, FileType, FopenFlags, Generation, INodeNo, InitFlags,
@@ -20,6 +20,7 @@ use tokio::sync::watch;
 use tracing::{debug, warn};
 use weightfs_store::{Read, ReadError, SegmentHold};
 
+use crate::counters::{MountCounters, ReadFrom, ReadResult};
 use crate::device::Device;
 use crate::filesystem::{Filesystem, FsError, Inode, NodeRef};
 use crate::ledger::Negotiated;
@@ -84,6 +85,7 @@ pub(crate) struct Adapter {
     pub(crate) runtime: Handle,
     /// Who notices if one waits for too long.
     pub(crate) watchdog: Arc<Watchdog>,
+    pub(crate) counters: Arc<MountCounters>,
     /// Dropped with the adapter, when the session has ended.
     pub(crate) _serving: watch::Sender<()>,
 }
@@ -131,6 +133,13 @@ impl Adapter {
                 expected.iter().for_each(|content| content.blob.expect(&content.range));
             });
         }
+    }
+
+    /// Answers a read of bytes that are here.
+    fn answer(&self, bytes: &[u8], reply: ReplyData, began: Instant) {
+        reply_bytes(bytes, reply);
+        let (bytes, time) = (bytes.len() as u64, began.elapsed());
+        self.counters.read(ReadFrom::Cache, ReadResult::Ok, bytes, time);
     }
 
     fn open_directory(&self, ino: u64) -> Result<FopenFlags, FsError> {
@@ -206,8 +215,12 @@ impl fuser::Filesystem for Adapter {
         let mode = self.open_files.open(ino.0, request.unique().0, backing);
         let flags = FopenFlags::FOPEN_NOFLUSH;
         match mode {
-            Ok(Mode::Served) => reply.opened(FileHandle(0), flags | FopenFlags::FOPEN_KEEP_CACHE),
+            Ok(Mode::Served) => {
+                self.counters.opens_served.increment();
+                reply.opened(FileHandle(0), flags | FopenFlags::FOPEN_KEEP_CACHE);
+            }
             Ok(Mode::Passthrough(backing)) => {
+                self.counters.opens_passed.increment();
                 reply_passthrough(reply, flags, backing);
                 self.expect(self.filesystem.expected_after(node));
             }
@@ -248,20 +261,32 @@ impl fuser::Filesystem for Adapter {
         _owner: Option<LockOwner>,
         reply: ReplyData,
     ) {
+        let asked = WaitingRead { inode: ino.0, offset, size };
+        let began = Instant::now();
         match self.filesystem.read(ino.0, offset, size) {
-            Ok(None) => reply.data(&[]),
-            Ok(Some(Read::Ready(slice))) => reply_bytes(&slice, reply),
+            Ok(None) => self.answer(&[], reply, began),
+            Ok(Some(Read::Ready(slice))) => self.answer(&slice, reply, began),
             Ok(Some(Read::Missing(miss))) => {
-                let watched = self.watchdog.watch(WaitingRead { inode: ino.0, offset, size });
+                let watched = self.watchdog.watch(asked.clone());
+                let counters = Arc::clone(&self.counters);
                 self.runtime.spawn(async move {
                     let _watched = watched;
-                    match miss.wait().await {
+                    let waited = miss.wait().await.map_err(FsError::from);
+                    let (result, bytes) = match &waited {
+                        Ok(slice) => (ReadResult::Ok, slice.len()),
+                        Err(error) => (error.into(), 0),
+                    };
+                    match waited {
                         Ok(slice) => reply_bytes(&slice, reply),
-                        Err(error) => refuse_read(ino, offset, size, &error.into(), reply),
+                        Err(error) => refuse_read(&asked, &error, reply),
                     }
+                    counters.read(ReadFrom::Fetch, result, bytes as u64, began.elapsed());
                 });
             }
-            Err(error) => refuse_read(ino, offset, size, &error, reply),
+            Err(error) => {
+                refuse_read(&asked, &error, reply);
+                self.counters.read(ReadFrom::Cache, (&error).into(), 0, began.elapsed());
+            }
         }
         self.expect(self.filesystem.expected(ino.0, offset, size));
     }
@@ -383,8 +408,9 @@ fn populate(bytes: &[u8]) {
     let _ = unsafe { madvise(start, within + bytes.len(), MmapAdvise::MADV_POPULATE_READ) };
 }
 
-fn refuse_read(ino: INodeNo, offset: u64, size: u32, error: &FsError, reply: ReplyData) {
-    warn!(inode = format_args!("{:#x}", ino.0), offset, size, %error, "read failed");
+fn refuse_read(asked: &WaitingRead, error: &FsError, reply: ReplyData) {
+    let WaitingRead { inode, offset, size } = asked;
+    warn!(inode = format_args!("{inode:#x}"), offset, size, %error, "read failed");
     reply.error(errno(error));
 }
 

@@ -6,6 +6,7 @@
 
 pub mod archive;
 pub mod artifact;
+pub mod counters;
 mod device;
 pub mod filesystem;
 mod fuse;
@@ -27,6 +28,7 @@ pub use artifact::{
     Artifact, ArtifactError, ArtifactKind, Compression, LayerContent, LayerDescriptor, Platform,
     RawFile,
 };
+pub use counters::{MountCounters, ReadFrom, ReadResult, TreeCounters};
 pub use filesystem::{Filesystem, FsError, Inode, TreeNumber};
 pub use layer::{
     LayerError, OpenLayer, Progress, Quiet, blob_id, open_indexed_layer, open_layer,

@@ -249,12 +249,14 @@ fn adapter(
 ) -> (Adapter, watch::Receiver<()>) {
     let (serving, ended) = watch::channel(());
     let filesystem = Arc::clone(filesystem);
+    let counters = Arc::clone(filesystem.counters());
     let adapter = Adapter {
         filesystem,
         open_files,
         device,
         passthrough: false,
-        watchdog: Watchdog::start(deadline, &runtime),
+        watchdog: Watchdog::start(deadline, &runtime, Arc::clone(&counters)),
+        counters,
         runtime,
         _serving: serving,
     };

@@ -94,6 +94,10 @@ impl Source for MemorySource {
         "memory"
     }
 
+    fn kind(&self) -> weightfs_store::SourceKind {
+        weightfs_store::SourceKind::Registry
+    }
+
     fn fetch(&self, range: Range<u64>) -> BoxFuture<'_, Result<ByteStream, SourceError>> {
         async move { self.answer(range) }.boxed()
     }

@@ -8,6 +8,8 @@ use std::time::{Duration, Instant};
 use tokio::runtime::Handle;
 use tracing::error;
 
+use crate::counters::MountCounters;
+
 /// What a read may take beyond its deadline: a busy machine wakes tasks late.
 const MARGIN: Duration = Duration::from_secs(10);
 
@@ -36,6 +38,7 @@ struct Waiting {
 #[derive(Debug)]
 pub(crate) struct Watchdog {
     limit: Duration,
+    counters: Arc<MountCounters>,
     waiting: Mutex<Table>,
 }
 
@@ -55,14 +58,20 @@ pub(crate) struct Watched {
 
 impl Watchdog {
     /// Watches over reads that end by `deadline`, and says on the log which don't, each once.
-    pub(crate) fn start(deadline: Duration, runtime: &Handle) -> Arc<Self> {
-        let watchdog = Arc::new(Self { limit: deadline + MARGIN, waiting: Mutex::default() });
+    pub(crate) fn start(
+        deadline: Duration,
+        runtime: &Handle,
+        counters: Arc<MountCounters>,
+    ) -> Arc<Self> {
+        let (limit, waiting) = (deadline + MARGIN, Mutex::default());
+        let watchdog = Arc::new(Self { limit, counters, waiting });
         runtime.spawn(look_after(Arc::downgrade(&watchdog)));
         watchdog
     }
 
     /// A read begins to wait.
     pub(crate) fn watch(self: &Arc<Self>, read: WaitingRead) -> Watched {
+        self.counters.waits_begun.increment();
         let mut table = self.lock();
         let number = table.next;
         table.next += 1;
@@ -79,6 +88,7 @@ impl Watchdog {
         untold
             .map(|waiting| {
                 waiting.told = true;
+                self.counters.hung.increment();
                 (waiting.read.clone(), waits(waiting))
             })
             .collect()
@@ -92,6 +102,7 @@ impl Watchdog {
 impl Drop for Watched {
     fn drop(&mut self) {
         self.watchdog.lock().reads.remove(&self.number);
+        self.watchdog.counters.waits_ended.increment();
     }
 }
 
@@ -112,7 +123,9 @@ mod tests {
 
     #[tokio::test]
     async fn each_read_that_waits_too_long_is_told_of_once() {
-        let watchdog = Watchdog::start(Duration::from_secs(30), &Handle::current());
+        let counters = Arc::<MountCounters>::default();
+        let watchdog =
+            Watchdog::start(Duration::from_secs(30), &Handle::current(), Arc::clone(&counters));
         let read = |inode| WaitingRead { inode, offset: 0, size: 1 };
         let begin = Instant::now();
         let first = watchdog.watch(read(1));
@@ -126,7 +139,9 @@ mod tests {
         assert!(told(35).is_empty(), "the machine may be busy");
         assert_eq!(told(60), [1, 3]);
         assert!(told(90).is_empty());
+        assert_eq!((counters.hung.get(), counters.waiting()), (2, 2));
         drop((first, third));
+        assert_eq!(counters.waiting(), 0);
         assert!(watchdog.lock().reads.is_empty());
     }
 }

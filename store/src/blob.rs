@@ -9,6 +9,7 @@ mod complete;
 mod evict;
 mod judge;
 mod kernel;
+mod map;
 mod miss;
 mod open;
 mod recorder;
@@ -31,6 +32,7 @@ pub(crate) use self::evict::Candidate;
 pub use self::judge::Trust;
 use self::kernel::HandedOut;
 pub use self::kernel::SegmentHold;
+pub use self::map::{ChunkState, InFlight, MapCell};
 pub use self::miss::Miss;
 use self::recorder::Recorder;
 pub(crate) use self::slice::Hold;
@@ -38,6 +40,7 @@ pub use self::slice::Slice;
 use self::slice::SliceBytes;
 use crate::budget::Budget;
 use crate::chunk::{ChunkNo, ChunkTable, Place, VerifiedChunk, each};
+use crate::counters::{BySource, Counters};
 use crate::digests::Origin;
 use crate::extents::Extents;
 use crate::fetch::{Fetcher, Priority, Scheduler};
@@ -49,6 +52,7 @@ use crate::rank::Ranks;
 use crate::read_ahead::{Advice, ReadAhead};
 use crate::segment::{Segments, View};
 use crate::shared::{Entered, Shared, lock};
+use crate::source::SourceKind;
 use crate::store::{Background, FetchOptions, touch};
 use crate::trust::Judgement;
 use crate::{BlobId, Layout, ReadError, Source};
@@ -99,7 +103,7 @@ pub struct Blob {
     swept: AtomicBool,
     /// Whether what nobody has asked for is to be fetched, too, because little is missing.
     rounding_off: AtomicBool,
-    fetched: AtomicU64,
+    fetched: BySource,
 }
 
 #[derive(Debug, Default)]
@@ -241,10 +245,15 @@ impl Blob {
         BlobStats {
             size: self.layout().size(),
             cached: self.presence.bytes() + self.kept_bytes(),
-            fetched: self.fetched.load(Ordering::Relaxed),
+            fetched: self.fetched.total(),
             rejected: self.checks.rejected(),
             trust: self.trust(),
         }
+    }
+
+    /// Bytes fetched since it was opened, by the kind of source.
+    pub fn fetched(&self) -> &BySource {
+        &self.fetched
     }
 
     /// Bytes that the cache files take on disk (`st_blocks`).
@@ -426,8 +435,13 @@ impl Blob {
         self.sources().iter().map(|source| source.name().to_owned()).collect()
     }
 
-    pub(crate) fn count_fetched(&self, bytes: u64) {
-        self.fetched.fetch_add(bytes, Ordering::Relaxed);
+    pub(crate) fn count_fetched(&self, kind: SourceKind, bytes: u64) {
+        self.fetched.add(kind, bytes);
+        self.counters().fetched.add(kind, bytes);
+    }
+
+    pub(crate) fn counters(&self) -> &Counters {
+        &self.shared.counters
     }
 
     /// See [`Shared::enter`].

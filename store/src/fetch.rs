@@ -24,6 +24,7 @@ mod scheduler;
 mod transfer;
 mod whole;
 
+use std::collections::HashSet;
 use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
@@ -34,6 +35,7 @@ use tokio::time::Instant;
 
 pub(crate) use self::line::Priority;
 pub(crate) use self::scheduler::Scheduler;
+pub use self::scheduler::Traffic;
 
 use self::line::Times;
 use self::queue::{Queue, Request};
@@ -191,6 +193,7 @@ impl Fetcher {
     /// is in demand.
     pub(crate) fn read_ahead(&self, blob: &Arc<Blob>, chunks: &Range<ChunkNo>, window: u64) {
         let (limits, until) = (limits(blob), patience(blob));
+        blob.counters().windows.observe(window);
         let request_bytes = blob.scheduler().window_request_bytes(&blob.host(), window);
         lock(&self.queue).read_ahead(chunks, request_bytes, blob.presence(), limits, until);
         pump(blob);
@@ -211,6 +214,16 @@ impl Fetcher {
     /// Whether nothing but what is expected of loaders is to be fetched any more.
     pub(crate) fn is_calm(&self) -> bool {
         lock(&self.queue).is_calm()
+    }
+
+    /// Chunks that have a flight.
+    pub(crate) fn in_flight(&self) -> HashSet<ChunkNo> {
+        lock(&self.queue).in_flight()
+    }
+
+    /// Requests that run.
+    pub(crate) fn running(&self) -> usize {
+        lock(&self.queue).running()
     }
 
     /// For the scheduler: the next request of that priority.
@@ -332,8 +345,13 @@ impl Attempts {
         *self = Self { count: self.count + 1, asked: Some(Instant::now()), answered: None };
     }
 
-    fn answer(&mut self) {
-        self.answered.get_or_insert_with(Instant::now);
+    /// Something came; how long that took, if it is the first.
+    fn answer(&mut self) -> Option<Duration> {
+        if self.answered.is_some() {
+            return None;
+        }
+        let now = *self.answered.insert(Instant::now());
+        Some(now - self.asked?)
     }
 
     /// How a request went that was asked for once.
@@ -360,8 +378,16 @@ impl Drop for Running {
         let times = self.outcome.is_ok().then(|| self.attempts.times()).flatten();
         blob.scheduler().ended(&self.host, self.request.priority, self.bytes, times);
         match self.outcome {
-            Ok(()) => blob.round_off(),
-            Err(_) => self.give_up_plans(),
+            Ok(()) => {
+                blob.counters().requests_done.increment();
+                blob.round_off();
+            }
+            // Nobody waited for it any more.
+            Err(Failure::NoRoom) => self.give_up_plans(),
+            Err(_) => {
+                blob.counters().requests_failed.increment();
+                self.give_up_plans();
+            }
         }
         pump(blob);
     }

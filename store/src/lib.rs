@@ -8,6 +8,7 @@
 pub mod blob;
 mod budget;
 mod chunk;
+pub mod counters;
 pub mod digest;
 mod digests;
 mod disk;
@@ -38,15 +39,19 @@ mod atomic {
     pub(crate) use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 }
 
-pub use blob::{Blob, BlobStats, Miss, Read, SegmentHold, Slice, Trust};
+pub use blob::{
+    Blob, BlobStats, ChunkState, InFlight, MapCell, Miss, Read, SegmentHold, Slice, Trust,
+};
+pub use counters::{BySource, Counter, Counters, Histogram, HistogramValues, TIME_BOUNDS};
 pub use digest::{Digest, DigestError};
 pub use error::{OpenError, ReadError, SourceError};
+pub use fetch::Traffic;
 pub use layout::{CHUNK_BYTES, Layout, LayoutError};
 pub use oci_client::{ParseError, Reference};
 pub use registry::{
     MAX_MANIFEST_BYTES, Manifest, Registries, RegistryOptions, Repository, parse_reference,
 };
-pub use source::{ByteStream, Source, in_order};
+pub use source::{ByteStream, Source, SourceKind, in_order};
 pub use store::{
     Amount, Background, BlobId, BlobUsage, CacheOptions, Checked, Evicted, FetchOptions, Form,
     Ingest, Others, Pruned, Recheck, Store, StoreOptions, Usage, Verify, VerifyError,

@@ -69,6 +69,14 @@ impl Ranks {
         }
     }
 
+    /// Whether the extent was read within that time.
+    pub(crate) fn is_hot(&self, extent: u32, within: Duration, clock: &Clock) -> bool {
+        // A warm one lies in the future: when it was read is told by how far.
+        let (rank, now) = (self.of(extent), clock.now());
+        let read = if rank > now { rank.saturating_sub(nanos(WARM)) } else { rank };
+        rank & READ != 0 && now.saturating_sub(read) <= nanos(within)
+    }
+
     /// Bytes of the extent were fetched for somebody who reads, or soon will.
     pub(crate) fn wanted(&self, extent: u32, clock: &Clock) {
         if let Some(word) = self.word(extent) {
@@ -116,6 +124,23 @@ mod tests {
         assert!(ranks.of(1) >= ranks.of(0), "once read, it counts");
         ranks.read(9, &clock);
         assert_eq!(ranks.of(9), 0, "no such extent");
+    }
+
+    #[test]
+    fn what_was_read_a_moment_ago_is_hot() {
+        let (clock, ranks) = (Clock::start(), Ranks::new(3));
+        let within = Duration::from_secs(10);
+        ranks.wanted(0, &clock);
+        assert!(!ranks.is_hot(0, within, &clock), "nobody has read it");
+        ranks.read(0, &clock);
+        assert!(ranks.is_hot(0, within, &clock) && !ranks.is_hot(1, within, &clock));
+        let past = clock.now() - nanos(Duration::from_secs(11));
+        for (extent, rank) in [(1, past | READ), (2, (past + nanos(WARM)) | READ)] {
+            ranks.word(extent).unwrap().store(rank, Ordering::Relaxed);
+            assert!(!ranks.is_hot(extent, within, &clock), "long ago");
+        }
+        ranks.word(2).unwrap().store((clock.now() + nanos(WARM)) | READ, Ordering::Relaxed);
+        assert!(ranks.is_hot(2, within, &clock), "a warm one, just now");
     }
 
     #[test]

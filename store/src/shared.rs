@@ -13,6 +13,7 @@ use tokio::sync::Notify;
 
 use crate::Blob;
 use crate::budget::Budget;
+use crate::counters::Counters;
 use crate::disk::Disk;
 use crate::fetch::Scheduler;
 use crate::hash::Hashers;
@@ -75,6 +76,7 @@ pub(crate) struct Shared {
     pub(crate) boot: Box<str>,
     pub(crate) budget: Budget,
     pub(crate) loose: LooseChunks,
+    pub(crate) counters: Arc<Counters>,
     /// Told of each eviction that ended.
     pub(crate) evicted: Notify,
     gate: RwLock<Gate>,
@@ -112,8 +114,9 @@ impl Shared {
         let window = budget.limits().limit.map_or(u64::MAX, |limit| limit / READ_AHEAD_SHARE);
         let read_ahead_max = fetch.read_ahead_max.min(window);
         let read_ahead_min = fetch.read_ahead_min.min(window);
+        let counters = Arc::<Counters>::default();
         Self {
-            scheduler: Scheduler::new(fetch.connections_per_host),
+            scheduler: Scheduler::new(fetch.connections_per_host, Arc::clone(&counters)),
             hashers: Hashers::new(),
             fetch: FetchOptions { deadline, read_ahead_min, read_ahead_max, ..fetch },
             verify,
@@ -125,6 +128,7 @@ impl Shared {
             boot: boot.into(),
             budget,
             loose: LooseChunks::default(),
+            counters,
             evicted: Notify::new(),
             gate: RwLock::new(Gate::Open),
             changes: Mutex::default(),

@@ -15,6 +15,31 @@ use crate::SourceError;
 /// Bytes in order, as they arrive.
 pub type ByteStream = BoxStream<'static, Result<Bytes, SourceError>>;
 
+/// What a source is, for those who count what came from where.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum SourceKind {
+    /// The registry that the reference names.
+    Registry,
+    /// A mirror of it.
+    Mirror,
+    /// Another node.
+    Peer,
+}
+
+impl SourceKind {
+    /// All of them, in the order in which they are declared.
+    pub const ALL: [Self; 3] = [Self::Registry, Self::Mirror, Self::Peer];
+
+    /// The word for it.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Registry => "registry",
+            Self::Mirror => "mirror",
+            Self::Peer => "peer",
+        }
+    }
+}
+
 /// Something that has a blob: a registry's repository, later a peer.
 pub trait Source: Debug + Send + Sync {
     /// What people know it by (`host:port/repository`); never a secret. Two sources of one name
@@ -23,6 +48,9 @@ pub trait Source: Debug + Send + Sync {
 
     /// The host that answers (`host:port`): what it bears is shared by all of its blobs.
     fn host(&self) -> &str;
+
+    /// What it is. Of one that has several hosts: what the one is that answered last.
+    fn kind(&self) -> SourceKind;
 
     /// Bytes `range` of the blob, in order. The stream ends with an error or after exactly
     /// `range.end - range.start` bytes; it never gives more. A piece may be empty, as a sign of life.

@@ -50,9 +50,11 @@ use self::pins::Pins;
 use self::session::Session;
 use crate::budget::{Budget, Limits};
 use crate::chunk::{ChunkTable, MAX_BLOB_BYTES};
+use crate::counters::Counters;
 use crate::digests::{ChunkDigests, Origin};
 use crate::disk::{Disk, Durability, LocalDisk};
 use crate::document::{self, Found, Kind};
+use crate::fetch::Traffic;
 use crate::shared::{Epochs, Shared, lock};
 use crate::state::{Record, Verdict};
 use crate::{Blob, Digest, Layout, OpenError};
@@ -250,6 +252,16 @@ impl Store {
     /// unused.
     pub fn start_evicting(&self) {
         self.catalog.start_evicting();
+    }
+
+    /// What it has counted since it was opened.
+    pub fn counters(&self) -> &Counters {
+        &self.catalog.shared.counters
+    }
+
+    /// What is being fetched now.
+    pub fn traffic(&self) -> Traffic {
+        self.catalog.shared.scheduler.traffic()
     }
 
     /// The layout of a blob that this store has on disk.

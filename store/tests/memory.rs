@@ -60,6 +60,10 @@ impl Source for Zeros {
         "zeros"
     }
 
+    fn kind(&self) -> weightfs_store::SourceKind {
+        weightfs_store::SourceKind::Registry
+    }
+
     fn fetch(&self, range: Range<u64>) -> BoxFuture<'_, Result<ByteStream, SourceError>> {
         Box::pin(async move {
             sleep(Duration::from_millis(100)).await;

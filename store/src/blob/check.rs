@@ -188,6 +188,7 @@ impl Blob {
     /// A source gave a chunk that is not what it should be. Counted, and said once, here.
     pub(crate) fn rejected(&self, chunk: ChunkNo, actual: Digest, source: &str) {
         self.checks.rejected.fetch_add(1, Ordering::Relaxed);
+        self.counters().wrong_chunks.increment();
         let start = self.table.bytes_of(chunk).map_or(0, |(_, bytes)| bytes.start);
         let blob = self.id.digest;
         tracing::warn!(%blob, chunk = chunk.0, start, %actual, source, "wrong chunk refused");

@@ -153,6 +153,8 @@ impl Blob {
             let Some(range) = self.table.within_segment(&chunks) else { continue };
             self.segments.punch(segment, range)?;
         }
+        self.counters().evicted_extents.add(evicting.extents.len() as u64);
+        self.counters().evicted_extent_bytes.add(gone);
         Ok(gone)
     }
 

@@ -86,8 +86,12 @@ impl Blob {
             return settled;
         }
         match verdict {
-            Verdict::Verified => self.epoch.store(self.shared.epochs.now, Ordering::Release),
+            Verdict::Verified => {
+                self.counters().verified_blobs.increment();
+                self.epoch.store(self.shared.epochs.now, Ordering::Release);
+            }
             Verdict::Poisoned { actual } => {
+                self.counters().poisoned_blobs.increment();
                 self.shared.loose.forget(self.id);
                 tracing::error!(
                     blob = %self.id.digest,

@@ -97,7 +97,7 @@ impl Blob {
             }),
             swept: AtomicBool::new(false),
             rounding_off: AtomicBool::new(false),
-            fetched: AtomicU64::new(0),
+            fetched: Default::default(),
             table,
             shared,
         });

@@ -123,7 +123,6 @@ impl<'a> Filler<'a> {
     /// disk's own pace when the page cache is full of dirty pages, and then it is right to slow
     /// the sources down.
     pub(super) fn take(&mut self, blob: &Arc<Blob>, piece: &[u8]) -> Result<(), Unfit> {
-        blob.count_fetched(piece.len() as u64);
         let mut rest = piece;
         while !rest.is_empty() && !self.is_done() {
             let room = self.block_room();

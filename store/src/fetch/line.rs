@@ -191,6 +191,11 @@ impl Line {
         });
     }
 
+    /// Requests that it bears, as far as is known.
+    pub(super) fn limit(&self) -> usize {
+        self.limit
+    }
+
     pub(super) fn running_requests(&self) -> usize {
         self.running.iter().sum()
     }

@@ -6,7 +6,7 @@
 //! runs goes forward through its chunks and ends where [`Request::end`] says, which may come
 //! nearer while it runs, but never nearer than the chunk after the one that is being written.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::{HashMap, HashSet, VecDeque};
 use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -185,6 +185,16 @@ impl Queue {
     pub(super) fn drop_plans(&mut self, chunks: &Range<ChunkNo>) {
         self.profile.drop_within(chunks);
         self.background.drop_within(chunks);
+    }
+
+    /// Chunks that have a flight.
+    pub(super) fn in_flight(&self) -> HashSet<ChunkNo> {
+        self.flights.keys().copied().collect()
+    }
+
+    /// Requests that run.
+    pub(super) fn running(&self) -> usize {
+        self.running.len()
     }
 
     /// Whether nothing waits.

@@ -188,6 +188,7 @@ impl<'a> Race<'a> {
             let (bytes, time) = (self.first.wanted.clone(), self.first.began.elapsed());
             self.hedging().ended(self.source.host(), bytes.end - bytes.start, time);
             self.first = second;
+            self.scheduler.overtook();
         }
         self.advance(new)
     }

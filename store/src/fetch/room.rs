@@ -90,8 +90,7 @@ impl Gatherer {
     }
 
     /// Takes the next bytes; what is more than was asked for is not used.
-    pub(super) fn take(&mut self, blob: &Blob, piece: &[u8]) {
-        blob.count_fetched(piece.len() as u64);
+    pub(super) fn take(&mut self, piece: &[u8]) {
         let room = usize::try_from(self.missing()).unwrap_or(usize::MAX);
         self.bytes.extend_from_slice(piece.get(..room).unwrap_or(piece));
     }
@@ -105,6 +104,7 @@ impl Gatherer {
         drop(promises);
         blob.serve_unpublished(self.chunk);
         let loose = blob.loose().keep(blob.id(), self.chunk, self.bytes, self.berth);
+        blob.counters().loose_chunks.increment();
         blob.fetcher().hand_over(self.chunk, &loose);
         Ok(())
     }

@@ -14,6 +14,7 @@ use super::hedge::Hedging;
 use super::line::{Line, Priority, REQUESTS_PER_WINDOW, Times};
 use super::queue::Request;
 use crate::Blob;
+use crate::counters::Counters;
 use crate::shared::lock;
 
 /// Memory that a request takes while it runs: what the HTTP client reads at once (417 KiB, hyper's
@@ -37,6 +38,7 @@ pub(crate) struct Scheduler {
     /// As in the state, for those who must not take its lock.
     running: AtomicUsize,
     hedging: Hedging,
+    counters: Arc<Counters>,
     planned: AtomicU64,
 }
 
@@ -53,6 +55,17 @@ struct Host {
     ring: VecDeque<Weak<Blob>>,
 }
 
+/// What goes on, over all hosts.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Traffic {
+    /// Requests that run.
+    pub requests: usize,
+    /// Requests that the hosts bear together, as far as is known.
+    pub limit: usize,
+    /// Hosts that are known.
+    pub hosts: usize,
+}
+
 /// A request that is to run.
 #[derive(Debug)]
 pub(super) struct Next {
@@ -63,12 +76,13 @@ pub(super) struct Next {
 }
 
 impl Scheduler {
-    pub(crate) fn new(connections_per_host: usize) -> Self {
+    pub(crate) fn new(connections_per_host: usize, counters: Arc<Counters>) -> Self {
         Self {
             connections_per_host,
             state: Mutex::default(),
             running: AtomicUsize::new(0),
             hedging: Hedging::default(),
+            counters,
             planned: AtomicU64::new(0),
         }
     }
@@ -150,6 +164,18 @@ impl Scheduler {
         self.hedging.refused(host);
     }
 
+    /// A request that was sent a second time came before the first.
+    pub(super) fn overtook(&self) {
+        self.counters.hedges_won.increment();
+    }
+
+    /// How things are on all lines.
+    pub(crate) fn traffic(&self) -> Traffic {
+        let state = lock(&self.state);
+        let limits = state.hosts.values().map(|host| host.line.limit());
+        Traffic { requests: state.running, limit: limits.sum(), hosts: state.hosts.len() }
+    }
+
     /// What is known of slow requests.
     pub(super) fn hedging(&self) -> &Hedging {
         &self.hedging
@@ -163,6 +189,7 @@ impl Scheduler {
             return None;
         }
         state.running += 1;
+        self.counters.hedges.increment();
         Some(Place(self))
     }
 }

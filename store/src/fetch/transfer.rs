@@ -103,6 +103,8 @@ pub(super) async fn fill(
                     blob.fetcher().give_up(chunk, &failure);
                     refused.last = Some(failure);
                     from = chunk.next();
+                } else {
+                    blob.counters().retries.increment();
                 }
                 sources.turn();
                 continue;
@@ -119,10 +121,14 @@ pub(super) async fn fill(
             pauses = self::pauses();
         }
         if is_complaint(&error) {
+            blob.counters().complaints.increment();
             blob.scheduler().refused(source.host());
         }
         if let Some(wait) = sources.after(error, &mut pauses) {
             pause(wait, patience).await?;
+        }
+        if !sources.is_empty() {
+            blob.counters().retries.increment();
         }
     }
     refused.last.map_or(Ok(()), Err)
@@ -197,6 +203,10 @@ impl Sources {
 
     fn count(&self) -> usize {
         self.left.len()
+    }
+
+    fn is_empty(&self) -> bool {
+        self.left.is_empty()
     }
 
     /// The next one has its turn.
@@ -299,7 +309,7 @@ impl<'a> Sink<'a> {
         match self {
             Self::Disk(filler) => filler.take(blob, piece),
             Self::Memory(gatherer) => {
-                gatherer.take(blob, piece);
+                gatherer.take(piece);
                 Ok(())
             }
         }
@@ -362,7 +372,7 @@ async fn attempt(
     let mut race = Race::new(source, blob.scheduler(), sink.wanted(), request.priority);
     loop {
         let piece = timeout_at(next_byte_by(blob, patience), race.next()).await;
-        blob.count_fetched(race.take_dropped());
+        blob.count_fetched(source.kind(), race.take_dropped());
         match piece.map_err(|_| silent())? {
             // More than it was asked for; what follows is not ours.
             Some(_) if sink.is_done() => break,
@@ -372,7 +382,10 @@ async fn attempt(
                     patience.extend(Instant::now() + blob.fetch_options().deadline);
                     continue;
                 }
-                attempts.answer();
+                if let Some(wait) = attempts.answer() {
+                    blob.counters().first_byte.observe_time(wait);
+                }
+                blob.count_fetched(source.kind(), piece.len() as u64);
                 *bytes += piece.len() as u64;
                 sink.take(blob, &piece)?;
                 if sink.was_cut_short() {

@@ -2,6 +2,7 @@
 //! RFC 9110, section 14).
 
 use std::ops::Range;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -16,7 +17,7 @@ use super::host::{Host, failed_status, unreachable};
 use super::target::{Target, is_stale};
 use super::{Failures, Registries, Repository, health};
 use crate::shared::lock;
-use crate::source::{ByteStream, Source};
+use crate::source::{ByteStream, Source, SourceKind};
 use crate::{Digest, SourceError};
 
 /// How long a registry that gave the whole blob for a range is not asked for another one. Not for
@@ -34,6 +35,8 @@ pub(super) struct BlobSource {
     size: u64,
     target: Target,
     whole: Whole,
+    /// Whether a mirror was the last host that answered.
+    mirrored: AtomicBool,
 }
 
 /// When the registry last gave the whole blob for a range.
@@ -68,6 +71,7 @@ impl BlobSource {
             size,
             target: Target::default(),
             whole: Whole::default(),
+            mirrored: AtomicBool::new(false),
         }
     }
 
@@ -104,6 +108,7 @@ impl BlobSource {
         let headers = HeaderMap::from_iter([(RANGE, wanted)]);
         let answer = self.ask(host, &headers).await?;
         self.check(&answer, range)?;
+        self.mirrored.store(host.is_mirror(), Ordering::Relaxed);
         Ok(self.body(host, answer, range.end - range.start))
     }
 
@@ -221,6 +226,13 @@ impl Source for BlobSource {
 
     fn host(&self) -> &str {
         &self.from.registry
+    }
+
+    fn kind(&self) -> SourceKind {
+        match self.mirrored.load(Ordering::Relaxed) {
+            true => SourceKind::Mirror,
+            false => SourceKind::Registry,
+        }
     }
 
     fn fetch(&self, range: Range<u64>) -> BoxFuture<'_, Result<ByteStream, SourceError>> {

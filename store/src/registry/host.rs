@@ -48,6 +48,11 @@ pub(super) struct Host {
 }
 
 impl Host {
+    /// Whether it stands for the registry, and is not that itself.
+    pub(super) fn is_mirror(&self) -> bool {
+        self.stands_for.is_some()
+    }
+
     /// `timeout` bounds authentication. A connection that gives no byte for `silence` is given up.
     pub(super) fn new(
         registry: &str,

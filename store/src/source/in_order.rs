@@ -12,7 +12,7 @@ use futures::future::BoxFuture;
 use futures::{StreamExt as _, stream};
 use tokio::sync::{Mutex, OwnedMutexGuard};
 
-use super::{ByteStream, Source};
+use super::{ByteStream, Source, SourceKind};
 use crate::SourceError;
 
 /// See the module.
@@ -75,6 +75,10 @@ impl Source for InOrder {
 
     fn host(&self) -> &str {
         self.source.host()
+    }
+
+    fn kind(&self) -> SourceKind {
+        self.source.kind()
     }
 
     fn fetch(&self, range: Range<u64>) -> BoxFuture<'_, Result<ByteStream, SourceError>> {
@@ -141,6 +145,10 @@ mod tests {
 
         fn host(&self) -> &str {
             "whole"
+        }
+
+        fn kind(&self) -> SourceKind {
+            SourceKind::Registry
         }
 
         fn fetch(&self, range: Range<u64>) -> BoxFuture<'_, Result<ByteStream, SourceError>> {

@@ -120,6 +120,12 @@ impl Catalog {
         Ok(Removal::Removed(bytes))
     }
 
+    /// A blob of which nobody had anything open was evicted.
+    pub(super) fn evicted(&self, bytes: u64) {
+        self.shared.counters.evicted_blobs.increment();
+        self.shared.counters.evicted_blob_bytes.add(bytes);
+    }
+
     /// The directory above all blobs.
     pub(super) fn root(&self) -> &Path {
         &self.root

@@ -145,6 +145,7 @@ impl Pass {
             match catalog.remove(id) {
                 Ok(Removal::Removed(bytes)) => {
                     tracing::info!(blob = %id.digest, bytes, "an unused blob is evicted");
+                    catalog.evicted(bytes);
                     freed += bytes;
                 }
                 Ok(Removal::Open | Removal::Nothing) => {}

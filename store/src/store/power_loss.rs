@@ -230,6 +230,10 @@ impl Source for Memory {
         "memory"
     }
 
+    fn kind(&self) -> crate::SourceKind {
+        crate::SourceKind::Registry
+    }
+
     fn fetch(&self, range: Range<u64>) -> BoxFuture<'_, Result<ByteStream, SourceError>> {
         let bytes = self.0.slice(range.start as usize..range.end as usize);
         Box::pin(async { Ok(stream::iter([Ok(bytes)]).boxed()) })

@@ -185,7 +185,10 @@ impl Store {
         }
         self.checkpoint()?;
         match self.catalog.remove(id)? {
-            Removal::Removed(freed) => Ok(Evicted::Whole { freed }),
+            Removal::Removed(freed) => {
+                self.catalog.evicted(freed);
+                Ok(Evicted::Whole { freed })
+            }
             Removal::Nothing => Ok(Evicted::Nothing),
             Removal::Open => Ok(self.evict_parts(id)),
         }
@@ -218,6 +221,7 @@ impl Store {
             }
             match self.catalog.remove(id) {
                 Ok(Removal::Removed(bytes)) => {
+                    self.catalog.evicted(bytes);
                     pruned.blobs += 1;
                     pruned.freed += bytes;
                 }

@@ -52,6 +52,10 @@ impl Source for Scripted {
         "scripted"
     }
 
+    fn kind(&self) -> weightfs_store::SourceKind {
+        weightfs_store::SourceKind::Registry
+    }
+
     fn fetch(&self, range: Range<u64>) -> BoxFuture<'_, Result<ByteStream, SourceError>> {
         let answer = (self.script)(self.asked.fetch_add(1, Ordering::SeqCst));
         self.requests.lock().unwrap().push(range.clone());

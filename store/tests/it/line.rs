@@ -105,6 +105,10 @@ impl Source for FarSource {
         "far"
     }
 
+    fn kind(&self) -> weightfs_store::SourceKind {
+        weightfs_store::SourceKind::Registry
+    }
+
     fn fetch(&self, range: Range<u64>) -> BoxFuture<'_, Result<ByteStream, SourceError>> {
         static ZEROS: [u8; PIECE_BYTES] = [0; PIECE_BYTES];
         let open = Open::new(&self.0);

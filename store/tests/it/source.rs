@@ -170,6 +170,10 @@ impl Source for TestSource {
         &self.name
     }
 
+    fn kind(&self) -> weightfs_store::SourceKind {
+        weightfs_store::SourceKind::Registry
+    }
+
     fn fetch(&self, range: Range<u64>) -> BoxFuture<'_, Result<ByteStream, SourceError>> {
         Box::pin(async move {
             self.requests.lock().unwrap().push(range.clone());

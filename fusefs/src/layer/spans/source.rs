@@ -7,7 +7,7 @@ use std::sync::Arc;
 use bytes::{Buf as _, Bytes};
 use futures::future::BoxFuture;
 use futures::stream::{self, StreamExt as _};
-use weightfs_store::{ByteStream, Source, SourceError};
+use weightfs_store::{ByteStream, Source, SourceError, SourceKind};
 
 use super::decoder::Decoder;
 use super::points::Points;
@@ -55,6 +55,10 @@ impl Source for InflatedSource {
 
     fn host(&self) -> &str {
         self.compressed.host()
+    }
+
+    fn kind(&self) -> SourceKind {
+        self.compressed.kind()
     }
 
     fn fetch(&self, range: Range<u64>) -> BoxFuture<'_, Result<ByteStream, SourceError>> {

@@ -90,6 +90,10 @@ impl Source for Zeros {
         "zeros"
     }
 
+    fn kind(&self) -> weightfs_store::SourceKind {
+        weightfs_store::SourceKind::Registry
+    }
+
     fn fetch(&self, range: Range<u64>) -> BoxFuture<'_, Result<ByteStream, SourceError>> {
         Box::pin(async move {
             let chunk = Bytes::from(vec![0; usize::try_from(CHUNK_BYTES).unwrap_or(0)]);
