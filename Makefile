@@ -22,7 +22,7 @@ SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
 AS_ROOT := $(if $(SUDO),$(SUDO) --preserve-env env PATH="$$PATH" HOME="$$HOME",)
 export CARGO_TARGET_DIR := $(TARGET)
 
-.PHONY: help build demo test test-matrix fuzz sanitize soak soak-store soak-contract soak-daemon bench check deps test-deps clean
+.PHONY: help build demo test test-matrix fuzz sanitize soak soak-store soak-contract soak-daemon bench check docs deps test-deps clean
 
 help: ## Say what there is
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -94,12 +94,16 @@ check: deps $(DENY) ## Format, lints, documentation, licences and sources
 	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --workspace --no-deps --locked --document-private-items
 	$(DENY) --log-level warn check --hide-inclusion-graph licenses bans sources
 
+docs: deps ## Write the pages that are made from the code
+	WEIGHTFS_WRITE_DOCUMENTS=1 $(CARGO) test --locked -q -p weightfs --lib documents_
+
 deps: ## Install what building needs (apt; nothing if all is there)
 	packaging/deps build
 
 test-deps: deps ## Install what the tests need (apt; Python packages in target/)
 	packaging/deps test
 	packaging/python-env $(TARGET)/python
+	packaging/promtool $(TARGET)/promtool
 	packaging/containerd-package 1.7 $(TARGET)/containerd17 || true
 	packaging/containerd-package 2.1 $(TARGET)/containerd21 || true
 

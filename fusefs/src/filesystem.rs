@@ -197,8 +197,7 @@ impl Filesystem {
         tree.blobs().for_each(Blob::shown);
         let loader = Loader::of(&tree);
         let (recorder, counters) = Default::default();
-        let mounted =
-            Arc::new(MountedTree { number, loader, tree, recorder, counters, lookups });
+        let mounted = Arc::new(MountedTree { number, loader, tree, recorder, counters, lookups });
         write(&self.trees).insert(number, Arc::clone(&mounted));
         Some(mounted)
     }

@@ -4,6 +4,7 @@
 //! that exists is described in `KEYS`.
 
 use std::collections::BTreeMap;
+use std::net::{Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -33,6 +34,10 @@ const KEYS: &[(&str, &str)] = &[
         "Image layers in plain tar from this size on are mounted lazily; smaller ones are pulled.",
     ),
     ("control.address", "Unix socket on which this command line reaches the daemon."),
+    (
+        "metrics.address",
+        "Prometheus metrics and a status page, by HTTP: a port of this machine (\"9478\"), or an address (\"0.0.0.0:9478\"). Unset: none.",
+    ),
     ("containerd.config", "containerd's configuration, for `doctor` and `node install`."),
     ("containerd.program", "containerd's program, which knows what it is told."),
     (
@@ -86,8 +91,17 @@ const KEYS: &[(&str, &str)] = &[
 ];
 
 /// The tables, in the order in which they are printed; those of registries follow.
-const SECTIONS: [&str; 8] =
-    ["snapshotter", "control", "containerd", "cache", "verify", "fetch", "credentials", "mirrors"];
+const SECTIONS: [&str; 9] = [
+    "snapshotter",
+    "control",
+    "metrics",
+    "containerd",
+    "cache",
+    "verify",
+    "fetch",
+    "credentials",
+    "mirrors",
+];
 
 /// What WeightFS was told.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -99,6 +113,8 @@ pub struct Config {
     pub snapshotter: SnapshotterConfig,
     /// The control socket.
     pub control: ControlConfig,
+    /// The metrics address.
+    pub metrics: MetricsConfig,
     /// containerd.
     pub containerd: ContainerdConfig,
     /// The cache.
@@ -140,6 +156,37 @@ pub struct MirrorsConfig {
 pub struct ControlConfig {
     /// Its socket.
     pub address: PathBuf,
+}
+
+/// `[metrics]`
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct MetricsConfig {
+    /// Where they can be had.
+    pub address: Option<ListenAddress>,
+}
+
+/// Where to listen: a port, which means this machine alone, or an address with a port.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct ListenAddress(pub SocketAddr);
+
+impl TryFrom<String> for ListenAddress {
+    type Error = String;
+
+    fn try_from(text: String) -> Result<Self, String> {
+        let loopback = |port: u16| SocketAddr::from((Ipv4Addr::LOCALHOST, port));
+        let address = text.parse().map(loopback).or_else(|_| text.parse());
+        address.map(Self).map_err(|_| {
+            format!("{text:?} is neither a port (\"9478\") nor an address (\"0.0.0.0:9478\")")
+        })
+    }
+}
+
+impl From<ListenAddress> for String {
+    fn from(ListenAddress(address): ListenAddress) -> Self {
+        address.to_string()
+    }
 }
 
 /// `[containerd]`
@@ -278,6 +325,7 @@ impl Default for Config {
             root: "/var/lib/weightfs".into(),
             snapshotter: SnapshotterConfig::default(),
             control: ControlConfig::default(),
+            metrics: MetricsConfig::default(),
             containerd: ContainerdConfig::default(),
             cache: CacheConfig::default(),
             verify: VerifyConfig::default(),
@@ -590,6 +638,22 @@ mod tests {
     #[test]
     fn an_empty_file_means_defaults() {
         assert_eq!(parse("").unwrap(), Config::default());
+    }
+
+    #[test]
+    fn a_metrics_address_without_a_host_is_this_machine_s() {
+        let address = |text: &str| {
+            let parsed = parse(&format!("[metrics]\naddress = {text:?}"));
+            parsed.map(|config| config.metrics.address.unwrap().0.to_string())
+        };
+        assert_eq!(address("9478").unwrap(), "127.0.0.1:9478");
+        assert_eq!(address("0.0.0.0:9478").unwrap(), "0.0.0.0:9478");
+        assert_eq!(address("[::1]:9478").unwrap(), "[::1]:9478");
+        assert!(parse("").unwrap().metrics.address.is_none(), "off unless it is asked for");
+        for bad in ["", "localhost", "70000", ":9478", "1.2.3.4"] {
+            let error = address(bad).unwrap_err().to_string();
+            assert!(error.contains("neither a port"), "{error}");
+        }
     }
 
     #[test]

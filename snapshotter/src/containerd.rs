@@ -10,7 +10,7 @@ use std::iter;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use std::vec;
 
 use containerd_snapshots::api::types;
@@ -25,6 +25,7 @@ use tokio::net::{UnixListener, UnixStream};
 use tokio_util::sync::{CancellationToken, WaitForCancellationFutureOwned};
 
 use crate::metadata::{Kind, Record, SnapshotInfo};
+use crate::metrics::{CallCode, Method};
 use crate::snapshots::{Mount, Prepared, SnapshotError, Snapshots, describe};
 
 /// How long the service waits for calls under way when it shuts down. containerd keeps its
@@ -168,6 +169,21 @@ impl AsyncWrite for Connection {
 
 struct Service(Arc<Snapshots>);
 
+impl Service {
+    /// Counts a call by how it ends.
+    async fn counted<T>(
+        &self,
+        method: Method,
+        call: impl Future<Output = Result<T, SnapshotError>>,
+    ) -> Result<T, SnapshotError> {
+        let began = Instant::now();
+        let ended = call.await;
+        let code = ended.as_ref().err().map_or(CallCode::Ok, code);
+        self.0.calls().count(method, code, began.elapsed());
+        ended
+    }
+}
+
 #[async_trait]
 impl Snapshotter for Service {
     type Error = SnapshotError;
@@ -176,16 +192,18 @@ impl Snapshotter for Service {
     >;
 
     async fn stat(&self, key: String) -> Result<Info, SnapshotError> {
-        self.0.stat(&key).map(info)
+        self.counted(Method::Stat, async { self.0.stat(&key).map(info) }).await
     }
 
     async fn update(&self, info: Info, mask: Option<Vec<String>>) -> Result<Info, SnapshotError> {
         let labels = info.labels.into_iter().collect();
-        self.0.update(&info.name, labels, &mask.unwrap_or_default()).await.map(self::info)
+        let mask = mask.unwrap_or_default();
+        let updated = self.0.update(&info.name, labels, &mask);
+        self.counted(Method::Update, updated).await.map(self::info)
     }
 
     async fn usage(&self, key: String) -> Result<containerd_snapshots::Usage, SnapshotError> {
-        let usage = self.0.usage(&key).await?;
+        let usage = self.counted(Method::Usage, self.0.usage(&key)).await?;
         let clamped = |count: u64| i64::try_from(count).unwrap_or(i64::MAX);
         Ok(containerd_snapshots::Usage {
             inodes: clamped(usage.inodes),
@@ -194,7 +212,7 @@ impl Snapshotter for Service {
     }
 
     async fn mounts(&self, key: String) -> Result<Vec<types::Mount>, SnapshotError> {
-        self.0.mounts(&key).map(mounts)
+        self.counted(Method::Mounts, async { self.0.mounts(&key).map(mounts) }).await
     }
 
     async fn prepare(
@@ -203,10 +221,14 @@ impl Snapshotter for Service {
         parent: String,
         labels: HashMap<String, String>,
     ) -> Result<Vec<types::Mount>, SnapshotError> {
-        match self.0.prepare(&key, parent_name(&parent), labels.into_iter().collect()).await? {
-            Prepared::Active(active) => Ok(mounts(active)),
-            Prepared::Committed { name } => Err(SnapshotError::AlreadyExists { name }),
-        }
+        let prepared = async {
+            let labels = labels.into_iter().collect();
+            match self.0.prepare(&key, parent_name(&parent), labels).await? {
+                Prepared::Active(active) => Ok(mounts(active)),
+                Prepared::Committed { name } => Err(SnapshotError::AlreadyExists { name }),
+            }
+        };
+        self.counted(Method::Prepare, prepared).await
     }
 
     async fn view(
@@ -215,7 +237,8 @@ impl Snapshotter for Service {
         parent: String,
         labels: HashMap<String, String>,
     ) -> Result<Vec<types::Mount>, SnapshotError> {
-        self.0.view(&key, parent_name(&parent), labels.into_iter().collect()).await.map(mounts)
+        let view = self.0.view(&key, parent_name(&parent), labels.into_iter().collect());
+        self.counted(Method::View, view).await.map(mounts)
     }
 
     async fn commit(
@@ -224,15 +247,16 @@ impl Snapshotter for Service {
         key: String,
         labels: HashMap<String, String>,
     ) -> Result<(), SnapshotError> {
-        self.0.commit(&name, &key, labels.into_iter().collect()).await
+        let commit = self.0.commit(&name, &key, labels.into_iter().collect());
+        self.counted(Method::Commit, commit).await
     }
 
     async fn remove(&self, key: String) -> Result<(), SnapshotError> {
-        self.0.remove(&key).await
+        self.counted(Method::Remove, self.0.remove(&key)).await
     }
 
     async fn clear(&self) -> Result<(), SnapshotError> {
-        self.0.cleanup().await
+        self.counted(Method::Cleanup, self.0.cleanup()).await
     }
 
     /// The snapshotter's name is containerd's own, not ours to check.
@@ -241,7 +265,7 @@ impl Snapshotter for Service {
         _snapshotter: String,
         filters: Vec<String>,
     ) -> Result<Self::InfoStream, SnapshotError> {
-        let found = self.0.list(&filters)?;
+        let found = self.counted(Method::List, async { self.0.list(&filters) }).await?;
         let converted: fn(Arc<Record>) -> Result<Info, SnapshotError> =
             |record| Ok(info(record.info.clone()));
         Ok(stream::iter(found.into_iter().map(converted)))
@@ -252,7 +276,7 @@ impl From<SnapshotError> for Status {
     /// Also the place where a failure that is not the caller's is logged.
     fn from(error: SnapshotError) -> Status {
         let text = describe(&error);
-        let code = code(&error);
+        let code = grpc(code(&error));
         if code == Code::Internal {
             tracing::error!(error = text, "a call from containerd failed");
         }
@@ -261,21 +285,32 @@ impl From<SnapshotError> for Status {
 }
 
 /// The one table from errors to gRPC codes, which containerd reads as its own error classes.
-fn code(error: &SnapshotError) -> Code {
+fn code(error: &SnapshotError) -> CallCode {
     match error {
-        SnapshotError::NotFound { .. } | SnapshotError::NoParent { .. } => Code::NotFound,
-        SnapshotError::AlreadyExists { .. } => Code::AlreadyExists,
+        SnapshotError::NotFound { .. } | SnapshotError::NoParent { .. } => CallCode::NotFound,
+        SnapshotError::AlreadyExists { .. } => CallCode::AlreadyExists,
         SnapshotError::HasChildren { .. } | SnapshotError::WrongKind { .. } => {
-            Code::FailedPrecondition
+            CallCode::FailedPrecondition
         }
         SnapshotError::ParentNotCommitted { .. }
         | SnapshotError::Immutable { .. }
         | SnapshotError::Size { .. }
-        | SnapshotError::Filter(_) => Code::InvalidArgument,
+        | SnapshotError::Filter(_) => CallCode::InvalidArgument,
         SnapshotError::Path { .. }
         | SnapshotError::Io { .. }
         | SnapshotError::Metadata(_)
-        | SnapshotError::Interrupted(_) => Code::Internal,
+        | SnapshotError::Interrupted(_) => CallCode::Internal,
+    }
+}
+
+const fn grpc(code: CallCode) -> Code {
+    match code {
+        CallCode::Ok => Code::Ok,
+        CallCode::NotFound => Code::NotFound,
+        CallCode::AlreadyExists => Code::AlreadyExists,
+        CallCode::FailedPrecondition => Code::FailedPrecondition,
+        CallCode::InvalidArgument => Code::InvalidArgument,
+        CallCode::Internal => Code::Internal,
     }
 }
 

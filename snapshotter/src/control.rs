@@ -1,5 +1,6 @@
 //! The control socket: the daemon's side and the command line's.
 
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -58,6 +59,8 @@ pub struct ControlService {
     pub keeper: Keeper,
     /// Layers that were lazy or not.
     pub decisions: Arc<Decisions>,
+    /// Where metrics can be had, for status.
+    pub metrics_address: Option<SocketAddr>,
 }
 
 /// Serves the control socket until `shutdown`.
@@ -165,6 +168,7 @@ impl Control for ControlService {
             pid: std::process::id(),
             passthrough: self.trees.session().is_some_and(Session::passes_through),
             decisions: self.decisions.counts().into_iter().map(counted).collect(),
+            metrics_address: self.metrics_address.map(|it| it.to_string()).unwrap_or_default(),
             keeper: match self.keeper {
                 Keeper::Nobody => String::new(),
                 keeper => keeper.to_string(),

@@ -20,21 +20,22 @@ use std::time::Duration;
 
 use futures::FutureExt as _;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
-use tokio::net::UnixListener;
+use tokio::net::{TcpListener, UnixListener};
 use tokio::runtime::Handle;
 use tokio::sync::watch;
-use tracing::{info, warn};
+use tracing::{error, info, warn};
 use weightfs_fusefs::Misses;
 use weightfs_store::{OpenError, SourceError, Store};
 
 use crate::cache::Cache;
-use crate::config::Config;
+use crate::config::{Config, ListenAddress};
 use crate::containerd;
 use crate::control::{self, ControlService};
 use crate::handover::{Inherited, Keeper, Name};
 use crate::images::ImageLayers;
 use crate::indexes::Indexes;
 use crate::metadata::{LazySnapshot, Metadata, MetadataError};
+use crate::metrics::Metrics;
 use crate::models::{Models, MountState};
 use crate::node::doctor;
 use crate::owner::Announcement;
@@ -42,6 +43,7 @@ use crate::references::References;
 use crate::snapshots::{SnapshotError, Snapshots};
 use crate::socket::{Origin, SocketError, listen_at};
 use crate::trees::{Opener, Trees};
+use crate::web;
 
 pub use mount::MOUNT_DIRECTORY;
 use mount::{Mount, forget, unmount};
@@ -168,6 +170,8 @@ pub struct Daemon {
     control: ControlService,
     snapshotter_socket: UnixListener,
     control_socket: UnixListener,
+    metrics: Metrics,
+    metrics_socket: Option<TcpListener>,
     announcement: Announcement,
     keeper: Keeper,
     config: Config,
@@ -194,8 +198,18 @@ impl Daemon {
         let snapshotter_address = config.snapshotter.address.clone();
         let snapshotter_socket = listen(Name::Snapshotter, &snapshotter_address)?;
         let control_socket = listen(Name::Control, &config.control.address)?;
+        let metrics_socket = listen_for_metrics(config).await;
+        let metrics = Metrics {
+            store: Arc::clone(&store),
+            filesystem: Arc::clone(trees.filesystem()),
+            calls: Arc::clone(snapshots.calls()),
+            decisions: Arc::clone(snapshots.decisions()),
+            metadata: Arc::clone(&metadata),
+            models: Arc::clone(&models),
+        };
         let announcement = Announcement::new(&config.root, &config.control.address)
             .map_err(|source| OpenError::Io { path: config.root.clone(), source })?;
+        let metrics_address = metrics_socket.as_ref().and_then(|socket| socket.local_addr().ok());
         let root = config.root.clone();
         let control = ControlService {
             models,
@@ -206,6 +220,7 @@ impl Daemon {
             snapshotter_address,
             keeper,
             decisions: Arc::clone(snapshots.decisions()),
+            metrics_address,
         };
         Ok(Self {
             store,
@@ -214,6 +229,8 @@ impl Daemon {
             control,
             snapshotter_socket,
             control_socket,
+            metrics,
+            metrics_socket,
             announcement,
             keeper,
             config: config.clone(),
@@ -245,6 +262,10 @@ impl Daemon {
         let snapshotter = containerd::serve_alone(snapshots, self.snapshotter_socket, wait());
         let mut snapshotter = snapshotter.map_err(DaemonError::Thread)?;
         let mut controller = tokio::spawn(control::serve(control, self.control_socket, wait()));
+        if let Some(listener) = self.metrics_socket {
+            let stopped = wait().map(drop);
+            tokio::spawn(web::serve(self.metrics, listener, stopped));
+        }
         keeper.tell_ready();
         tokio::spawn(doctor::warn_at_start(self.config));
         let (result, running) = tokio::select! {
@@ -330,6 +351,18 @@ fn listen(
         }
     }
     Ok(listener)
+}
+
+/// The metrics address, if it is wanted and can be had. Nobody is kept waiting for his files
+/// because it can't.
+async fn listen_for_metrics(config: &Config) -> Option<TcpListener> {
+    let ListenAddress(address) = config.metrics.address?;
+    let listener = web::listen(address).await;
+    listener
+        .inspect_err(|error| {
+            error!(%address, %error, "no metrics: metrics.address can't be listened on");
+        })
+        .ok()
 }
 
 /// Each blob that is read keeps its cache files open.

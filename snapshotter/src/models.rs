@@ -234,6 +234,11 @@ impl Models {
         shown.iter().map(|(number, record)| self.describe(*number, record)).collect()
     }
 
+    /// How many models are shown.
+    pub fn count(&self) -> usize {
+        self.lock().len()
+    }
+
     /// The directory of a model below the daemon's mount.
     pub fn directory(&self, number: TreeNumber) -> PathBuf {
         self.trees.directory(number)

@@ -17,6 +17,20 @@ const TEXT_CHARS_MAX: usize = 500;
 /// How layers are mounted that are lazy: the word beside the reasons' own.
 pub const LAZY: &str = "lazy";
 
+/// All decisions on layers: [`LAZY`], and the words of the reasons.
+pub const DECISIONS: [&str; 10] = [
+    LAZY,
+    "small",
+    "compressed",
+    "no-labels",
+    "no-annotations",
+    "bad-labels",
+    "unreachable",
+    "refused",
+    "unsuitable",
+    "failed",
+];
+
 /// Why a layer is an ordinary snapshot.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]
 #[serde(tag = "kind", rename_all = "kebab-case")]
@@ -175,6 +189,7 @@ mod tests {
         for reason in reasons {
             let json = serde_json::to_value(&reason).unwrap();
             assert_eq!(json["kind"], reason.kind());
+            assert!(DECISIONS.contains(&reason.kind()), "{}", reason.kind());
             assert_eq!(serde_json::from_value::<Reason>(json).unwrap(), reason);
         }
     }

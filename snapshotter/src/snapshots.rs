@@ -45,6 +45,7 @@ use self::flights::Flights;
 use self::mounts::OverlayOptions;
 use crate::filter::Filters;
 use crate::metadata::Index;
+use crate::metrics::SnapshotCalls;
 
 /// Labels by name.
 pub type Labels = BTreeMap<String, String>;
@@ -64,6 +65,7 @@ pub struct Snapshots {
     flights: Flights,
     overlay: OverlayOptions,
     decisions: Arc<Decisions>,
+    calls: Arc<SnapshotCalls>,
     /// Where work goes on: calls come in on a thread that has no time for it.
     runtime: Handle,
 }
@@ -86,9 +88,17 @@ impl Snapshots {
         let directories = Directories::open(root, metadata.clone())?;
         let flights = Flights::default();
         let overlay = OverlayOptions::detect();
-        let (decisions, runtime) = (Arc::default(), Handle::current());
-        let snapshots =
-            Snapshots { metadata, mounter, directories, flights, overlay, decisions, runtime };
+        let (decisions, calls, runtime) = (Arc::default(), Arc::default(), Handle::current());
+        let snapshots = Snapshots {
+            metadata,
+            mounter,
+            directories,
+            flights,
+            overlay,
+            decisions,
+            calls,
+            runtime,
+        };
         snapshots.remove_orphans()?;
         Ok(Arc::new(snapshots))
     }
@@ -96,6 +106,11 @@ impl Snapshots {
     /// How many layers were lazy or not since this process began.
     pub const fn decisions(&self) -> &Arc<Decisions> {
         &self.decisions
+    }
+
+    /// Calls of containerd since this process began.
+    pub const fn calls(&self) -> &Arc<SnapshotCalls> {
+        &self.calls
     }
 
     /// What is known of a snapshot.

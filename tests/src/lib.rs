@@ -15,6 +15,7 @@ pub mod image;
 pub mod interrupt;
 pub mod layer;
 pub mod many;
+pub mod metrics;
 pub mod model;
 pub mod modelpack;
 pub mod process;

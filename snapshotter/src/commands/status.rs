@@ -62,6 +62,7 @@ fn to_json(status: &StatusReply) -> serde_json::Value {
         "root": status.root,
         "snapshotter_address": status.snapshotter_address,
         "keeper": status.keeper,
+        "metrics_address": status.metrics_address,
         "models": status.models.iter().map(model).collect::<Vec<_>>(),
         "layers": status.layers.iter().map(layer).collect::<Vec<_>>(),
         "decisions": status.decisions,

@@ -49,6 +49,11 @@ impl Index {
         self.records.values()
     }
 
+    /// How many there are.
+    pub(crate) fn len(&self) -> usize {
+        self.records.len()
+    }
+
     /// How many snapshots have this one as their parent.
     pub(crate) fn children(&self, name: &str) -> usize {
         self.children.get(name).copied().unwrap_or(0)

@@ -133,6 +133,8 @@ async fn a_request_without_an_answer_is_sent_again_and_the_first_answer_wins() {
     let requests = source.requests.lock().unwrap();
     assert_eq!(requests.len(), 61);
     assert_eq!(requests[40], requests[41]);
+    let counters = store.counters();
+    assert_eq!((counters.hedges.get(), counters.hedges_won.get()), (1, 1));
 }
 
 #[tokio::test(start_paused = true)]
