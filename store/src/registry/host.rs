@@ -45,9 +45,12 @@ pub(super) struct Host {
     headers: HeaderMap,
     clients: Clients,
     authority: Arc<Authority>,
-    access: Arc<Mutex<LruCache<(String, Right), Arc<Access>>>>,
+    accesses: Arc<Accesses>,
     health: Health,
 }
+
+/// What we may do in which repository.
+type Accesses = Mutex<LruCache<(String, Right), Arc<Access>>>;
 
 /// How a host is reached.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -78,9 +81,9 @@ impl Host {
         let authority = Authority::new(name, &api, ca, skip_verify, docker_config, timeout);
         let stands_for = mirror.then(|| registry.to_owned());
         let (authority, health) = (Arc::new(authority), Health::default());
-        let access = Arc::new(Mutex::new(LruCache::new(MAX_REPOSITORIES)));
+        let accesses = Arc::new(Mutex::new(LruCache::new(MAX_REPOSITORIES)));
         let way = Way::Directly;
-        Ok(Self { api, stands_for, can, way, headers, clients, authority, access, health })
+        Ok(Self { api, stands_for, can, way, headers, clients, authority, accesses, health })
     }
 
     /// The blobs of this host by way of Dragonfly, with the same tokens.
@@ -100,7 +103,7 @@ impl Host {
             headers,
             clients,
             authority: Arc::clone(&self.authority),
-            access: Arc::clone(&self.access),
+            accesses: Arc::clone(&self.accesses),
             health: Health::default(),
         })
     }
@@ -250,7 +253,7 @@ impl Host {
     }
 
     fn access(&self, repository: &str, right: Right) -> Arc<Access> {
-        let mut known = lock(&self.access);
+        let mut known = lock(&self.accesses);
         let key = (repository.to_owned(), right);
         if let Some(access) = known.get(&key) {
             return Arc::clone(access);
