@@ -289,9 +289,9 @@ fn code(error: &SnapshotError) -> CallCode {
     match error {
         SnapshotError::NotFound { .. } | SnapshotError::NoParent { .. } => CallCode::NotFound,
         SnapshotError::AlreadyExists { .. } => CallCode::AlreadyExists,
-        SnapshotError::HasChildren { .. } | SnapshotError::WrongKind { .. } => {
-            CallCode::FailedPrecondition
-        }
+        SnapshotError::HasChildren { .. }
+        | SnapshotError::WrongKind { .. }
+        | SnapshotError::Refused { .. } => CallCode::FailedPrecondition,
         SnapshotError::ParentNotCommitted { .. }
         | SnapshotError::Immutable { .. }
         | SnapshotError::Size { .. }
