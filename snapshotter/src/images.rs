@@ -96,8 +96,7 @@ impl ImageLayers {
             Some(tree) => Some(self.trees.get(tree).ok_or("its parent is not shown")?),
             None => None,
         };
-        let record =
-            TreeRecord { layers: vec![remembered.layer], over_foreign: remembered.over_foreign };
+        let record = TreeRecord::new(vec![remembered.layer], remembered.over_foreign);
         let own = self.opener.reopen(record).map_err(|error| error.to_string())?;
         let tree = stack(below.as_deref(), own);
         self.trees.show(snapshot.tree, tree).map_err(|error| error.to_string())
@@ -130,7 +129,7 @@ impl ImageLayers {
         let layer =
             LayerRecord { descriptor: descriptor.clone(), repository: artifact.repository.clone() };
         let open = opener.open_layer(&layer, index.as_deref(), &Quiet).await?;
-        let record = TreeRecord { layers: vec![layer.clone()], over_foreign };
+        let record = TreeRecord::new(vec![layer.clone()], over_foreign);
         let name = reference.whole();
         // Each waits for the disk.
         let (number, ()) =
