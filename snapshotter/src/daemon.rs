@@ -43,6 +43,7 @@ use crate::references::References;
 use crate::snapshots::{SnapshotError, Snapshots};
 use crate::socket::{Origin, SocketError, listen_at};
 use crate::trees::{Opener, Trees};
+use crate::volumes::Volumes;
 use crate::web;
 
 pub use mount::MOUNT_DIRECTORY;
@@ -212,6 +213,7 @@ impl Daemon {
         let metrics_address = metrics_socket.as_ref().and_then(|socket| socket.local_addr().ok());
         let root = config.root.clone();
         let control = ControlService {
+            volumes: Volumes::new(Arc::clone(&models)),
             models,
             trees: Arc::clone(&trees),
             metadata,

@@ -8,6 +8,7 @@ pub mod client;
 pub mod config;
 pub mod containerd;
 pub mod control;
+pub mod csi;
 pub mod daemon;
 #[cfg(test)]
 mod documents;
@@ -32,4 +33,5 @@ pub mod rpull;
 pub mod snapshots;
 pub mod socket;
 pub mod trees;
+pub mod volumes;
 pub mod web;
