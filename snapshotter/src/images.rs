@@ -115,6 +115,7 @@ impl ImageLayers {
         }
         let opener = &self.opener;
         let index = opener.indexes.find(&opener.registries, &artifact, None).await;
+        let index = index.map_err(Reason::failed)?;
         self.check(descriptor, index.as_deref())?;
         let below = match &request.parent {
             Some(parent) => {
@@ -136,6 +137,10 @@ impl ImageLayers {
         let (number, ()) =
             join(self.allocate(), self.opener.remember(&name, manifest, &record)).await;
         let number = number?;
+        let profile = index.and_then(|index| index.profile_of(manifest, &[digest]));
+        if let Some(profile) = profile {
+            profile.expect(std::slice::from_ref(&open));
+        }
         let tree = stack(below.as_deref(), OpenTree { layers: vec![open], record });
         self.trees.show(number, tree)?;
         let record = serde_json::to_value(Remembered { layer, over_foreign });

@@ -81,6 +81,7 @@ fn layer(record: &Record, trees: &Trees) -> Option<Layer> {
                     size: blob.size,
                     cached: blob.cached,
                     fetched: blob.fetched,
+                    rejected: blob.rejected,
                     trust: trust_name(blob.trust).to_owned(),
                     ..lazy
                 },

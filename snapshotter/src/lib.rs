@@ -21,6 +21,7 @@ pub mod models;
 pub mod node;
 pub mod owner;
 pub mod profiles;
+pub mod publish;
 pub mod reason;
 pub mod references;
 pub mod rpull;

@@ -127,8 +127,9 @@ impl Models {
         progress: &dyn Progress,
     ) -> Result<OpenModel, ModelError> {
         let artifact = self.opener.resolve(reference).await?;
-        let profile = profiles::choose(&self.opener.store, artifact.manifest_digest, profile)?;
         let tree = self.opener.open_by(&artifact, index, progress).await?;
+        // Now that one in an index has been found.
+        let profile = profiles::choose(&self.opener.store, artifact.manifest_digest, profile)?;
         let record = ModelRecord {
             reference: reference.whole(),
             manifest_digest: artifact.manifest_digest,

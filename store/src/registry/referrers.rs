@@ -2,9 +2,11 @@
 //! Referrers"). Registries without that API keep a list under a tag made of the digest ("Referrers
 //! Tag Schema"); whoever pushes a referrer there adds it to the list.
 
+use std::collections::BTreeMap;
+
 use bytes::Bytes;
 use futures::future::join;
-use reqwest::header::CONTENT_TYPE;
+use reqwest::header::{CONTENT_TYPE, HeaderMap, LINK};
 use reqwest::{Method, StatusCode};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -16,6 +18,9 @@ use crate::{Digest, SourceError};
 
 /// Referrers of a manifest that are looked at, at the most.
 const MAX_REFERRERS: usize = 1000;
+
+/// Pages of a list that are asked for at the most.
+const MAX_PAGES: usize = 20;
 
 /// With this header a registry says that it lists the manifest among the subject's referrers.
 const OCI_SUBJECT: &str = "OCI-Subject";
@@ -38,6 +43,9 @@ pub struct Referrer {
     /// What it is; "" if it doesn't say.
     #[serde(default)]
     pub artifact_type: String,
+    /// The annotations of the manifest.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub annotations: BTreeMap<String, String>,
 }
 
 /// An image index as it is kept under a tag: what is not understood is kept as it is.
@@ -62,18 +70,32 @@ impl Registries {
         artifact_type: &str,
     ) -> Result<Vec<Referrer>, SourceError> {
         let path = format!("referrers/{subject}?artifactType={}", escaped(artifact_type));
-        let asked = asked(of, subject);
         // Both at once: whoever waits for the answer waits for one.
-        let headers = manifest_headers();
-        let listed = self.get_small(&asked, &path, &headers);
-        let list = match join(listed, self.tagged(of, subject)).await {
-            (Ok((_, bytes)), _) => parse(&asked, &bytes)?,
+        let list = match join(self.listed(of, subject, path), self.tagged(of, subject)).await {
             (Err(SourceError::NotFound { .. }), tagged) => tagged?,
-            (Err(error), _) => return Err(error),
+            (listed, _) => listed?,
         };
         let referrers = list.manifests.into_iter().take(MAX_REFERRERS);
         let known = referrers.filter_map(|value| serde_json::from_value::<Referrer>(value).ok());
         Ok(known.filter(|referrer| referrer.artifact_type == artifact_type).collect())
+    }
+
+    /// What the API lists, page after page.
+    async fn listed(
+        &self,
+        of: &Repository,
+        subject: Digest,
+        path: String,
+    ) -> Result<List, SourceError> {
+        let (asked, headers) = (asked(of, subject), manifest_headers());
+        let (mut all, mut next) = (List::default(), Some(path));
+        for _ in 0..MAX_PAGES {
+            let Some(path) = next else { break };
+            let (answer, bytes) = self.get_small(&asked, &path, &headers).await?;
+            all.manifests.extend(parse(&asked, &bytes)?.manifests);
+            next = next_page(&answer, subject);
+        }
+        Ok(all)
     }
 
     /// The list under the subject's tag; an empty one if there is none.
@@ -87,8 +109,9 @@ impl Registries {
         }
     }
 
-    /// Pushes `content` as an artifact of that type that refers to `subject`, and sees to it that
-    /// it is found. The digest of the manifest that carries it.
+    /// Pushes `content` as an artifact of that type, with these annotations, that refers to
+    /// `subject`, and sees to it that it is found. The digest of the manifest that carries it; the
+    /// same content gives the same manifest.
     ///
     /// # Errors
     /// When the registry can't be reached or refuses.
@@ -97,12 +120,13 @@ impl Registries {
         to: &Repository,
         subject: &Referrer,
         artifact_type: &str,
+        annotations: &BTreeMap<String, String>,
         content: &Bytes,
     ) -> Result<Digest, SourceError> {
         let config = self.push_blob(to, &Bytes::from_static(EMPTY_BYTES)).await?;
         let blob = self.push_blob(to, content).await?;
         let Referrer { media_type, digest: subject, size, .. } = subject;
-        let manifest = serde_json::json!({
+        let mut manifest = serde_json::json!({
             "schemaVersion": 2,
             "mediaType": MANIFEST,
             "artifactType": artifact_type,
@@ -110,13 +134,20 @@ impl Registries {
             "layers": [{"mediaType": artifact_type, "digest": blob, "size": content.len()}],
             "subject": {"mediaType": media_type, "digest": subject, "size": size},
         });
+        if !annotations.is_empty() {
+            manifest["annotations"] = serde_json::json!(annotations);
+        }
         let manifest = Bytes::from(manifest.to_string());
         let digest = Digest::of(&manifest);
         if !self.put_manifest(to, &digest.to_string(), MANIFEST, &manifest).await? {
-            let media_type = MANIFEST.to_owned();
-            let size = manifest.len() as u64;
-            let artifact_type = artifact_type.to_owned();
-            self.list(to, *subject, &Referrer { media_type, digest, size, artifact_type }).await?;
+            let referrer = Referrer {
+                media_type: MANIFEST.to_owned(),
+                digest,
+                size: manifest.len() as u64,
+                artifact_type: artifact_type.to_owned(),
+                annotations: annotations.clone(),
+            };
+            self.list(to, *subject, &referrer).await?;
         }
         Ok(digest)
     }
@@ -177,6 +208,17 @@ fn parse(asked: &Asked<'_>, bytes: &[u8]) -> Result<List, SourceError> {
     serde_json::from_slice(bytes).map_err(|error| asked.bad(error.to_string()))
 }
 
+/// Where a list goes on (RFC 8288, as distribution-spec has it in "Listing Tags"): below the same
+/// repository, whatever host or path the registry names.
+fn next_page(headers: &HeaderMap, subject: Digest) -> Option<String> {
+    let link = headers.get(LINK)?.to_str().ok()?;
+    let (target, parameters) = link.trim().strip_prefix('<')?.split_once('>')?;
+    let is_next =
+        parameters.split(';').any(|one| matches!(one.trim(), "rel=\"next\"" | "rel=next"));
+    let (_, query) = target.split_once('?').filter(|_| is_next)?;
+    Some(format!("referrers/{subject}?{query}"))
+}
+
 /// The tag under which the referrers of a manifest are listed.
 fn tag(subject: Digest) -> String {
     subject.to_string().replace(':', "-")
@@ -185,4 +227,47 @@ fn tag(subject: Digest) -> String {
 /// A media type in a query.
 fn escaped(media_type: &str) -> String {
     media_type.replace('/', "%2F").replace('+', "%2B")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn next(link: &str) -> Option<String> {
+        let headers = HeaderMap::from_iter([(LINK, link.parse().ok()?)]);
+        next_page(&headers, Digest::of(b"x"))
+    }
+
+    #[test]
+    fn a_list_goes_on_in_its_own_repository() {
+        let digest = Digest::of(b"x");
+        let wanted = Some(format!("referrers/{digest}?last=a&n=2"));
+        for link in [
+            "</v2/a/referrers/x?last=a&n=2>; rel=\"next\"",
+            "<https://elsewhere/v2/b?last=a&n=2>;rel=next",
+        ] {
+            assert_eq!(next(link), wanted, "{link}");
+        }
+        for link in
+            ["", "x", "<x", "<x>; rel=next", "<x?y>; rel=prev", "<x?y>", "</v2/a>; rel=\"next\""]
+        {
+            assert_eq!(next(link), None, "{link}");
+        }
+        assert_eq!(next_page(&HeaderMap::new(), digest), None);
+    }
+
+    #[test]
+    fn fuzz_links_stay_below_the_referrers_of_the_subject() {
+        let sample = b"</v2/a/referrers/x?last=a&n=2>; rel=\"next\"";
+        let base = reqwest::Url::parse("http://host/v2/name/").unwrap();
+        bolero::check!().for_each(|input: &[u8]| {
+            let bytes = weightfs_fuzz::foreign(&[sample], input);
+            let Ok(value) = reqwest::header::HeaderValue::from_bytes(&bytes) else { return };
+            let headers = HeaderMap::from_iter([(LINK, value)]);
+            if let Some(path) = next_page(&headers, Digest::of(b"x")) {
+                let url = base.join(&path).unwrap();
+                assert!(url.as_str().starts_with("http://host/v2/name/referrers/sha256:"), "{url}");
+            }
+        });
+    }
 }
