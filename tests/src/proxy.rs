@@ -4,6 +4,7 @@
 //! then threw away counts too.
 
 mod body;
+mod referrers;
 mod tokens;
 
 use std::convert::Infallible;
@@ -29,6 +30,8 @@ use weightfs_store::Digest;
 
 use crate::remote::{Credentials, block_on, spawn};
 use body::{Body, Mishap};
+pub use referrers::Filters;
+use referrers::{Referrers, pushes_to};
 use tokens::Gate;
 
 /// What a fault applies to.
@@ -42,6 +45,8 @@ pub enum Target {
     Blobs,
     /// Requests for that blob.
     Blob(Digest),
+    /// Requests that begin to push a blob.
+    Uploads,
 }
 
 impl Target {
@@ -50,6 +55,7 @@ impl Target {
             Self::All => true,
             Self::Manifests => path.contains("/manifests/"),
             Self::Blobs => path.contains("/blobs/"),
+            Self::Uploads => path.ends_with("/blobs/uploads/"),
             Self::Blob(digest) => path.ends_with(&format!("/blobs/{digest}")),
         }
     }
@@ -157,6 +163,7 @@ struct State {
     faults: watch::Sender<Vec<(Target, Fault)>>,
     seen: Mutex<Vec<Seen>>,
     gate: Mutex<Option<Gate>>,
+    referrers: Mutex<Option<Referrers>>,
 }
 
 /// A running proxy.
@@ -178,6 +185,7 @@ impl Proxy {
             faults: watch::Sender::default(),
             seen: Mutex::default(),
             gate: Mutex::default(),
+            referrers: Mutex::default(),
         });
         let acceptor = Mutex::new(Some(accept_on(listener, &state)));
         Self { state, acceptor }
@@ -219,6 +227,11 @@ impl Proxy {
     /// From now on asks for bearer tokens, which its own `/token` gives for these credentials.
     pub fn require_tokens(&self, credentials: Credentials) {
         *self.state.gate.lock().unwrap() = Some(Gate::new(credentials));
+    }
+
+    /// From now on lists referrers, of those manifests that are pushed through it.
+    pub fn list_referrers(&self, filters: Filters) {
+        *self.state.referrers.lock().unwrap() = Some(Referrers::new(filters));
     }
 
     /// Tokens given so far are worth nothing any more.
@@ -284,7 +297,15 @@ async fn answer(request: Request<Incoming>, state: Arc<State>) -> Answer {
     if let Some(refusal) = refusal {
         return Ok(refusal);
     }
-    let response = match state.fault_for(&path) {
+    let listed = state.referrers.lock().unwrap().as_ref().and_then(|known| known.list(&request));
+    if let Some(listed) = listed {
+        return Ok(listed);
+    }
+    let fault = state.fault_for(&path);
+    if let Some(repository) = pushes_to(&request).filter(|_| fault.is_none()) {
+        return state.push_manifest(&repository, request).await;
+    }
+    let response = match fault {
         Some(Fault::Hang) => {
             state.healed().await;
             state.forward(request, false).await?
@@ -350,7 +371,12 @@ impl State {
         let _ = self.faults.subscribe().wait_for(Vec::is_empty).await;
     }
 
-    async fn forward(&self, mut request: Request<Incoming>, whole: bool) -> Answer {
+    async fn forward<B>(&self, mut request: Request<B>, whole: bool) -> Answer
+    where
+        B: hyper::body::Body + Send + 'static,
+        B::Data: Send,
+        B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
+    {
         let stream = TcpStream::connect(&self.upstream).await?;
         let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream))
             .await
