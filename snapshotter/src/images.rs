@@ -127,7 +127,7 @@ impl ImageLayers {
         if let Some(profile) = index.and_then(|index| index.profile_of(manifest, &[digest])) {
             profile.expect(std::slice::from_ref(&open));
         }
-        let record = TreeRecord { layers: vec![layer], over_foreign };
+        let record = TreeRecord::new(vec![layer], over_foreign);
         let open = OpenTree::new(vec![open], record);
         self.show(&reference, manifest, below.as_deref(), open).await
     }

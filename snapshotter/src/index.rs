@@ -165,7 +165,7 @@ pub async fn make_of_what_is_here(
     opener: &Opener,
     artifact: Artifact,
 ) -> Result<Option<Made>, MakeIndexError> {
-    let record = TreeRecord { layers: layer_records(&artifact), over_foreign: false };
+    let record = TreeRecord::new(layer_records(&artifact), false);
     let (local, stopped) = (opener.clone(), artifact.layers.first().map(|layer| layer.digest));
     let open = match tokio::task::spawn_blocking(move || local.reopen(record)).await {
         Ok(Ok(open)) => open,

@@ -144,9 +144,10 @@ impl From<TreesError> for Reason {
             | TreesError::Index(_)
             | TreesError::Forgotten(_)
             | TreesError::OtherNumbers(_) => Self::failed(&error),
-            TreesError::Artifact(_) | TreesError::Layer(_) | TreesError::Tree(_) => {
-                Self::unsuitable(&error)
-            }
+            TreesError::Artifact(_)
+            | TreesError::Layer(_)
+            | TreesError::Tree(_)
+            | TreesError::Exclude(_) => Self::unsuitable(&error),
         }
     }
 }
