@@ -43,7 +43,7 @@ enum Route {
     /// By none: they can't reach what listens on our own loopback.
     Direct,
     /// By the one that the host's configuration names.
-    Proxy(Proxy),
+    Proxy(Box<Proxy>),
 }
 
 impl Route {
@@ -51,7 +51,7 @@ impl Route {
         match &endpoint.proxy {
             // Without the error's text: the address may hold a password.
             Some(url) => Proxy::all(url.clone())
-                .map(Self::Proxy)
+                .map(|proxy| Self::Proxy(Box::new(proxy)))
                 .map_err(|_| "its proxy can't be used".into()),
             None if is_loopback(endpoint.api.authority()) => Ok(Self::Direct),
             None => Ok(Self::Environment),
@@ -140,7 +140,7 @@ impl Builder {
         match &self.route {
             Route::Environment => builder,
             Route::Direct => builder.no_proxy(),
-            Route::Proxy(proxy) => builder.no_proxy().proxy(proxy.clone()),
+            Route::Proxy(proxy) => builder.no_proxy().proxy(Proxy::clone(proxy)),
         }
     }
 }
