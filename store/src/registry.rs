@@ -9,6 +9,7 @@ mod auth;
 mod blob;
 mod body;
 mod clients;
+mod dragonfly;
 mod endpoints;
 mod files;
 mod health;
@@ -38,6 +39,7 @@ use serde::{Deserialize, Serialize};
 use tokio::time::Instant;
 
 use self::blob::BlobSource;
+pub use self::dragonfly::Dragonfly;
 use self::host::Host;
 use self::hosts::Hosts;
 pub use self::reference::parse_reference;
@@ -93,35 +95,49 @@ const MAX_TIMEOUTS_IN_LINE: u32 = 4;
 const DOCKER_MANIFEST: &str = "application/vnd.docker.distribution.manifest.v2+json";
 const DOCKER_INDEX: &str = "application/vnd.docker.distribution.manifest.list.v2+json";
 
+/// How registries are reached.
+#[derive(Debug, Clone)]
+pub struct AccessOptions {
+    /// What is known of some, by `host` or `host:port`.
+    pub registries: BTreeMap<String, RegistryOptions>,
+    /// containerd's directory with a hosts.toml for each registry, for those not in `registries`.
+    pub hosts_dir: Option<PathBuf>,
+    /// The directory with docker's config.json. Unset: `$DOCKER_CONFIG`, else `~/.docker`.
+    pub docker_config: Option<PathBuf>,
+    /// Dragonfly's daemon on this node, through which blobs are fetched first.
+    pub dragonfly: Option<Dragonfly>,
+    /// Bounds a request for a manifest or a small blob, with its authentication; a connection that
+    /// gives no byte for so long (10 s at the most) is given up.
+    pub timeout: Duration,
+}
+
+impl Default for AccessOptions {
+    fn default() -> Self {
+        Self {
+            registries: BTreeMap::new(),
+            hosts_dir: None,
+            docker_config: None,
+            dragonfly: None,
+            timeout: Duration::from_secs(30),
+        }
+    }
+}
+
 /// The registries that this process talks to, with their connections and tokens.
 #[derive(Debug)]
 pub struct Registries {
-    options: BTreeMap<String, RegistryOptions>,
-    hosts_dir: Option<PathBuf>,
-    docker_config: Option<PathBuf>,
-    timeout: Duration,
+    options: AccessOptions,
     hosts: Mutex<LruCache<String, Arc<Hosts>>>,
 }
 
 impl Registries {
-    /// `options` by `host` or `host:port`. `hosts_dir` is containerd's directory with a hosts.toml
-    /// for each registry, for those that are not in `options`. `docker_config` is the directory with docker's
-    /// config.json (default: `$DOCKER_CONFIG`, else `~/.docker`). `timeout` bounds a request for
-    /// a manifest or a small blob, with its authentication; a connection that gives no byte for
-    /// so long (10 s at the most) is given up.
-    ///
     /// # Errors
     /// When a registry's CA file can't be used.
-    pub fn new(
-        options: BTreeMap<String, RegistryOptions>,
-        hosts_dir: Option<PathBuf>,
-        docker_config: Option<PathBuf>,
-        timeout: Duration,
-    ) -> Result<Arc<Self>, SourceError> {
+    pub fn new(options: AccessOptions) -> Result<Arc<Self>, SourceError> {
         let hosts = Mutex::new(LruCache::new(MAX_HOSTS));
-        let docker_config = docker_config.or_else(default_config);
-        let registries = Self { options, hosts_dir, docker_config, timeout, hosts };
-        for registry in registries.options.keys() {
+        let docker_config = options.docker_config.or_else(default_config);
+        let registries = Self { options: AccessOptions { docker_config, ..options }, hosts };
+        for registry in registries.options.registries.keys() {
             registries.hosts(registry)?;
         }
         Ok(Arc::new(registries))
@@ -212,7 +228,7 @@ impl Registries {
             Err(SourceError::Unreachable { source_name: asked.from.to_string(), message })
         };
         let hosts = self.hosts(&asked.from.registry)?;
-        let Some(_turn) = hosts.turn(self.timeout * MAX_TIMEOUTS_IN_LINE).await else {
+        let Some(_turn) = hosts.turn(self.options.timeout * MAX_TIMEOUTS_IN_LINE).await else {
             return unreachable(format!(
                 "too many requests wait before the one for {}",
                 asked.what
@@ -223,7 +239,7 @@ impl Registries {
             .with_min_delay(Duration::from_millis(100))
             .with_max_times(MAX_TRIES - 1)
             .with_jitter();
-        let end = Instant::now() + self.timeout;
+        let end = Instant::now() + self.options.timeout;
         // As often as the host asks for time, while there is some.
         let after = |error: &SourceError, pause: Option<Duration>| match error.asks_for_rest() {
             None => pause,
@@ -233,8 +249,8 @@ impl Registries {
             }
         };
         let tries = once.retry(pauses).when(SourceError::may_pass).adjust(after);
-        tokio::time::timeout(self.timeout, tries).await.unwrap_or_else(|_| {
-            unreachable(format!("no answer for {} within {:?}", asked.what, self.timeout))
+        tokio::time::timeout_at(end, tries).await.unwrap_or_else(|_| {
+            unreachable(format!("no answer for {} within {:?}", asked.what, self.options.timeout))
         })
     }
 
@@ -247,7 +263,7 @@ impl Registries {
     ) -> Result<(HeaderMap, Bytes), SourceError> {
         let hosts = self.hosts(&asked.from.registry)?;
         let mut failure = Failures::default();
-        for host in hosts.by_health().filter(|host| asked.may_come_from(host)) {
+        for host in hosts.by_health(|host| asked.may_come_from(host)) {
             if let Some(error) = host.rests(asked.from, &asked.what) {
                 failure.keep(error);
                 continue;
@@ -288,13 +304,13 @@ impl Registries {
     }
 
     fn open_hosts(&self, registry: &str) -> Result<Hosts, SourceError> {
-        let options = self.options.get(registry);
-        let found = endpoints::endpoints(registry, options, self.hosts_dir.as_deref());
+        let options = self.options.registries.get(registry);
+        let found = endpoints::endpoints(registry, options, self.options.hosts_dir.as_deref());
         let found = found.map_err(|message| SourceError::Unreachable {
             source_name: registry.to_owned(),
             message,
         })?;
-        Hosts::open(registry, found, self.docker_config.as_deref(), self.timeout)
+        Hosts::open(registry, found, &self.options)
     }
 
     /// The host of a registry that takes what is pushed.

@@ -15,7 +15,7 @@ use tokio::time::Instant;
 use super::body::{Slow, body};
 use super::host::{Host, failed_status};
 use super::target::{Target, is_stale};
-use super::{Failures, Registries, Repository};
+use super::{Failures, Registries, Repository, dragonfly};
 use crate::shared::lock;
 use crate::source::{ByteStream, Source};
 use crate::{Digest, SourceError};
@@ -59,7 +59,12 @@ enum Limit {
 struct Limits(Mutex<HashMap<Url, (Limit, Instant)>>);
 
 impl Limits {
-    fn note(&self, asked: &Url, limit: Limit) {
+    fn note(&self, asked: &Url, error: &SourceError) {
+        let limit = match error {
+            SourceError::NoRanges { .. } => Limit::NoRanges,
+            SourceError::NotFound { .. } => Limit::Absent,
+            _ => return,
+        };
         lock(&self.0).insert(asked.clone(), (limit, Instant::now()));
     }
 
@@ -130,34 +135,30 @@ impl RemoteBlob {
     /// From the first host that gives it. One that fails is asked last for a while.
     async fn answer(&self, range: &Range<u64>) -> Result<ByteStream, SourceError> {
         let hosts = self.registries.hosts(&self.from.registry)?;
-        let able = hosts.in_order().iter().filter(|host| host.can().pull).count();
-        let slow = if able > 1 { Slow::GiveUp } else { Slow::Bear };
+        let mut able = hosts.in_order().iter().rev().filter(|host| host.can().ranges);
+        let last = able.next();
+        let slow = if able.next().is_some() { Slow::GiveUp } else { Slow::Bear };
         let mut failures = Failures::default();
-        for host in hosts.by_health().filter(|host| host.can().pull) {
+        for host in hosts.by_health(|host| host.can().ranges) {
             if let Some(error) = host.rests(&self.from, &self.what) {
                 failures.keep(error);
                 continue;
             }
             let asked = host.url(&self.from, &self.path)?;
-            match self.limits.recent(&asked) {
-                Some(Limit::NoRanges) if range.start > 0 => {
-                    failures.keep(self.no_ranges());
-                    continue;
-                }
-                Some(Limit::Absent) if slow == Slow::GiveUp => {
-                    failures.keep(self.absent());
-                    continue;
-                }
-                _ => {}
+            if let Some(limit) = self.limits.recent(&asked).filter(|limit| match limit {
+                Limit::NoRanges => range.start > 0,
+                // What nobody has may yet come: the last one is asked each time.
+                Limit::Absent => !last.is_some_and(|last| Arc::ptr_eq(last, host)),
+            }) {
+                failures.keep(self.limited(limit));
+                continue;
             }
             match self.answer_from(host, &asked, range, slow).await {
                 Ok(body) => return Ok(body),
+                // Others would be asked for what it wants to be spared.
+                Err(error) if host.is_dragonfly() && error.is_complaint() => return Err(error),
                 Err(error) => {
-                    match error {
-                        SourceError::NoRanges { .. } => self.limits.note(&asked, Limit::NoRanges),
-                        SourceError::NotFound { .. } => self.limits.note(&asked, Limit::Absent),
-                        _ => {}
-                    }
+                    self.limits.note(&asked, &error);
                     failures.add(host, error);
                 }
             }
@@ -174,12 +175,19 @@ impl RemoteBlob {
     ) -> Result<ByteStream, SourceError> {
         let mut headers = HeaderMap::new();
         // Everybody can give the whole, also who is confused by ranges.
-        if *range != (0..self.size) {
+        if *range != (0..self.size) || host.is_dragonfly() {
             let wanted = format!("bytes={}-{}", range.start, range.end - 1);
             let wanted = HeaderValue::try_from(wanted);
             headers.insert(RANGE, wanted.map_err(|error| self.bad(error.to_string()))?);
         }
+        if host.is_dragonfly() {
+            let (name, value) = dragonfly::expectation(range);
+            headers.insert(name, value);
+        }
         let answer = self.ask(host, asked, &headers).await?;
+        if host.is_dragonfly() {
+            dragonfly::check(&self.from, &self.what, &answer)?;
+        }
         self.check(&answer, range)?;
         Ok(body(host, &self.from, answer, range.end - range.start, slow))
     }
@@ -236,7 +244,7 @@ impl RemoteBlob {
         if *range == (0..self.size) {
             return self.bad("status 416 for a request without a range".into());
         }
-        self.no_ranges()
+        self.limited(Limit::NoRanges)
     }
 
     fn check_partial(&self, answer: &Response, range: &Range<u64>) -> Result<(), SourceError> {
@@ -265,7 +273,7 @@ impl RemoteBlob {
         if range.start == 0 {
             return Ok(());
         }
-        Err(self.no_ranges())
+        Err(self.limited(Limit::NoRanges))
     }
 
     fn check_size(&self, actual: Option<u64>) -> Result<(), SourceError> {
@@ -278,14 +286,12 @@ impl RemoteBlob {
         }
     }
 
-    fn no_ranges(&self) -> SourceError {
+    fn limited(&self, limit: Limit) -> SourceError {
         let (source_name, what) = (self.name.clone(), self.what.clone());
-        SourceError::NoRanges { source_name, what }
-    }
-
-    fn absent(&self) -> SourceError {
-        let (source_name, what) = (self.name.clone(), self.what.clone());
-        SourceError::NotFound { source_name, what }
+        match limit {
+            Limit::NoRanges => SourceError::NoRanges { source_name, what },
+            Limit::Absent => SourceError::NotFound { source_name, what },
+        }
     }
 
     fn bad(&self, message: String) -> SourceError {

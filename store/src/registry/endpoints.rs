@@ -63,7 +63,9 @@ pub(super) struct Found {
 /// What a host may be asked for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Capabilities {
-    /// Blobs, and manifests by digest.
+    /// Ranges of blobs.
+    pub(super) ranges: bool,
+    /// Small blobs, and manifests by digest.
     pub(super) pull: bool,
     /// What a tag names: the host is trusted for it.
     pub(super) resolve: bool,
@@ -71,7 +73,10 @@ pub(super) struct Capabilities {
 }
 
 impl Capabilities {
-    const ALL: Self = Self { pull: true, resolve: true, push: true };
+    const ALL: Self = Self { ranges: true, pull: true, resolve: true, push: true };
+
+    /// Of a way to the blobs that is none to what names them.
+    pub(super) const RANGES: Self = Self { ranges: true, pull: false, resolve: false, push: false };
 }
 
 /// The hosts of a registry. `options` is what our own configuration says of it; without, `dir` is

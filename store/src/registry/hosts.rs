@@ -3,13 +3,13 @@
 //! Invariant: files that change are read again without a restart, as containerd does it. Whatever
 //! else is asked for, a bounded number of small things is asked of a registry at once.
 
-use std::path::Path;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use tokio::sync::{Semaphore, SemaphorePermit};
 use tokio::time::Instant;
 
+use super::AccessOptions;
 use super::endpoints::Found;
 use super::files::Stamp;
 use super::health;
@@ -40,22 +40,31 @@ pub(super) struct Hosts {
 }
 
 impl Hosts {
-    /// Does not talk to them yet. `timeout` bounds their authentication.
+    /// Does not talk to them yet.
     pub(super) fn open(
         registry: &str,
         found: Found,
-        docker_config: Option<&Path>,
-        timeout: Duration,
+        options: &AccessOptions,
     ) -> Result<Self, SourceError> {
+        let AccessOptions { docker_config, dragonfly, timeout, .. } = options;
         let last = found.endpoints.len().saturating_sub(1);
         let open = |(at, endpoint)| {
             let silence = if at == last { MAX_SILENCE } else { FAIL_OVER_AFTER };
-            let config = docker_config.map(Path::to_owned);
-            Host::new(registry, endpoint, config, timeout, timeout.min(silence)).map(Arc::new)
+            let silence = silence.min(*timeout);
+            Host::new(registry, endpoint, docker_config.clone(), *timeout, silence).map(Arc::new)
         };
-        let in_order = found.endpoints.into_iter().enumerate().map(open);
+        let hosts = found.endpoints.into_iter().enumerate().map(open);
+        let hosts = hosts.collect::<Result<Vec<_>, _>>()?;
+        let unusable =
+            |message| SourceError::Unreachable { source_name: registry.to_owned(), message };
+        let through = dragonfly.iter().flat_map(|dragonfly| {
+            let silence = FAIL_OVER_AFTER.min(*timeout);
+            let hosts = hosts.iter().filter(|host| host.can().ranges);
+            hosts.map(move |host| host.through(dragonfly, silence).map(Arc::new).map_err(unusable))
+        });
+        let through = through.collect::<Result<Vec<_>, _>>()?;
         Ok(Self {
-            in_order: in_order.collect::<Result<_, _>>()?,
+            in_order: through.into_iter().chain(hosts).collect(),
             small: Semaphore::new(MAX_SMALL_REQUESTS),
             stamp: found.stamp,
             looked: Mutex::new(Instant::now()),
@@ -74,14 +83,17 @@ impl Hosts {
         self.stamp.is_current()
     }
 
-    /// In the order of the files.
+    /// In the order of the files; before them, the ways through Dragonfly.
     pub(super) fn in_order(&self) -> &[Arc<Host>] {
         &self.in_order
     }
 
-    /// In the order in which to ask them.
-    pub(super) fn by_health(&self) -> impl Iterator<Item = &Arc<Host>> {
-        health::by_health(&self.in_order)
+    /// Those that can do it, in the order in which to ask them.
+    pub(super) fn by_health(
+        &self,
+        can: impl Fn(&Host) -> bool,
+    ) -> impl Iterator<Item = &Arc<Host>> {
+        health::by_health(self.in_order.iter().filter(move |host| can(host)))
     }
 
     /// The right to ask for something small; `None` if there is none for so long.

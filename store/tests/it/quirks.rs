@@ -1,7 +1,6 @@
 //! Registries that have a way of their own: hosts that know no ranges, that are slow, that are busy,
 //! that sign what they redirect to; several hosts, of which one is like that.
 
-use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -9,7 +8,9 @@ use std::time::{Duration, SystemTime};
 
 use futures::StreamExt;
 use futures::future::join_all;
-use weightfs_store::{Blob, Digest, Layout, Registries, Repository, SourceError, Store, Trust};
+use weightfs_store::{
+    AccessOptions, Blob, Digest, Layout, Registries, Repository, SourceError, Store, Trust,
+};
 
 use super::server::{Ending, Gate, Reply, Request, Server};
 use super::{MIB, id, judged, noise, open, read};
@@ -41,9 +42,12 @@ impl Bed {
     fn new(hosts: &[&Server]) -> Self {
         let dir = tempfile::tempdir().unwrap();
         name_hosts(dir.path(), hosts);
-        let (certs, nothing) = (Some(dir.path().to_owned()), Some("/nonexistent".into()));
-        let timeout = Duration::from_secs(20);
-        let registries = Registries::new(BTreeMap::new(), certs, nothing, timeout).unwrap();
+        let registries = Registries::new(AccessOptions {
+            hosts_dir: Some(dir.path().to_owned()),
+            docker_config: Some("/nonexistent".into()),
+            ..AccessOptions::default()
+        });
+        let registries = registries.unwrap();
         Self { dir, registries }
     }
 

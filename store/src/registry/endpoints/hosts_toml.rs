@@ -171,14 +171,16 @@ fn proxy(text: &str) -> Result<Url, String> {
     url.ok_or_else(|| "proxy: not an address as \"http://proxy:8080\"".to_owned())
 }
 
+const NONE: Capabilities = Capabilities { ranges: false, pull: false, resolve: false, push: false };
+
 fn capabilities(names: Option<&[String]>) -> Result<Capabilities, String> {
     let Some(names) = names.filter(|names| !names.is_empty()) else {
         return Ok(Capabilities::ALL);
     };
-    let mut can = Capabilities { pull: false, resolve: false, push: false };
+    let mut can = NONE;
     for name in names {
         match name.to_ascii_lowercase().as_str() {
-            "pull" => can.pull = true,
+            "pull" => (can.ranges, can.pull) = (true, true),
             "resolve" => can.resolve = true,
             "push" => can.push = true,
             // Lists of referrers; they go with resolving here.
@@ -251,7 +253,7 @@ mod tests {
             ]
         );
         let hosts = parsed(text).unwrap();
-        assert_eq!(hosts[0].can, Capabilities { pull: true, resolve: false, push: false });
+        assert_eq!(hosts[0].can, Capabilities { ranges: true, pull: true, ..NONE });
         assert!(hosts[1].skip_verify && !hosts[0].skip_verify);
         assert_eq!(hosts.iter().filter(|host| host.mirror).count(), 4);
     }
@@ -289,9 +291,8 @@ mod tests {
         let can = |text: &str| parsed(&format!("[host.\"https://m\"]\n{text}")).unwrap()[0].can;
         assert_eq!(can(""), Capabilities::ALL);
         assert_eq!(can("capabilities = []"), Capabilities::ALL);
-        let none = Capabilities { pull: false, resolve: false, push: false };
-        assert_eq!(can("capabilities = [\"Resolve\"]"), Capabilities { resolve: true, ..none });
-        assert_eq!(can("capabilities = [\"referrers\"]"), none);
+        assert_eq!(can("capabilities = [\"Resolve\"]"), Capabilities { resolve: true, ..NONE });
+        assert_eq!(can("capabilities = [\"referrers\"]"), NONE);
     }
 
     #[test]
