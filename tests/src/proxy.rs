@@ -284,7 +284,7 @@ async fn answer(request: Request<Incoming>, state: Arc<State>) -> Answer {
     let response = match fault {
         Some(Fault::ContentRange(total)) => answers::with_total(response, total),
         Some(Fault::NoLength) => answers::without_length(response, 0),
-        Some(Fault::TooMuch(more)) => answers::without_length(response, more),
+        Some(Fault::TooMuch(more)) if ranged => answers::without_length(response, more),
         Some(Fault::Compressed { transfer }) => answers::compressed(response, transfer),
         _ => response,
     };

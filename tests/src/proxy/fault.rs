@@ -117,7 +117,7 @@ pub enum Fault {
     ContentRange(Total),
     /// Tells no length: the body comes in chunks.
     NoLength,
-    /// Sends so many bytes more than were asked for, and tells no length.
+    /// Answers a ranged request with so many bytes more, and tells no length.
     TooMuch(usize),
     /// Says that the body is compressed.
     Compressed {
