@@ -10,6 +10,7 @@ pub mod bed;
 pub mod certificates;
 pub mod containerd;
 pub mod cri;
+pub mod csi;
 pub mod digest;
 pub mod forward;
 pub mod host;
