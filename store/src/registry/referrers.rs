@@ -6,20 +6,21 @@ use std::collections::BTreeMap;
 
 use bytes::Bytes;
 use futures::future::join;
-use reqwest::header::{CONTENT_TYPE, HeaderMap, LINK};
+use reqwest::header::CONTENT_TYPE;
 use reqwest::{Method, StatusCode};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::auth::Right;
 use super::host::failed_status;
+use super::link::next_page;
 use super::{Asked, MAX_MANIFEST_BYTES, Registries, Repository, manifest_headers};
 use crate::{Digest, SourceError};
 
 /// Referrers of a manifest that are looked at, at the most.
 const MAX_REFERRERS: usize = 1000;
 
-/// Pages of a list that are asked for at the most.
+/// Pages of a list that are asked for, at the most.
 const MAX_PAGES: usize = 20;
 
 /// With this header a registry says that it lists the manifest among the subject's referrers.
@@ -70,32 +71,40 @@ impl Registries {
         artifact_type: &str,
     ) -> Result<Vec<Referrer>, SourceError> {
         let path = format!("referrers/{subject}?artifactType={}", escaped(artifact_type));
+        let asked = asked(of, subject);
         // Both at once: whoever waits for the answer waits for one.
-        let list = match join(self.listed(of, subject, path), self.tagged(of, subject)).await {
-            (Err(SourceError::NotFound { .. }), tagged) => tagged?,
-            (listed, _) => listed?,
+        let headers = manifest_headers();
+        let listed = self.get_small(&asked, &path, &headers);
+        let list = match join(listed, self.tagged(of, subject)).await {
+            (Ok((headers, bytes)), _) => {
+                let first = parse(&asked, &bytes)?.manifests;
+                self.further_pages(&asked, subject, first, next_page(&headers)).await?
+            }
+            // Some that know no such path say so of its form.
+            (Err(error), tagged) if knows_no_referrers(&error) => tagged?.manifests,
+            (Err(error), _) => return Err(error),
         };
-        let referrers = list.manifests.into_iter().take(MAX_REFERRERS);
+        let referrers = list.into_iter().take(MAX_REFERRERS);
         let known = referrers.filter_map(|value| serde_json::from_value::<Referrer>(value).ok());
         Ok(known.filter(|referrer| referrer.artifact_type == artifact_type).collect())
     }
 
-    /// What the API lists, page after page.
-    async fn listed(
+    /// A list that begins with `list` and goes on at `next`.
+    async fn further_pages(
         &self,
-        of: &Repository,
+        asked: &Asked<'_>,
         subject: Digest,
-        path: String,
-    ) -> Result<List, SourceError> {
-        let (asked, headers) = (asked(of, subject), manifest_headers());
-        let (mut all, mut next) = (List::default(), Some(path));
-        for _ in 0..MAX_PAGES {
-            let Some(path) = next else { break };
-            let (answer, bytes) = self.get_small(&asked, &path, &headers).await?;
-            all.manifests.extend(parse(&asked, &bytes)?.manifests);
-            next = next_page(&answer, subject);
+        mut list: Vec<Value>,
+        mut next: Option<String>,
+    ) -> Result<Vec<Value>, SourceError> {
+        for _ in 1..MAX_PAGES {
+            let Some(query) = next.filter(|_| list.len() < MAX_REFERRERS) else { break };
+            let path = format!("referrers/{subject}?{query}");
+            let (headers, bytes) = self.get_small(asked, &path, &manifest_headers()).await?;
+            list.extend(parse(asked, &bytes)?.manifests);
+            next = next_page(&headers);
         }
-        Ok(all)
+        Ok(list)
     }
 
     /// The list under the subject's tag; an empty one if there is none.
@@ -204,19 +213,17 @@ fn asked(of: &Repository, subject: Digest) -> Asked<'_> {
     Asked { from: of, what, limit: MAX_MANIFEST_BYTES, checked: false }
 }
 
-fn parse(asked: &Asked<'_>, bytes: &[u8]) -> Result<List, SourceError> {
-    serde_json::from_slice(bytes).map_err(|error| asked.bad(error.to_string()))
+/// Whether an answer means that there is no such API.
+fn knows_no_referrers(error: &SourceError) -> bool {
+    match error {
+        SourceError::NotFound { .. } => true,
+        SourceError::Status { status, .. } => matches!(status, 400 | 405 | 406 | 501),
+        _ => false,
+    }
 }
 
-/// Where a list goes on (RFC 8288, as distribution-spec has it in "Listing Tags"): below the same
-/// repository, whatever host or path the registry names.
-fn next_page(headers: &HeaderMap, subject: Digest) -> Option<String> {
-    let link = headers.get(LINK)?.to_str().ok()?;
-    let (target, parameters) = link.trim().strip_prefix('<')?.split_once('>')?;
-    let is_next =
-        parameters.split(';').any(|one| matches!(one.trim(), "rel=\"next\"" | "rel=next"));
-    let (_, query) = target.split_once('?').filter(|_| is_next)?;
-    Some(format!("referrers/{subject}?{query}"))
+fn parse(asked: &Asked<'_>, bytes: &[u8]) -> Result<List, SourceError> {
+    serde_json::from_slice(bytes).map_err(|error| asked.bad(error.to_string()))
 }
 
 /// The tag under which the referrers of a manifest are listed.
@@ -227,47 +234,4 @@ fn tag(subject: Digest) -> String {
 /// A media type in a query.
 fn escaped(media_type: &str) -> String {
     media_type.replace('/', "%2F").replace('+', "%2B")
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn next(link: &str) -> Option<String> {
-        let headers = HeaderMap::from_iter([(LINK, link.parse().ok()?)]);
-        next_page(&headers, Digest::of(b"x"))
-    }
-
-    #[test]
-    fn a_list_goes_on_in_its_own_repository() {
-        let digest = Digest::of(b"x");
-        let wanted = Some(format!("referrers/{digest}?last=a&n=2"));
-        for link in [
-            "</v2/a/referrers/x?last=a&n=2>; rel=\"next\"",
-            "<https://elsewhere/v2/b?last=a&n=2>;rel=next",
-        ] {
-            assert_eq!(next(link), wanted, "{link}");
-        }
-        for link in
-            ["", "x", "<x", "<x>; rel=next", "<x?y>; rel=prev", "<x?y>", "</v2/a>; rel=\"next\""]
-        {
-            assert_eq!(next(link), None, "{link}");
-        }
-        assert_eq!(next_page(&HeaderMap::new(), digest), None);
-    }
-
-    #[test]
-    fn fuzz_links_stay_below_the_referrers_of_the_subject() {
-        let sample = b"</v2/a/referrers/x?last=a&n=2>; rel=\"next\"";
-        let base = reqwest::Url::parse("http://host/v2/name/").unwrap();
-        bolero::check!().for_each(|input: &[u8]| {
-            let bytes = weightfs_fuzz::foreign(&[sample], input);
-            let Ok(value) = reqwest::header::HeaderValue::from_bytes(&bytes) else { return };
-            let headers = HeaderMap::from_iter([(LINK, value)]);
-            if let Some(path) = next_page(&headers, Digest::of(b"x")) {
-                let url = base.join(&path).unwrap();
-                assert!(url.as_str().starts_with("http://host/v2/name/referrers/sha256:"), "{url}");
-            }
-        });
-    }
 }

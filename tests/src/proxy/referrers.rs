@@ -12,8 +12,9 @@ use hyper::{Method, Request, Response, StatusCode};
 use serde_json::{Value, json};
 use weightfs_store::Digest;
 
+use super::State;
+use super::answers::simple;
 use super::body::Body;
-use super::{State, simple};
 use crate::remote::OCI_INDEX;
 
 /// Referrers on one page.
