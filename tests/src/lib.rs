@@ -11,6 +11,7 @@ pub mod containerd;
 pub mod cri;
 pub mod digest;
 pub mod host;
+pub mod id_mapped;
 pub mod image;
 pub mod interrupt;
 pub mod layer;
