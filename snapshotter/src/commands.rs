@@ -1,12 +1,14 @@
 //! What the program does for each subcommand.
 
 pub mod cache;
+pub mod csi;
 pub mod doctor;
 pub mod image;
 pub mod index;
 pub mod ls;
 pub mod mount;
 pub mod node;
+pub mod prepare;
 pub mod progress;
 pub mod pull;
 pub mod reach;

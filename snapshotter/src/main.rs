@@ -65,6 +65,8 @@ fn run(cli: Cli) -> anyhow::Result<ExitCode> {
         }
         Command::Pull(arguments) => runtime.block_on(commands::pull::run(&config, arguments)),
         Command::Rpull(arguments) => runtime.block_on(commands::rpull::run(&config, arguments)),
+        Command::Prepare(arguments) => runtime.block_on(commands::prepare::run(&config, arguments)),
+        Command::Release(arguments) => runtime.block_on(commands::prepare::run_release(arguments)),
         Command::Status { subject, json } => {
             runtime.block_on(commands::status::run(&config, subject, json))
         }
@@ -75,6 +77,7 @@ fn run(cli: Cli) -> anyhow::Result<ExitCode> {
         Command::Cache { command } => runtime.block_on(commands::cache::run(&config, command)),
         Command::Pin(arguments) => runtime.block_on(commands::cache::pin(&config, &arguments)),
         Command::Unpin(arguments) => runtime.block_on(commands::cache::unpin(&config, &arguments)),
+        Command::Csi(arguments) => runtime.block_on(commands::csi::run(&config, arguments)),
         Command::Verify(arguments) => {
             return runtime.block_on(commands::verify::run(&config, arguments));
         }
@@ -96,7 +99,7 @@ fn describe(error: &anyhow::Error) -> String {
 /// Logs to stderr: a daemon's life in full, of a command only what went wrong.
 fn start_log(command: &Command) {
     let default = match command {
-        Command::Serve | Command::Keeper { .. } | Command::Mount(_) => "info",
+        Command::Serve | Command::Keeper { .. } | Command::Mount(_) | Command::Csi(_) => "info",
         _ => "warn",
     };
     let filter = EnvFilter::builder()
