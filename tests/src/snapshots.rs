@@ -108,13 +108,7 @@ impl Snapshots {
     pub fn commit_with(&self, name: &str, key: &str, labels: Labels) -> Result<(), Status> {
         let (snapshotter, key, _) = self.names(key, "");
         let name = name.to_owned();
-        let request = CommitSnapshotRequest {
-            snapshotter,
-            name,
-            key,
-            labels,
-            ..CommitSnapshotRequest::default()
-        };
+        let request = CommitSnapshotRequest { snapshotter, name, key, labels };
         block_on(self.client().commit(self.named(request))).map(drop)
     }
 

@@ -72,7 +72,7 @@ fn make(client: &Snapshots, number: usize) {
     };
     let active = format!("container-{number:064x}");
     client.prepare_with(&active, "", kept(&[])).expect("a snapshot");
-    if number % LAYERS_PER_CONTAINER != 0 {
+    if !number.is_multiple_of(LAYERS_PER_CONTAINER) {
         let name = format!("sha256:{number:064x}");
         let labels = kept(&[("containerd.io/snapshot.ref", &name)]);
         client.commit_with(&name, &active, labels).expect("a layer");
