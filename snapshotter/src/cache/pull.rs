@@ -16,7 +16,7 @@ use weightfs_store::{BlobId, ReadError, Reference};
 
 use super::{Cache, CacheError};
 use crate::profiles;
-use crate::trees::{OpenTree, TreesError};
+use crate::trees::OpenTree;
 
 /// Bytes that are asked for, and waited for, at a time.
 const STEP_BYTES: u64 = 16 << 20;
@@ -106,7 +106,7 @@ impl Cache {
     ) -> Result<Pulled, CacheError> {
         let artifact = self.opener.resolve(reference).await?;
         let open = self.opener.open(&artifact, &Quiet).await?;
-        let tree = open.merge().map_err(TreesError::from)?;
+        let tree = open.merge()?;
         let (files, pieces) = match selection {
             Selection::Files(patterns) => matching(&tree, &patterns, reference)?,
             Selection::Profile(given) => {
