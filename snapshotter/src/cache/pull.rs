@@ -4,7 +4,6 @@
 
 use std::collections::HashMap;
 use std::ops::Range;
-use std::sync::Arc;
 
 use futures::stream::{self, BoxStream, StreamExt as _};
 use glob::{MatchOptions, Pattern};
@@ -12,7 +11,7 @@ use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use weightfs_fusefs::{Content, NodeKind, Profile, Quiet, Tree};
 use weightfs_proto::control::{PullEvent, PullProgress, Pulled, pull_event};
-use weightfs_store::{BlobId, ReadError, Reference};
+use weightfs_store::{BlobId, Reference};
 
 use super::{Cache, CacheError};
 use crate::profiles;
@@ -66,8 +65,9 @@ impl Piece {
     fn steps(&self) -> impl Iterator<Item = Self> {
         let Self { file, range } = self.clone();
         let starts = range.clone().step_by(usize::try_from(STEP_BYTES).unwrap_or(usize::MAX));
-        starts.map(move |start| {
-            Self { file, range: start..range.end.min(start.saturating_add(STEP_BYTES)) }
+        starts.map(move |start| Self {
+            file,
+            range: start..range.end.min(start.saturating_add(STEP_BYTES)),
         })
     }
 }
@@ -112,7 +112,8 @@ impl Cache {
             Selection::Profile(given) => {
                 let manifest = artifact.manifest_digest;
                 let profile = profiles::choose(self.store(), manifest, given)?;
-                let profile = profile.ok_or_else(|| CacheError::NoProfile(reference.to_string()))?;
+                let profile =
+                    profile.ok_or_else(|| CacheError::NoProfile(reference.to_string()))?;
                 recorded(&tree, profile.ranges(&open.layers).map(|(blob, part)| (blob.id(), part)))
             }
         };
