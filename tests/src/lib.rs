@@ -11,6 +11,7 @@ pub mod certificates;
 pub mod containerd;
 pub mod cri;
 pub mod csi;
+pub mod debian;
 pub mod digest;
 pub mod forward;
 pub mod host;
