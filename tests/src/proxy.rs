@@ -276,6 +276,7 @@ async fn answer(request: Request<Incoming>, state: Arc<State>) -> Answer {
         Some(Fault::Bursts { of, refused, dated }) if state.is_in_burst(of, refused) => {
             return answers::busy(429, 1, dated);
         }
+        Some(Fault::Dragonfly { status, failed }) => return answers::dragonfly(status, failed),
         Some(Fault::Unsatisfiable) if ranged => return answers::bare(416),
         Some(Fault::Unsigned(signatures)) if !signatures.honour(request.uri()) => {
             return answers::bare(403);

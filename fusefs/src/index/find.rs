@@ -13,6 +13,7 @@ use weightfs_store::{Digest, DigestError, Registries, Repository, SourceError};
 
 use super::signature::{self, PublicKey};
 use super::{ANNOTATION, Index, MAX_INDEX_BYTES, MEDIA_TYPE, PROFILE_ANNOTATION};
+use crate::artifact::Artifact;
 
 /// Which indexes are believed that refer to a manifest.
 #[derive(Debug, Clone)]
@@ -80,6 +81,17 @@ pub async fn annotated_index(
 pub fn annotated(manifest: &Bytes) -> Option<String> {
     let named = serde_json::from_slice::<Annotated>(manifest).unwrap_or_default();
     named.annotations.unwrap_or_default().remove(ANNOTATION)
+}
+
+/// Whether there is something that says to be the index of an artifact: usable or not, allowed or
+/// not. `false` where that can't be found out.
+pub async fn has_index(registries: &Registries, artifact: &Artifact) -> bool {
+    if annotated(&artifact.manifest).is_some() {
+        return true;
+    }
+    let (repository, manifest) = (&artifact.repository, artifact.manifest_digest);
+    let referrers = registries.referrers(repository, manifest, MEDIA_TYPE).await;
+    referrers.is_ok_and(|referrers| !referrers.is_empty())
 }
 
 /// What a manifest is annotated with.
