@@ -46,6 +46,7 @@ pub use counters::{BySource, Counter, Counters, Histogram, HistogramValues, TIME
 pub use digest::{Digest, DigestError};
 pub use error::{OpenError, ReadError, SourceError};
 pub use fetch::Traffic;
+pub use hash::give_way;
 pub use layout::{CHUNK_BYTES, Layout, LayoutError};
 pub use oci_client::{ParseError, Reference};
 pub use registry::{
@@ -55,5 +56,5 @@ pub use registry::{
 pub use source::{ByteStream, Source, SourceKind, in_order};
 pub use store::{
     Amount, Background, BlobId, BlobUsage, CacheOptions, Checked, Evicted, FetchOptions, Form,
-    Ingest, Others, Pruned, Recheck, Store, StoreOptions, Usage, Verify, VerifyError,
+    Ingest, KeepDigests, Others, Pruned, Recheck, Store, StoreOptions, Usage, Verify, VerifyError,
 };

@@ -89,6 +89,7 @@ impl Blob {
             Verdict::Verified => {
                 self.counters().verified_blobs.increment();
                 self.epoch.store(self.shared.epochs.now, Ordering::Release);
+                self.shared.verified.send_modify(|count| *count += 1);
             }
             Verdict::Poisoned { actual } => {
                 self.counters().poisoned_blobs.increment();
