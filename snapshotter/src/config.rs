@@ -12,8 +12,8 @@ use bytesize::ByteSize;
 use serde::{Deserialize, Serialize};
 use toml::{Table, Value};
 use weightfs_store::{
-    Amount, Background, CacheOptions, FetchOptions, Recheck, Registries, RegistryOptions,
-    SourceError, StoreOptions, Verify,
+    Amount, Background, CacheOptions, CredentialOptions, CredentialSource, FetchOptions,
+    PluginOptions, Recheck, Registries, RegistryOptions, SourceError, StoreOptions, Verify,
 };
 
 use crate::indexes::IndexPolicy;
@@ -74,9 +74,27 @@ const KEYS: &[(&str, &str)] = &[
     ),
     ("fetch.prefetch", "Fetch the headers, tokenizers and next shards that a loader will read."),
     (
+        "credentials.sources",
+        "Where credentials are looked for, in this order: what the kubelet tells the CRI proxy (\"pull-secrets\"), credentials.file (\"file\"), docker's config.json with its helpers (\"docker\"), and the kubelet's plugins (\"kubelet-plugins\").",
+    ),
+    (
         "credentials.docker_config",
         "Directory of docker's config.json. Unset: $DOCKER_CONFIG, else ~/.docker.",
     ),
+    (
+        "credentials.file",
+        "A file in the format of docker's config.json, root's and with mode 0600. Unset: none.",
+    ),
+    (
+        "credentials.plugin_config",
+        "The kubelet's --image-credential-provider-config. Unset: its plugins are not asked.",
+    ),
+    ("credentials.plugin_dir", "The kubelet's --image-credential-provider-bin-dir."),
+    (
+        "cri.address",
+        "Unix socket for the kubelet's --image-service-endpoint: all goes on to containerd, and the pull secrets are remembered (in memory) for lazy reads. Unset: none.",
+    ),
+    ("cri.containerd", "containerd's socket, which answers what comes to cri.address."),
     (
         "mirrors.hosts_dir",
         "containerd's directory of hosts.toml files, for registries that have no table here.",
@@ -86,8 +104,17 @@ const KEYS: &[(&str, &str)] = &[
 ];
 
 /// The tables, in the order in which they are printed; those of registries follow.
-const SECTIONS: [&str; 8] =
-    ["snapshotter", "control", "containerd", "cache", "verify", "fetch", "credentials", "mirrors"];
+const SECTIONS: [&str; 9] = [
+    "snapshotter",
+    "control",
+    "containerd",
+    "cri",
+    "cache",
+    "verify",
+    "fetch",
+    "credentials",
+    "mirrors",
+];
 
 /// What WeightFS was told.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -101,6 +128,8 @@ pub struct Config {
     pub control: ControlConfig,
     /// containerd.
     pub containerd: ContainerdConfig,
+    /// The image service for the kubelet.
+    pub cri: CriConfig,
     /// The cache.
     pub cache: CacheConfig,
     /// What is believed.
@@ -150,6 +179,16 @@ pub struct ContainerdConfig {
     pub config: PathBuf,
     /// Its program: a path, or a name to look for in `PATH`.
     pub program: PathBuf,
+}
+
+/// `[cri]`
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct CriConfig {
+    /// Its socket.
+    pub address: Option<PathBuf>,
+    /// Who answers.
+    pub containerd: PathBuf,
 }
 
 /// `[cache]`
@@ -255,11 +294,19 @@ pub struct FetchConfig {
 }
 
 /// `[credentials]`
-#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct CredentialsConfig {
+    /// The order in which sources are asked.
+    pub sources: Vec<CredentialSource>,
     /// Directory of docker's config.json.
     pub docker_config: Option<PathBuf>,
+    /// A file in the same format.
+    pub file: Option<PathBuf>,
+    /// The kubelet's configuration of its plugins.
+    pub plugin_config: Option<PathBuf>,
+    /// Where its plugins are.
+    pub plugin_dir: PathBuf,
 }
 
 /// `[registry."host:port"]`
@@ -279,6 +326,7 @@ impl Default for Config {
             snapshotter: SnapshotterConfig::default(),
             control: ControlConfig::default(),
             containerd: ContainerdConfig::default(),
+            cri: CriConfig::default(),
             cache: CacheConfig::default(),
             verify: VerifyConfig::default(),
             fetch: FetchConfig::default(),
@@ -304,6 +352,25 @@ impl Default for ControlConfig {
 impl Default for ContainerdConfig {
     fn default() -> Self {
         Self { config: "/etc/containerd/config.toml".into(), program: "containerd".into() }
+    }
+}
+
+impl Default for CriConfig {
+    fn default() -> Self {
+        Self { address: None, containerd: "/run/containerd/containerd.sock".into() }
+    }
+}
+
+impl Default for CredentialsConfig {
+    fn default() -> Self {
+        Self {
+            sources: CredentialSource::ALL.to_vec(),
+            docker_config: None,
+            file: None,
+            plugin_config: None,
+            // Where distributions of Kubernetes put it.
+            plugin_dir: "/usr/libexec/kubernetes/image-credential-provider-plugins".into(),
+        }
     }
 }
 
@@ -467,6 +534,9 @@ impl Config {
         if fetch.read_ahead_min > fetch.read_ahead_max {
             return bad("fetch.read_ahead_min", "must not be larger than fetch.read_ahead_max");
         }
+        if self.cri.address.as_deref() == Some(&*self.cri.containerd) {
+            return bad("cri.address", "must not be containerd's own socket");
+        }
         Ok(())
     }
 
@@ -506,8 +576,16 @@ impl Config {
         let registries = self.registry.iter();
         let options = registries.map(|(host, registry)| (host.clone(), options(registry)));
         let hosts_dir = Some(self.mirrors.hosts_dir.clone());
-        let docker_config = self.credentials.docker_config.clone();
-        Registries::new(options.collect(), hosts_dir, docker_config, self.fetch.deadline)
+        let credentials = self.credential_options();
+        Registries::new(options.collect(), hosts_dir, credentials, self.fetch.deadline)
+    }
+
+    fn credential_options(&self) -> CredentialOptions {
+        let CredentialsConfig { sources, docker_config, file, plugin_config, plugin_dir } =
+            self.credentials.clone();
+        let plugins =
+            plugin_config.map(|config| PluginOptions { config, directory: plugin_dir });
+        CredentialOptions { sources, docker_config, file, plugins }
     }
 
     /// The whole configuration as commented TOML; read again, it gives the same.
@@ -603,7 +681,10 @@ mod tests {
             deadline = "1m 5s"
             request_size = "4MiB"
             [credentials]
+            sources = ["docker", "file"]
             docker_config = "/root/.docker"
+            [cri]
+            address = "/run/weightfs/cri.sock"
             [registry."127.0.0.1:5000"]
             plain_http = true
         "#;
@@ -654,6 +735,8 @@ mod tests {
             ("[cache]\nlimit = '10MiB'", "`cache.limit` must be 64MiB or more"),
             ("[cache]\nlimit = '0%'", "`cache.limit`"),
             ("[cache]\nmin_free = '101%'", "no percentage"),
+            ("[cri]\naddress = '/run/containerd/containerd.sock'", "`cri.address`"),
+            ("[credentials]\nsources = ['keychain']", "line 2"),
             ("[fetch]\nread_ahead_min = '1GiB'", "`fetch.read_ahead_min`"),
             ("root = 3", "line 1"),
             ("root = ", "line 1"),

@@ -42,9 +42,11 @@ pub use blob::{Blob, BlobStats, Miss, Read, SegmentHold, Slice, Trust};
 pub use digest::{Digest, DigestError};
 pub use error::{OpenError, ReadError, SourceError};
 pub use layout::{CHUNK_BYTES, Layout, LayoutError};
-pub use oci_client::{ParseError, Reference};
+pub use oci_spec::distribution::{ParseError, Reference};
 pub use registry::{
-    MAX_MANIFEST_BYTES, Manifest, Registries, RegistryOptions, Repository, parse_reference,
+    CredentialOptions, CredentialSource, Credentials, MAX_MANIFEST_BYTES, Manifest, Noted,
+    PluginOptions, PullSecrets, Registries, RegistryOptions, Repository, Secret,
+    parse_reference,
 };
 pub use source::{ByteStream, Source, in_order};
 pub use store::{

@@ -8,6 +8,7 @@
 mod auth;
 mod blob;
 mod clients;
+mod credentials;
 mod endpoints;
 mod health;
 mod host;
@@ -24,13 +25,17 @@ use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
 use lru::LruCache;
-use oci_client::Reference;
+use oci_spec::distribution::Reference;
 use oci_spec::image::MediaType;
 use reqwest::header::{ACCEPT, CONTENT_TYPE, HeaderMap, HeaderValue};
 use reqwest::{Response, StatusCode};
 use serde::{Deserialize, Serialize};
 
 use self::blob::BlobSource;
+use self::credentials::Sources;
+pub use self::credentials::{
+    CredentialOptions, CredentialSource, Credentials, Noted, PluginOptions, PullSecrets, Secret,
+};
 use self::host::Host;
 pub use self::reference::parse_reference;
 pub use self::referrers::Referrer;
@@ -89,7 +94,7 @@ const DOCKER_INDEX: &str = "application/vnd.docker.distribution.manifest.list.v2
 pub struct Registries {
     options: BTreeMap<String, RegistryOptions>,
     hosts_dir: Option<PathBuf>,
-    docker_config: Option<PathBuf>,
+    credentials: Arc<Sources>,
     timeout: Duration,
     hosts: Mutex<LruCache<String, Hosts>>,
 }
@@ -99,9 +104,7 @@ type Hosts = Arc<[Arc<Host>]>;
 
 impl Registries {
     /// `options` by `host` or `host:port`. `hosts_dir` is containerd's directory with a hosts.toml
-    /// for each registry, for those that are not in `options`. `docker_config` is the directory with docker's
-    /// config.json (default: `$DOCKER_CONFIG`, else `~/.docker`). `timeout` bounds a request for
-    /// a manifest or a small blob, with its authentication; a connection that gives no byte for
+    /// for each registry, for those that are not in `options`. `timeout` bounds a request for a manifest or a small blob, with its authentication; a connection that gives no byte for
     /// so long (10 s at the most) is given up.
     ///
     /// # Errors
@@ -109,16 +112,21 @@ impl Registries {
     pub fn new(
         options: BTreeMap<String, RegistryOptions>,
         hosts_dir: Option<PathBuf>,
-        docker_config: Option<PathBuf>,
+        credentials: CredentialOptions,
         timeout: Duration,
     ) -> Result<Arc<Self>, SourceError> {
         let hosts = Mutex::new(LruCache::new(MAX_HOSTS));
-        let docker_config = docker_config.or_else(default_config);
-        let registries = Self { options, hosts_dir, docker_config, timeout, hosts };
+        let credentials = Arc::new(Sources::new(credentials));
+        let registries = Self { options, hosts_dir, credentials, timeout, hosts };
         for registry in registries.options.keys() {
             registries.hosts(registry)?;
         }
         Ok(Arc::new(registries))
+    }
+
+    /// Where to note what is told of credentials while images are pulled.
+    pub fn pull_secrets(&self) -> &Arc<PullSecrets> {
+        self.credentials.pull_secrets()
     }
 
     /// The manifest that a reference (tag or digest) names.
@@ -255,8 +263,8 @@ impl Registries {
         let last = found.len().saturating_sub(1);
         let open = |(at, endpoint)| {
             let silence = if at == last { MAX_SILENCE } else { FAIL_OVER_AFTER };
-            let (config, timeout) = (self.docker_config.clone(), self.timeout);
-            Host::new(registry, endpoint, config, timeout, timeout.min(silence)).map(Arc::new)
+            let (sources, timeout) = (Arc::clone(&self.credentials), self.timeout);
+            Host::new(registry, endpoint, sources, timeout, timeout.min(silence)).map(Arc::new)
         };
         let hosts = found.into_iter().enumerate().map(open).collect::<Result<Vec<_>, _>>()?;
         let hosts = Hosts::from(hosts);
@@ -387,12 +395,6 @@ fn media_type(headers: &HeaderMap, manifest: &[u8]) -> String {
     }
     let own = serde_json::from_slice::<Typed>(manifest).ok().and_then(|typed| typed.media_type);
     own.unwrap_or(given)
-}
-
-/// Where docker keeps its configuration.
-fn default_config() -> Option<PathBuf> {
-    let home = || std::env::home_dir().map(|home| home.join(".docker"));
-    std::env::var_os("DOCKER_CONFIG").map(PathBuf::from).or_else(home)
 }
 
 fn string(error: impl ToString) -> String {

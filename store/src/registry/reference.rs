@@ -4,7 +4,7 @@
 //!
 //! Invariant: what is read here is what the library would read (see the tests).
 
-use oci_client::{ParseError, Reference};
+use oci_spec::distribution::{ParseError, Reference};
 
 /// Bytes of a tag at the most (distribution-spec, "Pulling manifests").
 const MAX_TAG_BYTES: usize = 128;

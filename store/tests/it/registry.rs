@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use futures::StreamExt;
 use weightfs_store::{
-    Digest, Layout, MAX_MANIFEST_BYTES, Reference, Registries, RegistryOptions, Repository,
+    CredentialOptions, Digest, Layout, MAX_MANIFEST_BYTES, Reference, Registries, RegistryOptions, Repository,
     SourceError, Trust,
 };
 
@@ -25,7 +25,14 @@ fn anonymous() -> Arc<Registries> {
 
 fn registries(docker_config: &Path) -> Arc<Registries> {
     let timeout = Duration::from_secs(20);
-    Registries::new(BTreeMap::new(), None, Some(docker_config.to_owned()), timeout).unwrap()
+    Registries::new(BTreeMap::new(), None, credentials(docker_config), timeout).unwrap()
+}
+
+fn credentials(docker_config: &Path) -> CredentialOptions {
+    CredentialOptions {
+        docker_config: Some(docker_config.to_owned()),
+        ..CredentialOptions::default()
+    }
 }
 
 fn reference(server: &Server, rest: &str) -> Reference {
@@ -137,7 +144,7 @@ async fn a_registry_that_hangs_or_refuses_connections_is_unreachable() {
     let server = Server::start(|_| Reply::default().ending(Ending::Silence)).await;
     let timeout = Duration::from_millis(200);
     let registries =
-        Registries::new(BTreeMap::new(), None, Some("/nonexistent".into()), timeout).unwrap();
+        Registries::new(BTreeMap::new(), None, credentials("/nonexistent".as_ref()), timeout).unwrap();
     let error = registries.resolve(&reference(&server, "org/model")).await.unwrap_err();
     assert!(matches!(error, SourceError::Unreachable { .. }), "{error}");
     let address = server.address.clone();
@@ -379,7 +386,7 @@ async fn a_ca_file_that_can_t_be_used_is_told_at_the_start() {
     let missing = PathBuf::from("/nonexistent/ca.pem");
     let options = RegistryOptions { plain_http: None, ca_file: Some(missing) };
     let options = BTreeMap::from([("example.com".to_owned(), options)]);
-    let error = Registries::new(options, None, None, Duration::from_secs(1)).unwrap_err();
+    let error = Registries::new(options, None, CredentialOptions::default(), Duration::from_secs(1)).unwrap_err();
     assert!(error.to_string().contains("/nonexistent/ca.pem"), "{error}");
 }
 
