@@ -44,8 +44,8 @@ pub use error::{OpenError, ReadError, SourceError};
 pub use layout::{CHUNK_BYTES, Layout, LayoutError};
 pub use oci_spec::distribution::{ParseError, Reference};
 pub use registry::{
-    CredentialOptions, CredentialSource, Credentials, MAX_MANIFEST_BYTES, Manifest, Noted,
-    PluginOptions, PullSecrets, Registries, RegistryOptions, Repository, Secret,
+    AccessOptions, CredentialOptions, CredentialSource, Credentials, Dragonfly, MAX_MANIFEST_BYTES,
+    Manifest, Noted, PluginOptions, PullSecrets, Registries, RegistryOptions, Repository, Secret,
     parse_reference,
 };
 pub use source::{ByteStream, Source, in_order};

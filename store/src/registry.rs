@@ -9,6 +9,7 @@ mod auth;
 mod blob;
 mod clients;
 mod credentials;
+mod dragonfly;
 mod endpoints;
 mod health;
 mod host;
@@ -36,6 +37,7 @@ use self::credentials::Sources;
 pub use self::credentials::{
     CredentialOptions, CredentialSource, Credentials, Noted, PluginOptions, PullSecrets, Secret,
 };
+pub use self::dragonfly::Dragonfly;
 use self::host::Host;
 pub use self::reference::parse_reference;
 pub use self::referrers::Referrer;
@@ -89,13 +91,39 @@ const FAIL_OVER_AFTER: Duration = Duration::from_secs(3);
 const DOCKER_MANIFEST: &str = "application/vnd.docker.distribution.manifest.v2+json";
 const DOCKER_INDEX: &str = "application/vnd.docker.distribution.manifest.list.v2+json";
 
+/// How registries are reached.
+#[derive(Debug, Clone)]
+pub struct AccessOptions {
+    /// What is known of some, by `host` or `host:port`.
+    pub registries: BTreeMap<String, RegistryOptions>,
+    /// containerd's directory with a hosts.toml for each registry, for those not in `registries`.
+    pub hosts_dir: Option<PathBuf>,
+    /// Where credentials come from.
+    pub credentials: CredentialOptions,
+    /// Dragonfly's daemon on this node, through which blobs are fetched first.
+    pub dragonfly: Option<Dragonfly>,
+    /// Bounds a request for a manifest or a small blob, with its authentication; a connection that
+    /// gives no byte for so long (10 s at the most) is given up.
+    pub timeout: Duration,
+}
+
+impl Default for AccessOptions {
+    fn default() -> Self {
+        Self {
+            registries: BTreeMap::new(),
+            hosts_dir: None,
+            credentials: CredentialOptions::default(),
+            dragonfly: None,
+            timeout: Duration::from_secs(30),
+        }
+    }
+}
+
 /// The registries that this process talks to, with their connections and tokens.
 #[derive(Debug)]
 pub struct Registries {
-    options: BTreeMap<String, RegistryOptions>,
-    hosts_dir: Option<PathBuf>,
+    options: AccessOptions,
     credentials: Arc<Sources>,
-    timeout: Duration,
     hosts: Mutex<LruCache<String, Hosts>>,
 }
 
@@ -103,22 +131,13 @@ pub struct Registries {
 type Hosts = Arc<[Arc<Host>]>;
 
 impl Registries {
-    /// `options` by `host` or `host:port`. `hosts_dir` is containerd's directory with a hosts.toml
-    /// for each registry, for those that are not in `options`. `timeout` bounds a request for a manifest or a small blob, with its authentication; a connection that gives no byte for
-    /// so long (10 s at the most) is given up.
-    ///
     /// # Errors
     /// When a registry's CA file can't be used.
-    pub fn new(
-        options: BTreeMap<String, RegistryOptions>,
-        hosts_dir: Option<PathBuf>,
-        credentials: CredentialOptions,
-        timeout: Duration,
-    ) -> Result<Arc<Self>, SourceError> {
+    pub fn new(options: AccessOptions) -> Result<Arc<Self>, SourceError> {
         let hosts = Mutex::new(LruCache::new(MAX_HOSTS));
-        let credentials = Arc::new(Sources::new(credentials));
-        let registries = Self { options, hosts_dir, credentials, timeout, hosts };
-        for registry in registries.options.keys() {
+        let credentials = Arc::new(Sources::new(options.credentials.clone()));
+        let registries = Self { options, credentials, hosts };
+        for registry in registries.options.registries.keys() {
             registries.hosts(registry)?;
         }
         Ok(Arc::new(registries))
@@ -216,8 +235,8 @@ impl Registries {
             .with_max_times(3)
             .with_jitter();
         let tries = once.retry(pauses).when(SourceError::may_pass);
-        tokio::time::timeout(self.timeout, tries).await.unwrap_or_else(|_| {
-            let message = format!("no answer for {} within {:?}", asked.what, self.timeout);
+        tokio::time::timeout(self.options.timeout, tries).await.unwrap_or_else(|_| {
+            let message = format!("no answer for {} within {:?}", asked.what, self.options.timeout);
             Err(SourceError::Unreachable { source_name: asked.from.to_string(), message })
         })
     }
@@ -231,7 +250,7 @@ impl Registries {
     ) -> Result<(HeaderMap, Bytes), SourceError> {
         let hosts = self.hosts(&asked.from.registry)?;
         let mut failure = Failures::default();
-        for host in health::by_health(&hosts).filter(|host| asked.may_come_from(host)) {
+        for host in health::by_health(hosts.iter().filter(|host| asked.may_come_from(host))) {
             let got = async {
                 let answer = host.get(asked.from, &asked.what, path, headers).await?;
                 let answer = asked.check_status(answer)?;
@@ -254,20 +273,26 @@ impl Registries {
         if let Some(hosts) = known.get(registry) {
             return Ok(Arc::clone(hosts));
         }
-        let options = self.options.get(registry);
-        let found = endpoints::endpoints(registry, options, self.hosts_dir.as_deref());
-        let found = found.map_err(|message| SourceError::Unreachable {
-            source_name: registry.to_owned(),
-            message,
-        })?;
+        let options = self.options.registries.get(registry);
+        let found = endpoints::endpoints(registry, options, self.options.hosts_dir.as_deref());
+        let unusable =
+            |message| SourceError::Unreachable { source_name: registry.to_owned(), message };
+        let found = found.map_err(unusable)?;
         let last = found.len().saturating_sub(1);
+        let AccessOptions { dragonfly, timeout, .. } = &self.options;
         let open = |(at, endpoint)| {
             let silence = if at == last { MAX_SILENCE } else { FAIL_OVER_AFTER };
-            let (sources, timeout) = (Arc::clone(&self.credentials), self.timeout);
-            Host::new(registry, endpoint, sources, timeout, timeout.min(silence)).map(Arc::new)
+            let (sources, silence) = (Arc::clone(&self.credentials), silence.min(*timeout));
+            Host::new(registry, endpoint, sources, *timeout, silence).map(Arc::new)
         };
         let hosts = found.into_iter().enumerate().map(open).collect::<Result<Vec<_>, _>>()?;
-        let hosts = Hosts::from(hosts);
+        let through = dragonfly.iter().flat_map(|dragonfly| {
+            let silence = FAIL_OVER_AFTER.min(*timeout);
+            let hosts = hosts.iter().filter(|host| host.can().ranges);
+            hosts.map(move |host| host.through(dragonfly, silence).map_err(unusable))
+        });
+        let through = through.map(|host| host.map(Arc::new)).collect::<Result<Vec<_>, _>>()?;
+        let hosts: Hosts = through.into_iter().chain(hosts).collect();
         known.put(registry.to_owned(), Arc::clone(&hosts));
         Ok(hosts)
     }

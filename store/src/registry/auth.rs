@@ -121,7 +121,9 @@ impl Authority {
             Ok(Some((Authorization::Basic { user, password }, None)))
         };
         match (credentials, challenge) {
-            (Some(Credentials::RegistryToken(token)), _) => Ok(Some((bearer(token.reveal()), None))),
+            (Some(Credentials::RegistryToken(token)), _) => {
+                Ok(Some((bearer(token.reveal()), None)))
+            }
             (_, Some(Challenge::Bearer(realm))) => {
                 let issued = self.token(realm, scope, credentials).await?;
                 Ok(Some((bearer(issued.token.reveal()), Some(issued.lifetime))))

@@ -129,7 +129,8 @@ mod tests {
 
     #[test]
     fn fuzz_challenges_are_bounded_and_safe() {
-        let samples: [&[u8]; 2] = [SCOPED.as_bytes(), b"Basic realm=\"a\\\"b\", Bearer realm=\"/t\""];
+        let samples: [&[u8]; 2] =
+            [SCOPED.as_bytes(), b"Basic realm=\"a\\\"b\", Bearer realm=\"/t\""];
         let asked = "https://r.example.com/v2/".parse().unwrap();
         bolero::check!().for_each(|input: &[u8]| {
             let bytes = weightfs_fuzz::foreign(&samples, input);

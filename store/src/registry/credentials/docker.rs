@@ -130,7 +130,8 @@ impl Config {
                 .map(|program| Said::AskHelper { program, server: server.to_owned() })
         };
         let helpers = self.cred_helpers.take().unwrap_or_default();
-        let own = helpers.into_iter().find(|(key, name)| host_of(key) == registry && !name.is_empty());
+        let own =
+            helpers.into_iter().find(|(key, name)| host_of(key) == registry && !name.is_empty());
         if let Some((_, name)) = own {
             return helper(name);
         }

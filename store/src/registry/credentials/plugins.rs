@@ -285,7 +285,10 @@ fn parse_config(bytes: &[u8]) -> Result<Vec<Provider>, String> {
             return Err(format!("{name:?} is no name of a plugin"));
         }
         if !VERSIONS.contains(&&*provider.api_version) {
-            return Err(format!("the plugin {name}: unknown apiVersion {:?}", provider.api_version));
+            return Err(format!(
+                "the plugin {name}: unknown apiVersion {:?}",
+                provider.api_version
+            ));
         }
     }
     providers.retain(|provider| !provider.needs_service_account());
@@ -303,7 +306,8 @@ fn parse_answer(bytes: &[u8], version: &str) -> Result<Answer, String> {
     let mut by_images = pairs
         .map(|(pattern, Pair { username, password })| {
             let password = Secret::new(password);
-            Ok((Images::parse(&pattern)?, Credentials::Password { user: username, password }))
+            let images = Images::parse(&pattern).map_err(|_| "its answer is for no images")?;
+            Ok((images, Credentials::Password { user: username, password }))
         })
         .collect::<Result<Vec<_>, String>>()?;
     by_images.sort_by(|(a, _), (b, _)| Reverse(&a.text).cmp(&Reverse(&b.text)));
@@ -479,8 +483,7 @@ mod tests {
             match parse_answer(&bytes, VERSIONS[0]) {
                 Ok(answer) => {
                     assert!(answer.by_images.len() <= MAX_PATTERNS);
-                    let _ = answer.of(&repository("team/model"));
-                    assert!(!format!("{answer:?}").contains("hidden"));
+                    assert!(answer.of(&repository("team/model")).len() <= answer.by_images.len());
                 }
                 Err(why) => assert!(!why.contains("hidden"), "{why}"),
             }
