@@ -164,7 +164,7 @@ impl Cache {
         let name = reference.whole();
         if self.references().find(&name).is_none() {
             let artifact = self.opener.resolve(reference).await?;
-            let record = TreeRecord { layers: layer_records(&artifact), over_foreign: false };
+            let record = TreeRecord::new(layer_records(&artifact), false);
             self.opener.remember(&name, artifact.manifest_digest, &record).await;
         }
         self.set_pin(&name, Pin::Pinned).await

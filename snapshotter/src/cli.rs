@@ -8,6 +8,7 @@ use glob::Pattern;
 use weightfs_store::{Reference, parse_reference};
 
 use crate::cache::Subject;
+use crate::csi::{DEFAULT_DRIVER, DriverName};
 
 /// Run a model before its weights arrive.
 #[derive(Debug, Parser)]
@@ -112,8 +113,28 @@ pub enum Command {
     ///
     /// Exit status: 0 if nothing bad is left, 3 if something is, 1 if it could not be found out.
     Verify(VerifyArgs),
+    /// Run Kubernetes's volume plugin (CSI), which the daemon does the work of
+    Csi(CsiArgs),
     /// Print the effective configuration, with comments
     Config,
+}
+
+/// `weightfs csi`
+#[derive(Debug, Args)]
+pub struct CsiArgs {
+    /// The plugin's socket: a path, or unix:///path
+    /// [default: /var/lib/kubelet/plugins/DRIVER/csi.sock]
+    #[arg(long, value_name = "SOCKET")]
+    pub endpoint: Option<String>,
+    /// This node's name in the cluster [default: the host name]
+    #[arg(long, value_name = "NAME")]
+    pub node_id: Option<String>,
+    /// The driver's name, in CSIDriver objects and before the slash of volume attributes
+    #[arg(long, value_name = "DRIVER", default_value = DEFAULT_DRIVER)]
+    pub driver_name: DriverName,
+    /// Make the plugin known to the kubelet, in its directory of plugins
+    #[arg(long, value_name = "DIR")]
+    pub registration_dir: Option<PathBuf>,
 }
 
 /// `weightfs node`

@@ -1,6 +1,7 @@
 //! What the program does for each subcommand.
 
 pub mod cache;
+pub mod csi;
 pub mod doctor;
 pub mod image;
 pub mod index;

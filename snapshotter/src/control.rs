@@ -1,9 +1,10 @@
 //! The control socket: the daemon's side and the command line's.
 
+mod volumes;
+
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use bytes::Bytes;
 use futures::stream::BoxStream;
 use futures::{Stream, StreamExt as _};
 use glob::Pattern;
@@ -18,9 +19,9 @@ use weightfs_proto::control::control_client::ControlClient;
 use weightfs_proto::control::control_server::{Control, ControlServer};
 use weightfs_proto::control::{
     CacheReply, CacheRequest, Download, EvictReply, EvictRequest, Layer, Model, MountEvent,
-    MountRequest, Mounted, PinReply, PinRequest, PruneReply, PruneRequest, PullEvent, PullRequest,
-    ReleaseReply, ReleaseRequest, StatusReply, StatusRequest, VerifyEvent, VerifyRequest,
-    mount_event,
+    MountRequest, Mounted, PinReply, PinRequest, PruneReply, PruneRequest, PublishReply,
+    PublishRequest, PullEvent, PullRequest, ReleaseReply, ReleaseRequest, StatusReply,
+    StatusRequest, UnpublishReply, VerifyEvent, VerifyRequest, VolumeRequest, mount_event,
 };
 use weightfs_store::{Reference, parse_reference};
 
@@ -29,9 +30,10 @@ use crate::handover::Keeper;
 use crate::indexes;
 use crate::layers;
 use crate::metadata::Metadata;
-use crate::models::{Models, ShownModel};
+use crate::models::{Asked, Models, ShownModel};
 use crate::snapshots::Decisions;
 use crate::trees::{Trees, trust_name};
+use crate::volumes::Volumes;
 
 /// Events of a mount that wait for a slow caller; more are dropped, since each is a total.
 const EVENTS: usize = 64;
@@ -44,6 +46,8 @@ const MAX_MESSAGE_BYTES: usize = 64 << 20;
 pub struct ControlService {
     /// Models mounted by the command line.
     pub models: Arc<Models>,
+    /// Models that an orchestrator has somewhere.
+    pub volumes: Arc<Volumes>,
     /// All trees.
     pub trees: Arc<Trees>,
     /// Snapshots.
@@ -130,7 +134,9 @@ impl Control for ControlService {
                 })?),
             };
         let (sender, events) = mpsc::channel(EVENTS);
-        let asked = Asked { reference, target: target.into(), profile, index };
+        let target = target.into();
+        let (volume, exclude) = Default::default();
+        let asked = Asked { reference, target, volume, exclude, profile, index };
         tokio::spawn(mount(Arc::clone(&self.models), asked, sender));
         let events: BoxStream<'static, _> = ReceiverStream::new(events).boxed();
         Ok(Response::new(events))
@@ -148,6 +154,24 @@ impl Control for ControlService {
             Ok(Err(error)) => Err(Status::internal(error.to_string())),
             Err(error) => Err(Status::internal(error.to_string())),
         }
+    }
+
+    async fn publish(
+        &self,
+        request: Request<PublishRequest>,
+    ) -> Result<Response<PublishReply>, Status> {
+        volumes::publish(&self.volumes, request.into_inner()).await.map(Response::new)
+    }
+
+    async fn unpublish(
+        &self,
+        request: Request<VolumeRequest>,
+    ) -> Result<Response<UnpublishReply>, Status> {
+        volumes::unpublish(&self.volumes, request.into_inner()).await.map(Response::new)
+    }
+
+    async fn volume(&self, request: Request<VolumeRequest>) -> Result<Response<Model>, Status> {
+        volumes::find(&self.volumes, request.into_inner()).await.map(Response::new)
     }
 
     async fn status(
@@ -270,25 +294,15 @@ impl ControlService {
     }
 }
 
-/// What a caller wants mounted.
-#[derive(Debug)]
-struct Asked {
-    reference: Reference,
-    target: PathBuf,
-    profile: Option<Profile>,
-    index: Option<Bytes>,
-}
-
 /// Mounts a model for a caller, and takes it away again if the caller is gone by then.
 async fn mount(
     models: Arc<Models>,
     asked: Asked,
     sender: mpsc::Sender<Result<MountEvent, Status>>,
 ) {
-    let Asked { reference, target, profile, index } = asked;
     let progress = SendProgress(sender.clone());
     let opened = tokio::select! {
-        opened = models.open(&reference, &target, profile, index, &progress) => opened,
+        opened = models.open(asked, &progress) => opened,
         () = sender.closed() => return,
     };
     // A task of its own: once begun, it is shown and remembered, or neither.
@@ -326,6 +340,8 @@ fn model_message(model: ShownModel) -> Model {
         cached: model.stats.cached,
         fetched: model.stats.fetched,
         trust: trust_name(model.stats.trust).to_owned(),
+        volume: model.volume,
+        exclude: model.exclude,
     }
 }
 

@@ -42,6 +42,7 @@ use crate::references::References;
 use crate::snapshots::{SnapshotError, Snapshots};
 use crate::socket::{Origin, SocketError, listen_at};
 use crate::trees::{Opener, Trees};
+use crate::volumes::Volumes;
 
 pub use mount::MOUNT_DIRECTORY;
 use mount::{Mount, forget, unmount};
@@ -198,6 +199,7 @@ impl Daemon {
             .map_err(|source| OpenError::Io { path: config.root.clone(), source })?;
         let root = config.root.clone();
         let control = ControlService {
+            volumes: Volumes::new(Arc::clone(&models)),
             models,
             trees: Arc::clone(&trees),
             metadata,

@@ -123,7 +123,7 @@ impl ImageLayers {
         let layer =
             LayerRecord { descriptor: descriptor.clone(), repository: artifact.repository.clone() };
         let open = opener.open_layer(&layer, index.as_deref(), &Quiet).await?;
-        let record = TreeRecord { layers: vec![layer], over_foreign };
+        let record = TreeRecord::new(vec![layer], over_foreign);
         let open = OpenTree::new(vec![open], record);
         self.show(&reference, manifest, below.as_deref(), open).await
     }

@@ -143,9 +143,10 @@ impl From<TreesError> for Reason {
             TreesError::Layer(LayerError::Store(_) | LayerError::Stopped { .. })
             | TreesError::Forgotten(_)
             | TreesError::OtherNumbers(_) => Self::failed(&error),
-            TreesError::Artifact(_) | TreesError::Layer(_) | TreesError::Tree(_) => {
-                Self::unsuitable(&error)
-            }
+            TreesError::Artifact(_)
+            | TreesError::Layer(_)
+            | TreesError::Tree(_)
+            | TreesError::Exclude(_) => Self::unsuitable(&error),
         }
     }
 }

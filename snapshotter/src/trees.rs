@@ -20,9 +20,9 @@ use serde::{Deserialize, Serialize};
 use tracing::{error, warn};
 use weightfs_fusefs::index::Index;
 use weightfs_fusefs::{
-    Artifact, ArtifactError, Base, Compression, Filesystem, LayerContent, LayerDescriptor,
-    LayerError, OpenLayer, Progress, Session, Tree, TreeError, TreeNumber, blob_id,
-    open_indexed_layer, open_layer, open_layer_without_ranges, reopen_layer,
+    Artifact, ArtifactError, Base, Compression, Exclude, ExcludeError, Filesystem, LayerContent,
+    LayerDescriptor, LayerError, OpenLayer, Progress, Session, Tree, TreeError, TreeNumber,
+    blob_id, open_indexed_layer, open_layer, open_layer_without_ranges, reopen_layer,
 };
 use weightfs_store::{
     BlobId, Digest, Reference, Registries, Repository, SourceError, Store, Trust,
@@ -49,6 +49,9 @@ pub enum TreesError {
     /// The layers make no tree.
     #[error(transparent)]
     Tree(#[from] TreeError),
+    /// What is to be left out can't be said so.
+    #[error("files to leave out: {0}")]
+    Exclude(#[from] ExcludeError),
     /// The cache has lost the listing of a layer.
     #[error("layer {0}: its listing is no longer in the cache")]
     Forgotten(weightfs_store::Digest),
@@ -90,6 +93,16 @@ pub struct TreeRecord {
     pub layers: Vec<LayerRecord>,
     /// Whether ordinary overlay layers lie below.
     pub over_foreign: bool,
+    /// Files that are left out, as patterns.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub exclude: Vec<String>,
+}
+
+impl TreeRecord {
+    /// Of these layers, with nothing left out.
+    pub const fn new(layers: Vec<LayerRecord>, over_foreign: bool) -> Self {
+        Self { layers, over_foreign, exclude: Vec::new() }
+    }
 }
 
 /// A layer and where it can be had.
@@ -177,7 +190,7 @@ impl Opener {
             .buffered(LAYERS_AT_ONCE)
             .try_collect()
             .await?;
-        Ok(OpenTree::new(layers, TreeRecord { layers: records, over_foreign: false }))
+        Ok(OpenTree::new(layers, TreeRecord::new(records, false)))
     }
 
     /// Opens a layer, by what an index says of it where there is one. A layer of which enough is
@@ -305,13 +318,14 @@ impl OpenTree {
         self.layers.get(self.below..).unwrap_or_default()
     }
 
-    /// The tree that the layers make.
+    /// The tree that the layers make, without what is left out.
     ///
     /// # Errors
     /// Layers that contradict each other.
-    pub fn merge(&self) -> Result<Tree, TreeError> {
+    pub fn merge(&self) -> Result<Tree, TreesError> {
         let base = if self.record.over_foreign { Base::Foreign } else { Base::Nothing };
-        Tree::merge(&self.layers, base)
+        let exclude = Exclude::new(&self.record.exclude)?;
+        Ok(Tree::merge_without(&self.layers, base, &exclude)?)
     }
 
     /// Numbers of its blobs.

@@ -9,6 +9,7 @@ pub mod area;
 pub mod bed;
 pub mod containerd;
 pub mod cri;
+pub mod csi;
 pub mod digest;
 pub mod host;
 pub mod image;

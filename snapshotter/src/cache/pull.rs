@@ -14,7 +14,7 @@ use weightfs_store::blob::Read;
 use weightfs_store::{ReadError, Reference};
 
 use super::{Cache, CacheError};
-use crate::trees::{OpenTree, TreesError};
+use crate::trees::OpenTree;
 
 /// Bytes that are asked for at a time. The read-ahead of the store makes larger requests of them.
 const PIECE_BYTES: u64 = 8 << 20;
@@ -75,7 +75,7 @@ impl Cache {
     ) -> Result<Pulled, CacheError> {
         let artifact = self.opener.resolve(reference).await?;
         let open = self.opener.open(&artifact, &Quiet).await?;
-        let tree = open.merge().map_err(TreesError::from)?;
+        let tree = open.merge()?;
         let wanted = wanted(&tree, patterns);
         if wanted.is_empty() && !patterns.is_empty() {
             let patterns: Vec<_> = patterns.iter().map(Pattern::as_str).collect();
