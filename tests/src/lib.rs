@@ -25,6 +25,7 @@ pub mod readers;
 pub mod registry;
 pub mod remote;
 pub mod snapshots;
+pub mod tokens;
 pub mod tree;
 pub mod wait;
 pub mod weightfs;
