@@ -21,6 +21,8 @@ use crate::listing::{Entry, Listing};
 /// What goes wrong with a request.
 #[derive(Debug, Clone, Copy)]
 pub enum Fault {
+    /// Anything but the whole.
+    NoRanges,
     Refuse,
     NotFound,
     CutAfter(usize),
@@ -67,7 +69,10 @@ impl MemorySource {
             || SourceError::Unreachable { source_name: "memory".into(), message: "refused".into() };
         let some = |length| stream::iter([Ok(bytes.slice(..length))]);
         match fault {
-            None => {
+            Some(Fault::NoRanges) if range != (0..self.size()) => {
+                Err(SourceError::NoRanges { source_name: "memory".into(), what: "blob".into() })
+            }
+            None | Some(Fault::NoRanges) => {
                 let pieces: Vec<_> =
                     bytes.chunks(100_000).map(|part| bytes.slice_ref(part)).collect();
                 Ok(stream::iter(pieces.into_iter().map(Ok)).boxed())

@@ -33,6 +33,12 @@ const MAX_WAIT: Duration = Duration::from_secs(60);
 /// The share of the cache that the read-ahead of one stream may take at the most.
 const READ_AHEAD_SHARE: u64 = 4;
 
+/// A time that many are told to wait, and a random quarter of it more: they shall not all come back
+/// at once.
+pub(crate) fn jittered(wait: Duration) -> Duration {
+    wait.saturating_add((wait / 4).mul_f64(fastrand::f64()))
+}
+
 /// A lock whose holder can't leave half a change behind: a panic in one holder does not take the
 /// others down.
 pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {

@@ -7,10 +7,12 @@
 
 pub mod area;
 pub mod bed;
+pub mod certificates;
 pub mod containerd;
 pub mod cri;
 pub mod csi;
 pub mod digest;
+pub mod forward;
 pub mod host;
 pub mod image;
 pub mod interrupt;
@@ -32,10 +34,12 @@ pub mod weightfs;
 
 pub use area::Area;
 pub use bed::Bed;
+pub use certificates::Certificates;
 pub use containerd::{Containerd, ContainerdOptions};
+pub use forward::Forward;
 pub use host::Host;
 pub use many::Many;
-pub use proxy::{Fault, Proxy, Target};
+pub use proxy::{Fault, Proxy, Signatures, Target, Total};
 pub use registry::{Registry, RegistryOptions};
 pub use remote::{Artifact, Blob, Remote};
 pub use wait::wait_until;

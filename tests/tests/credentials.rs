@@ -165,7 +165,12 @@ fn each_mount_is_authorised_by_its_own_repository() {
     let daemon = bed.weightfs.serve(&bed.area);
     let (ours, theirs) = (bed.area.dir("ours"), bed.area.dir("theirs"));
     let mount = |repository: &str, dir: &Path| {
-        bed.weightfs.run_here(&["mount", "--daemon", &bed.reference(repository), dir.to_str().unwrap()])
+        bed.weightfs.run_here(&[
+            "mount",
+            "--daemon",
+            &bed.reference(repository),
+            dir.to_str().unwrap(),
+        ])
     };
     mount("team/model", &ours).ok();
     // All of it is here now.
@@ -372,7 +377,12 @@ fn a_secret_is_nowhere_but_in_memory() {
     keeper.wait_ready(|service| service.log().contains("INFO serving").then_some(()));
     let dir = bed.area.dir("mnt");
     let mount = |repository: &str| {
-        bed.weightfs.run_here(&["mount", "--daemon", &bed.reference(repository), dir.to_str().unwrap()])
+        bed.weightfs.run_here(&[
+            "mount",
+            "--daemon",
+            &bed.reference(repository),
+            dir.to_str().unwrap(),
+        ])
     };
     // Refused, wrong, and good.
     let refused = mount("others/model");

@@ -11,11 +11,15 @@ use serde_json::Value;
 
 use super::auth::Right;
 use super::host::failed_status;
+use super::link::next_page;
 use super::{Asked, MAX_MANIFEST_BYTES, Registries, Repository, manifest_headers};
 use crate::{Digest, SourceError};
 
 /// Referrers of a manifest that are looked at, at the most.
 const MAX_REFERRERS: usize = 1000;
+
+/// Pages of a list that are asked for, at the most.
+const MAX_PAGES: usize = 20;
 
 /// With this header a registry says that it lists the manifest among the subject's referrers.
 const OCI_SUBJECT: &str = "OCI-Subject";
@@ -67,13 +71,35 @@ impl Registries {
         let headers = manifest_headers();
         let listed = self.get_small(&asked, &path, &headers);
         let list = match join(listed, self.tagged(of, subject)).await {
-            (Ok((_, bytes)), _) => parse(&asked, &bytes)?,
-            (Err(SourceError::NotFound { .. }), tagged) => tagged?,
+            (Ok((headers, bytes)), _) => {
+                let first = parse(&asked, &bytes)?.manifests;
+                self.further_pages(&asked, subject, first, next_page(&headers)).await?
+            }
+            // Some that know no such path say so of its form.
+            (Err(error), tagged) if knows_no_referrers(&error) => tagged?.manifests,
             (Err(error), _) => return Err(error),
         };
-        let referrers = list.manifests.into_iter().take(MAX_REFERRERS);
+        let referrers = list.into_iter().take(MAX_REFERRERS);
         let known = referrers.filter_map(|value| serde_json::from_value::<Referrer>(value).ok());
         Ok(known.filter(|referrer| referrer.artifact_type == artifact_type).collect())
+    }
+
+    /// A list that begins with `list` and goes on at `next`.
+    async fn further_pages(
+        &self,
+        asked: &Asked<'_>,
+        subject: Digest,
+        mut list: Vec<Value>,
+        mut next: Option<String>,
+    ) -> Result<Vec<Value>, SourceError> {
+        for _ in 1..MAX_PAGES {
+            let Some(query) = next.filter(|_| list.len() < MAX_REFERRERS) else { break };
+            let path = format!("referrers/{subject}?{query}");
+            let (headers, bytes) = self.get_small(asked, &path, &manifest_headers()).await?;
+            list.extend(parse(asked, &bytes)?.manifests);
+            next = next_page(&headers);
+        }
+        Ok(list)
     }
 
     /// The list under the subject's tag; an empty one if there is none.
@@ -171,6 +197,15 @@ fn asked(of: &Repository, subject: Digest) -> Asked<'_> {
     let what = format!("referrers of {subject}");
     // A list has no digest: who gives it must be trusted for what it names.
     Asked { from: of, what, limit: MAX_MANIFEST_BYTES, checked: false }
+}
+
+/// Whether an answer means that there is no such API.
+fn knows_no_referrers(error: &SourceError) -> bool {
+    match error {
+        SourceError::NotFound { .. } => true,
+        SourceError::Status { status, .. } => matches!(status, 400 | 405 | 406 | 501),
+        _ => false,
+    }
 }
 
 fn parse(asked: &Asked<'_>, bytes: &[u8]) -> Result<List, SourceError> {

@@ -12,6 +12,7 @@ mod kill;
 mod line;
 mod model;
 mod outages;
+mod quirks;
 mod registry;
 mod restart;
 mod scheduling;

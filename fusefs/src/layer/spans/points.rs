@@ -135,6 +135,11 @@ impl Points {
         Ok(Self { points, windows, compression, blob_bytes, content_bytes })
     }
 
+    /// The size of the compressed stream.
+    pub(super) const fn blob_bytes(&self) -> u64 {
+        self.blob_bytes
+    }
+
     /// Where to begin, and which bytes of the blob are needed, to get `range` of the content.
     pub(super) fn span(&self, range: &Range<u64>) -> Option<Span<'_>> {
         if range.end > self.content_bytes {

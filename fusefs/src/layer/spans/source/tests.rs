@@ -3,7 +3,7 @@ use std::io::Write as _;
 use super::*;
 use crate::artifact::Compression;
 use crate::layer::spans::Collector;
-use crate::testing::MemorySource;
+use crate::testing::{Fault, MemorySource};
 
 /// Text that compresses, and is nowhere the same.
 fn text(len: usize) -> Vec<u8> {
@@ -93,6 +93,21 @@ async fn any_part_of_zstd_frames_is_read_from_the_frame_that_has_it() {
     let content = text(11 << 20);
     let frames = content.chunks(700_000).flat_map(|part| zstd::encode_all(part, 1).unwrap());
     assert_spans_are_right(frames.collect(), Compression::Zstd, &content).await;
+}
+
+#[tokio::test]
+async fn a_host_without_ranges_is_read_from_the_start_to_the_end() {
+    let content = text(5 << 20);
+    let blob = gzip(&content);
+    let (_, points) = inflate(&blob, Compression::Gzip, 100_000).unwrap();
+    let sizes = (blob.len() as u64, content.len() as u64);
+    let points = Points::parse(&points, Compression::Gzip, sizes.0, sizes.1).unwrap();
+    let memory = MemorySource::new(blob);
+    memory.fail_always(Fault::NoRanges);
+    let source = InflatedSource::new(memory, Arc::new(points));
+    assert!(read(&source, 0..sizes.1).await.unwrap() == content);
+    let error = read(&source, 4_000_000..4_000_001).await.unwrap_err();
+    assert!(matches!(error, SourceError::NoRanges { .. }), "so that all is fetched: {error}");
 }
 
 #[test]
