@@ -122,16 +122,23 @@ impl Profile {
     /// Has everything fetched in the recorded order, after what readers wait for. `layers` are
     /// those of the manifest. Does not wait.
     pub fn expect(&self, layers: &[Arc<OpenLayer>]) {
-        for Extent { layer, units } in &self.extents {
+        self.ranges(layers).for_each(|(blob, range)| blob.expect(&range));
+    }
+
+    /// What it has of the manifest's `layers`, in the recorded order, each inside one segment.
+    pub fn ranges(
+        &self,
+        layers: &[Arc<OpenLayer>],
+    ) -> impl Iterator<Item = (Arc<Blob>, Range<u64>)> {
+        self.extents.iter().flat_map(move |Extent { layer, units }| {
             // Of another artifact, if there is no such layer.
-            let Some(layer) = usize::try_from(*layer).ok().and_then(|at| layers.get(at)) else {
-                continue;
-            };
+            let layer = usize::try_from(*layer).ok().and_then(|at| layers.get(at));
             let range = u64::from(units.start) * UNIT_BYTES..u64::from(units.end) * UNIT_BYTES;
-            for range in by_segment(&layer.blob, range) {
-                layer.blob.expect(&range);
-            }
-        }
+            layer.into_iter().flat_map(move |layer| {
+                let blob = Arc::clone(&layer.blob);
+                by_segment(&layer.blob, range.clone()).map(move |part| (Arc::clone(&blob), part))
+            })
+        })
     }
 }
 

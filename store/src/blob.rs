@@ -171,8 +171,14 @@ impl Blob {
     /// A reader of `range`, which lies inside one segment, is expected: it is fetched when there
     /// is room, before anything in the background. Does not wait.
     pub fn expect(self: &Arc<Self>, range: &Range<u64>) {
-        if self.shared.fetch.prefetch
-            && let Some(place) = self.table.locate(range)
+        if self.shared.fetch.prefetch {
+            self.ask(range);
+        }
+    }
+
+    /// As [`Blob::expect`], also where nothing is to be fetched unasked: somebody has asked for it.
+    pub fn ask(self: &Arc<Self>, range: &Range<u64>) {
+        if let Some(place) = self.table.locate(range)
             && !self.presence.has_all(&place.chunks)
         {
             self.fetcher.plan(self, Priority::Profile, place.chunks);

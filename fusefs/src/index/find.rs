@@ -11,6 +11,7 @@ use serde::Deserialize;
 use weightfs_store::{Digest, DigestError, Registries, Repository, SourceError};
 
 use super::{ANNOTATION, Index, MAX_INDEX_BYTES, MEDIA_TYPE};
+use crate::artifact::Artifact;
 
 /// An index, and where it was found.
 #[derive(Debug, Clone)]
@@ -53,6 +54,18 @@ pub async fn annotated_index(
     let bytes = registries.small_blob(repository, digest, MAX_INDEX_BYTES).await;
     let bytes = bytes.map_err(|error| error.to_string())?;
     Index::parse_bound(&bytes).map(Some).map_err(|error| error.to_string())
+}
+
+/// Whether there is something that says to be the index of an artifact: usable or not, allowed or
+/// not. `false` where that can't be found out.
+pub async fn has_index(registries: &Registries, artifact: &Artifact) -> bool {
+    let named = serde_json::from_slice::<Annotated>(&artifact.manifest).unwrap_or_default();
+    if named.annotations.unwrap_or_default().contains_key(ANNOTATION) {
+        return true;
+    }
+    let (repository, manifest) = (&artifact.repository, artifact.manifest_digest);
+    let referrers = registries.referrers(repository, manifest, MEDIA_TYPE).await;
+    referrers.is_ok_and(|referrers| !referrers.is_empty())
 }
 
 /// What a manifest is annotated with.
