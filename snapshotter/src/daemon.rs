@@ -25,6 +25,7 @@ use tokio::runtime::Handle;
 use tokio::sync::watch;
 use tracing::{info, warn};
 use weightfs_fusefs::Misses;
+use weightfs_fusefs::index::signature::KeyError;
 use weightfs_store::{OpenError, PullSecrets, SourceError, Store};
 
 use crate::cache::Cache;
@@ -34,11 +35,11 @@ use crate::control::{self, ControlService};
 use crate::cri;
 use crate::handover::{Inherited, Keeper, Name};
 use crate::images::ImageLayers;
-use crate::indexes::Indexes;
 use crate::metadata::{LazySnapshot, Metadata, MetadataError};
 use crate::models::{Models, MountState};
 use crate::node::doctor;
 use crate::owner::Announcement;
+use crate::publish::Publisher;
 use crate::references::References;
 use crate::snapshots::{SnapshotError, Snapshots};
 use crate::socket::{Origin, SocketError, listen_at};
@@ -60,6 +61,9 @@ pub enum DaemonError {
     /// The registries' configuration can't be used.
     #[error(transparent)]
     Registries(#[from] SourceError),
+    /// A public key can't be used.
+    #[error(transparent)]
+    Key(#[from] KeyError),
     /// The metadata can't be used.
     #[error(transparent)]
     Metadata(#[from] MetadataError),
@@ -190,6 +194,7 @@ pub struct Daemon {
     cri: Option<CriProxy>,
     announcement: Announcement,
     keeper: Keeper,
+    publisher: Option<Publisher>,
     config: Config,
 }
 
@@ -209,6 +214,7 @@ impl Daemon {
         store.start_evicting();
         let Parts { metadata, trees, models, layers, opener, .. } = parts;
         let secrets = Arc::clone(opener.registries.pull_secrets());
+        let publisher = Publisher::start(config, &opener);
         let cache = Cache::new(opener, &config.root);
         let snapshots = Snapshots::open(&config.root, Arc::clone(&metadata), layers)?;
         let mut listen = |name, path| listen(&mut inherited, keeper, name, path);
@@ -247,6 +253,7 @@ impl Daemon {
             cri,
             announcement,
             keeper,
+            publisher,
             config: config.clone(),
         })
     }
@@ -288,7 +295,7 @@ impl Daemon {
             ended = &mut controller => (flatten(ended), false),
         };
         keeper.tell_stopping();
-        drop(stopping);
+        drop((stopping, self.publisher));
         if running {
             let servers = futures::future::join3(&mut snapshotter, &mut controller, cri);
             if tokio::time::timeout(SHUTDOWN_DEADLINE, servers).await.is_err() {
@@ -338,7 +345,7 @@ fn opener(config: &Config, store: Arc<Store>) -> Result<Opener, DaemonError> {
         registries.pull_secrets().feed();
     }
     let references = References::new(&config.root);
-    let indexes = Indexes::new(config.verify.referrers);
+    let indexes = config.indexes()?;
     Ok(Opener { registries, store, references, indexes, deadline: config.fetch.deadline })
 }
 
