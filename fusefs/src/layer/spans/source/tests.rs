@@ -81,6 +81,26 @@ async fn any_part_of_a_gzip_stream_is_read_from_the_point_before_it() {
     assert_spans_are_right(gzip(&content), Compression::Gzip, &content).await;
 }
 
+/// Of small layers: of large ones points are further apart.
+#[tokio::test]
+async fn a_chunk_costs_little_more_than_itself() {
+    let content = text(8 << 20);
+    let blob = gzip(&content);
+    let (_, stored) = inflate(&blob, Compression::Gzip, 1 << 20).unwrap();
+    let sizes = (blob.len() as u64, content.len() as u64);
+    let points = Points::parse(&stored, Compression::Gzip, sizes.0, sizes.1).unwrap();
+    let memory = MemorySource::new(blob);
+    let source = InflatedSource::new(Arc::clone(&memory) as _, Arc::new(points));
+    let chunks = 8;
+    for chunk in 0..chunks {
+        let range = chunk * (1 << 20)..(chunk + 1) * (1 << 20);
+        let expected = &content[range.start as usize..range.end as usize];
+        assert!(read(&source, range).await.unwrap() == expected);
+    }
+    let asked: u64 = memory.requests().iter().map(|range| range.end - range.start).sum();
+    assert!(asked * 2 < sizes.0 * 3, "{asked} of {} bytes, chunk by chunk", sizes.0);
+}
+
 #[tokio::test]
 async fn spans_go_across_members() {
     let content = text(11 << 20);
