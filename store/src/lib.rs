@@ -48,10 +48,11 @@ pub use error::{OpenError, ReadError, SourceError};
 pub use fetch::Traffic;
 pub use hash::give_way;
 pub use layout::{CHUNK_BYTES, Layout, LayoutError};
-pub use oci_client::{ParseError, Reference};
+pub use oci_spec::distribution::{ParseError, Reference};
 pub use registry::{
-    AccessOptions, Dragonfly, MAX_MANIFEST_BYTES, Manifest, Registries, RegistryOptions,
-    Repository, parse_reference,
+    AccessOptions, CredentialOptions, CredentialSource, Credentials, Dragonfly, MAX_MANIFEST_BYTES,
+    Manifest, Noted, PluginOptions, PullSecrets, Registries, RegistryOptions, Repository, Secret,
+    parse_reference,
 };
 pub use source::{ByteStream, Source, SourceKind, in_order};
 pub use store::{

@@ -6,9 +6,8 @@ const HEAD: &str = "\
 # Metrics
 
 `[metrics] address` of the configuration turns them on: `\"9478\"` is port 9478 of this machine alone,
-`\"0.0.0.0:9478\"` is reached from elsewhere. `GET /metrics` is Prometheus's text format, `/` a status page,
-`/healthz` answers while the daemon serves. There is no password: whoever reaches the address sees the names
-of what is mounted.
+`\"0.0.0.0:9478\"` is reached from elsewhere. `GET /metrics` is Prometheus's text format, `/healthz` answers
+while the daemon serves. There is no password.
 
 Counters begin at 0 with each start of the daemon, as Prometheus expects. Labels have the values of this
 table and no others: none is named after a blob, a host, an image, a path or a peer. Reads of files that the
