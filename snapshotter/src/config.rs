@@ -11,12 +11,15 @@ use std::time::Duration;
 use bytesize::ByteSize;
 use serde::{Deserialize, Serialize};
 use toml::{Table, Value};
+use weightfs_fusefs::index::find::Believe;
+use weightfs_fusefs::index::signature::{KeyError, PublicKey};
 use weightfs_store::{
-    AccessOptions, Amount, Background, CacheOptions, Dragonfly, FetchOptions, Recheck, Registries,
-    RegistryOptions, SourceError, StoreOptions, Verify,
+    AccessOptions, Amount, Background, CacheOptions, CredentialOptions, CredentialSource,
+    Dragonfly, FetchOptions, KeepDigests, PluginOptions, Recheck, Registries, RegistryOptions,
+    SourceError, StoreOptions, Verify,
 };
 
-use crate::indexes::IndexPolicy;
+use crate::indexes::{IndexPolicy, Indexes};
 
 /// Where the configuration is looked for; its absence means defaults.
 pub const DEFAULT_PATH: &str = "/etc/weightfs/config.toml";
@@ -57,7 +60,15 @@ const KEYS: &[(&str, &str)] = &[
     ),
     (
         "verify.referrers",
-        "Which indexes beside an artifact are believed: those of the \"same-repository\", none (\"off\"). One that the manifest names by its digest, or a file that is given, is believed in any case.",
+        "Which indexes beside an artifact are believed: those of the \"same-repository\", those that are \"signed\", none (\"off\"). One that the manifest names by its digest, or a file that is given, is believed in any case.",
+    ),
+    (
+        "verify.keys",
+        "Public keys (PEM files, as cosign makes them) of which one must have signed an index.",
+    ),
+    (
+        "index.publish",
+        "Make and push the index of an artifact that was loaded and verified here and has none.",
     ),
     ("fetch.deadline", "A read that no source has served within this time fails with EIO."),
     ("fetch.connections", "Requests in flight for one blob at the most."),
@@ -74,9 +85,27 @@ const KEYS: &[(&str, &str)] = &[
     ),
     ("fetch.prefetch", "Fetch the headers, tokenizers and next shards that a loader will read."),
     (
+        "credentials.sources",
+        "Where credentials are looked for, in this order: what the kubelet tells the CRI proxy (\"pull-secrets\"), credentials.file (\"file\"), docker's config.json with its helpers (\"docker\"), and the kubelet's plugins (\"kubelet-plugins\").",
+    ),
+    (
         "credentials.docker_config",
         "Directory of docker's config.json. Unset: $DOCKER_CONFIG, else ~/.docker.",
     ),
+    (
+        "credentials.file",
+        "A file in the format of docker's config.json, root's and with mode 0600. Unset: none.",
+    ),
+    (
+        "credentials.plugin_config",
+        "The kubelet's --image-credential-provider-config. Unset: its plugins are not asked.",
+    ),
+    ("credentials.plugin_dir", "The kubelet's --image-credential-provider-bin-dir."),
+    (
+        "cri.address",
+        "Unix socket for the kubelet's --image-service-endpoint: all goes on to containerd, and the pull secrets are remembered (in memory) for lazy reads. Unset: none.",
+    ),
+    ("cri.containerd", "containerd's socket, which answers what comes to cri.address."),
     (
         "mirrors.hosts_dir",
         "containerd's directory of hosts.toml files, for registries that have no table here.",
@@ -94,12 +123,14 @@ const KEYS: &[(&str, &str)] = &[
 ];
 
 /// The tables, in the order in which they are printed; those of registries follow.
-const SECTIONS: [&str; 9] = [
+const SECTIONS: [&str; 11] = [
     "snapshotter",
     "control",
     "containerd",
+    "cri",
     "cache",
     "verify",
+    "index",
     "fetch",
     "credentials",
     "mirrors",
@@ -118,10 +149,14 @@ pub struct Config {
     pub control: ControlConfig,
     /// containerd.
     pub containerd: ContainerdConfig,
+    /// The image service for the kubelet.
+    pub cri: CriConfig,
     /// The cache.
     pub cache: CacheConfig,
     /// What is believed.
     pub verify: VerifyConfig,
+    /// Making indexes.
+    pub index: IndexConfig,
     /// How misses are filled.
     pub fetch: FetchConfig,
     /// Where credentials come from.
@@ -171,6 +206,16 @@ pub struct ContainerdConfig {
     pub program: PathBuf,
 }
 
+/// `[cri]`
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct CriConfig {
+    /// Its socket.
+    pub address: Option<PathBuf>,
+    /// Who answers.
+    pub containerd: PathBuf,
+}
+
 /// `[cache]`
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
@@ -194,6 +239,16 @@ pub struct CacheConfig {
 pub struct VerifyConfig {
     /// Which indexes are believed.
     pub referrers: IndexPolicy,
+    /// Files of public keys.
+    pub keys: Vec<PathBuf>,
+}
+
+/// `[index]`
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct IndexConfig {
+    /// Whether what was verified here is indexed and pushed.
+    pub publish: bool,
 }
 
 /// Disk space: bytes ("10GiB"), or a percentage of the file system ("10%").
@@ -274,11 +329,19 @@ pub struct FetchConfig {
 }
 
 /// `[credentials]`
-#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct CredentialsConfig {
+    /// The order in which sources are asked.
+    pub sources: Vec<CredentialSource>,
     /// Directory of docker's config.json.
     pub docker_config: Option<PathBuf>,
+    /// A file in the same format.
+    pub file: Option<PathBuf>,
+    /// The kubelet's configuration of its plugins.
+    pub plugin_config: Option<PathBuf>,
+    /// Where its plugins are.
+    pub plugin_dir: PathBuf,
 }
 
 /// `[dragonfly]`
@@ -316,8 +379,10 @@ impl Default for Config {
             snapshotter: SnapshotterConfig::default(),
             control: ControlConfig::default(),
             containerd: ContainerdConfig::default(),
+            cri: CriConfig::default(),
             cache: CacheConfig::default(),
             verify: VerifyConfig::default(),
+            index: IndexConfig::default(),
             fetch: FetchConfig::default(),
             credentials: CredentialsConfig::default(),
             mirrors: MirrorsConfig::default(),
@@ -345,6 +410,25 @@ impl Default for ContainerdConfig {
     }
 }
 
+impl Default for CriConfig {
+    fn default() -> Self {
+        Self { address: None, containerd: "/run/containerd/containerd.sock".into() }
+    }
+}
+
+impl Default for CredentialsConfig {
+    fn default() -> Self {
+        Self {
+            sources: CredentialSource::ALL.to_vec(),
+            docker_config: None,
+            file: None,
+            plugin_config: None,
+            // Where distributions of Kubernetes put it.
+            plugin_dir: "/usr/libexec/kubernetes/image-credential-provider-plugins".into(),
+        }
+    }
+}
+
 impl Default for CacheConfig {
     fn default() -> Self {
         Self {
@@ -369,7 +453,7 @@ impl Default for MirrorsConfig {
 
 impl Default for VerifyConfig {
     fn default() -> Self {
-        Self { referrers: IndexPolicy::SameRepository }
+        Self { referrers: IndexPolicy::SameRepository, keys: vec![] }
     }
 }
 
@@ -487,10 +571,11 @@ impl Config {
             Some(Space::Percent(0)) => return bad("cache.limit", "must be more than 0%"),
             _ => {}
         }
-        if self.verify.referrers == IndexPolicy::Signed {
+        if self.verify.referrers == IndexPolicy::Signed && self.verify.keys.is_empty() {
             return bad(
-                "verify.referrers",
-                "can't be \"signed\" yet: signatures are not checked; use \"same-repository\" or \"off\"",
+                "verify.keys",
+                "must name a public key where verify.referrers is \"signed\": the file that \
+                 `cosign generate-key-pair` calls cosign.pub",
             );
         }
         if let Some(Err(problem)) = self.dragonfly.daemon() {
@@ -507,6 +592,9 @@ impl Config {
         }
         if fetch.read_ahead_min > fetch.read_ahead_max {
             return bad("fetch.read_ahead_min", "must not be larger than fetch.read_ahead_max");
+        }
+        if self.cri.address.as_deref() == Some(&*self.cri.containerd) {
+            return bad("cri.address", "must not be containerd's own socket");
         }
         Ok(())
     }
@@ -532,7 +620,25 @@ impl Config {
             checkpoint_interval: self.cache.checkpoint_interval,
             verify: self.cache.verify,
             recheck: self.cache.recheck,
+            keep_digests: match self.index.publish {
+                true => KeepDigests::Always,
+                false => KeepDigests::WhereLimited,
+            },
         }
+    }
+
+    /// What finds indexes.
+    ///
+    /// # Errors
+    /// A public key that can't be used.
+    pub fn indexes(&self) -> Result<Arc<Indexes>, KeyError> {
+        let keys = || self.verify.keys.iter().map(|path| PublicKey::read(path));
+        let believe = match self.verify.referrers {
+            IndexPolicy::SameRepository => Some(Believe::SameRepository),
+            IndexPolicy::Signed => Some(Believe::Signed(keys().collect::<Result<_, _>>()?)),
+            IndexPolicy::Off => None,
+        };
+        Ok(Indexes::new(believe, self.cache.verify))
     }
 
     /// The registries that it speaks of, and all others.
@@ -553,10 +659,17 @@ impl Config {
         Registries::new(AccessOptions {
             registries: registries.collect(),
             hosts_dir: Some(self.mirrors.hosts_dir.clone()),
-            docker_config: self.credentials.docker_config.clone(),
+            credentials: self.credential_options(),
             dragonfly: self.dragonfly.daemon().transpose().map_err(unusable)?,
             timeout: self.fetch.deadline,
         })
+    }
+
+    fn credential_options(&self) -> CredentialOptions {
+        let CredentialsConfig { sources, docker_config, file, plugin_config, plugin_dir } =
+            self.credentials.clone();
+        let plugins = plugin_config.map(|config| PluginOptions { config, directory: plugin_dir });
+        CredentialOptions { sources, docker_config, file, plugins }
     }
 
     /// The whole configuration as commented TOML; read again, it gives the same.
@@ -648,11 +761,19 @@ mod tests {
             [cache]
             limit = "123456789012B"
             min_free = "15%"
+            [verify]
+            referrers = "signed"
+            keys = ["/etc/weightfs/cosign.pub"]
+            [index]
+            publish = true
             [fetch]
             deadline = "1m 5s"
             request_size = "4MiB"
             [credentials]
+            sources = ["docker", "file"]
             docker_config = "/root/.docker"
+            [cri]
+            address = "/run/weightfs/cri.sock"
             [registry."127.0.0.1:5000"]
             plain_http = true
         "#;
@@ -703,7 +824,10 @@ mod tests {
             ("[cache]\nlimit = '10MiB'", "`cache.limit` must be 64MiB or more"),
             ("[cache]\nlimit = '0%'", "`cache.limit`"),
             ("[cache]\nmin_free = '101%'", "no percentage"),
+            ("[cri]\naddress = '/run/containerd/containerd.sock'", "`cri.address`"),
+            ("[credentials]\nsources = ['keychain']", "line 2"),
             ("[fetch]\nread_ahead_min = '1GiB'", "`fetch.read_ahead_min`"),
+            ("[verify]\nreferrers = 'signed'", "`verify.keys` must name a public key"),
             ("root = 3", "line 1"),
             ("root = ", "line 1"),
             ("[fetch]\nconnections = 'many'", "line 2"),

@@ -1,4 +1,4 @@
-//! The daemon: one store, one mount, two sockets. It puts the parts together and takes them
+//! The daemon: one store, one mount, two sockets, and a third one for the kubelet if it is wanted. It puts the parts together and takes them
 //! apart in the right order, and does nothing else.
 //!
 //! Order of a start: the directory's lock, the metadata, the mount, what was mounted before, and
@@ -25,19 +25,21 @@ use tokio::runtime::Handle;
 use tokio::sync::watch;
 use tracing::{info, warn};
 use weightfs_fusefs::Misses;
-use weightfs_store::{OpenError, SourceError, Store};
+use weightfs_fusefs::index::signature::KeyError;
+use weightfs_store::{OpenError, PullSecrets, SourceError, Store};
 
 use crate::cache::Cache;
 use crate::config::Config;
 use crate::containerd;
 use crate::control::{self, ControlService};
+use crate::cri;
 use crate::handover::{Inherited, Keeper, Name};
 use crate::images::ImageLayers;
-use crate::indexes::Indexes;
 use crate::metadata::{LazySnapshot, Metadata, MetadataError};
 use crate::models::{Models, MountState};
 use crate::node::doctor;
 use crate::owner::Announcement;
+use crate::publish::Publisher;
 use crate::references::References;
 use crate::snapshots::{SnapshotError, Snapshots};
 use crate::socket::{Origin, SocketError, listen_at};
@@ -59,6 +61,9 @@ pub enum DaemonError {
     /// The registries' configuration can't be used.
     #[error(transparent)]
     Registries(#[from] SourceError),
+    /// A public key can't be used.
+    #[error(transparent)]
+    Key(#[from] KeyError),
     /// The metadata can't be used.
     #[error(transparent)]
     Metadata(#[from] MetadataError),
@@ -160,6 +165,23 @@ impl Parts {
     }
 }
 
+/// containerd's CRI for the kubelet.
+#[derive(Debug)]
+struct CriProxy {
+    socket: UnixListener,
+    containerd: PathBuf,
+    secrets: Arc<PullSecrets>,
+}
+
+impl CriProxy {
+    /// Serves until `shutdown`; without one, there is nothing to be done.
+    async fn serve(proxy: Option<Self>, shutdown: impl Future<Output = ()>) {
+        if let Some(Self { socket, containerd, secrets }) = proxy {
+            cri::serve(socket, containerd, secrets, shutdown).await;
+        }
+    }
+}
+
 /// A daemon whose parts are in place.
 #[derive(Debug)]
 pub struct Daemon {
@@ -169,8 +191,10 @@ pub struct Daemon {
     control: ControlService,
     snapshotter_socket: UnixListener,
     control_socket: UnixListener,
+    cri: Option<CriProxy>,
     announcement: Announcement,
     keeper: Keeper,
+    publisher: Option<Publisher>,
     config: Config,
 }
 
@@ -189,12 +213,22 @@ impl Daemon {
         // What was not restored is used by nobody.
         store.start_evicting();
         let Parts { metadata, trees, models, layers, opener, .. } = parts;
+        let secrets = Arc::clone(opener.registries.pull_secrets());
+        let publisher = Publisher::start(config, &opener);
         let cache = Cache::new(opener, &config.root);
         let snapshots = Snapshots::open(&config.root, Arc::clone(&metadata), layers)?;
         let mut listen = |name, path| listen(&mut inherited, keeper, name, path);
         let snapshotter_address = config.snapshotter.address.clone();
         let snapshotter_socket = listen(Name::Snapshotter, &snapshotter_address)?;
         let control_socket = listen(Name::Control, &config.control.address)?;
+        let cri = match &config.cri.address {
+            Some(address) => {
+                let (socket, containerd) =
+                    (listen(Name::Cri, address)?, config.cri.containerd.clone());
+                Some(CriProxy { socket, containerd, secrets })
+            }
+            None => None,
+        };
         let announcement = Announcement::new(&config.root, &config.control.address)
             .map_err(|source| OpenError::Io { path: config.root.clone(), source })?;
         let root = config.root.clone();
@@ -216,8 +250,10 @@ impl Daemon {
             control,
             snapshotter_socket,
             control_socket,
+            cri,
             announcement,
             keeper,
+            publisher,
             config: config.clone(),
         })
     }
@@ -247,6 +283,7 @@ impl Daemon {
         let snapshotter = containerd::serve_alone(snapshots, self.snapshotter_socket, wait());
         let mut snapshotter = snapshotter.map_err(DaemonError::Thread)?;
         let mut controller = tokio::spawn(control::serve(control, self.control_socket, wait()));
+        let cri = tokio::spawn(CriProxy::serve(self.cri, wait()));
         keeper.tell_ready();
         tokio::spawn(doctor::warn_at_start(self.config));
         let (result, running) = tokio::select! {
@@ -258,9 +295,9 @@ impl Daemon {
             ended = &mut controller => (flatten(ended), false),
         };
         keeper.tell_stopping();
-        drop(stopping);
+        drop((stopping, self.publisher));
         if running {
-            let servers = futures::future::join(&mut snapshotter, &mut controller);
+            let servers = futures::future::join3(&mut snapshotter, &mut controller, cri);
             if tokio::time::timeout(SHUTDOWN_DEADLINE, servers).await.is_err() {
                 warn!("connections did not end in time and are cut off");
             }
@@ -304,8 +341,11 @@ where
 
 fn opener(config: &Config, store: Arc<Store>) -> Result<Opener, DaemonError> {
     let registries = config.registries()?;
+    if config.cri.address.is_some() {
+        registries.pull_secrets().feed();
+    }
     let references = References::new(&config.root);
-    let indexes = Indexes::new(config.verify.referrers);
+    let indexes = config.indexes()?;
     Ok(Opener { registries, store, references, indexes, deadline: config.fetch.deadline })
 }
 
