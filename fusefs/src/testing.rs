@@ -10,8 +10,8 @@ use futures::future::BoxFuture;
 use futures::{FutureExt as _, StreamExt as _, stream};
 use tempfile::TempDir;
 use weightfs_store::{
-    Amount, Background, Blob, BlobId, ByteStream, CacheOptions, Digest, FetchOptions, Form, Layout,
-    Recheck, Source, SourceError, Store, StoreOptions, Verify,
+    Amount, Background, Blob, BlobId, ByteStream, CacheOptions, Digest, FetchOptions, Form,
+    KeepDigests, Layout, Recheck, Source, SourceError, Store, StoreOptions, Verify,
 };
 
 use crate::artifact::{Compression, LayerContent, LayerDescriptor};
@@ -125,7 +125,8 @@ pub fn open_store(root: &TempDir) -> Arc<Store> {
     let cache = CacheOptions { limit: None, min_free: Amount::Bytes(0) };
     let checkpoint_interval = Duration::from_secs(5);
     let (verify, recheck) = (Verify::Background, Recheck::AfterCrash);
-    let options = StoreOptions { fetch, cache, checkpoint_interval, verify, recheck };
+    let keep_digests = KeepDigests::WhereLimited;
+    let options = StoreOptions { fetch, cache, checkpoint_interval, verify, recheck, keep_digests };
     Store::open(root.path(), options).unwrap()
 }
 

@@ -332,6 +332,9 @@ pub struct IndexArgs {
     /// Write it to a file and push nothing
     #[arg(long, short, value_name = "FILE")]
     pub output: Option<PathBuf>,
+    /// Put this recorded load into it; without, the one that is kept here, if there is one
+    #[arg(long, value_name = "FILE")]
+    pub profile: Option<PathBuf>,
     /// Print JSON
     #[arg(long)]
     pub json: bool,

@@ -350,6 +350,7 @@ fn model_message(model: ShownModel) -> Model {
         size: model.stats.size,
         cached: model.stats.cached,
         fetched: model.stats.fetched,
+        rejected: model.stats.rejected,
         trust: trust_name(model.stats.trust).to_owned(),
         volume: model.volume,
         exclude: model.exclude,

@@ -49,7 +49,7 @@ use crate::rank::Ranks;
 use crate::read_ahead::{Advice, ReadAhead};
 use crate::segment::{Segments, View};
 use crate::shared::{Entered, Shared, lock};
-use crate::store::{Background, FetchOptions, touch};
+use crate::store::{Background, FetchOptions, KeepDigests, touch};
 use crate::trust::Judgement;
 use crate::{BlobId, Layout, ReadError, Source};
 
@@ -418,6 +418,14 @@ impl Blob {
 
     pub(crate) fn budget(&self) -> &Budget {
         &self.shared.budget
+    }
+
+    /// Whether the digests of its chunks are kept when the whole was hashed.
+    pub(crate) fn keeps_digests(&self) -> bool {
+        match self.shared.keep_digests {
+            KeepDigests::Always => true,
+            KeepDigests::WhereLimited => self.shared.budget.is_limited(),
+        }
     }
 
     pub(crate) fn loose(&self) -> &LooseChunks {

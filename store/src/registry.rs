@@ -171,6 +171,18 @@ impl Registries {
         self.get_manifest(from, &digest.to_string(), Some(digest)).await
     }
 
+    /// The manifest under a tag of that repository.
+    ///
+    /// # Errors
+    /// As [`Registries::resolve`].
+    pub async fn tagged_manifest(
+        &self,
+        from: &Repository,
+        tag: &str,
+    ) -> Result<Manifest, SourceError> {
+        self.get_manifest(from, tag, None).await
+    }
+
     /// A small blob (a config), whole and checked against its digest; refused over `limit` bytes.
     ///
     /// # Errors

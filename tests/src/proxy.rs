@@ -6,6 +6,7 @@
 mod answers;
 mod body;
 mod fault;
+mod referrers;
 mod signed;
 mod tokens;
 
@@ -29,10 +30,12 @@ use tokio::task::{JoinHandle, JoinSet};
 use tokio_rustls::TlsAcceptor;
 
 pub use self::fault::{Fault, Target, Total};
+pub use self::referrers::Filters;
 pub use self::signed::Signatures;
 use crate::certificates::Certificates;
 use crate::remote::{Credentials, block_on, spawn};
 use body::{Body, Mishap};
+use referrers::{Referrers, pushes_to};
 use tokens::Gate;
 
 /// A request that came in, and what it got.
@@ -76,6 +79,7 @@ struct State {
     tls: Option<Arc<ServerConfig>>,
     /// Requests that were counted for bursts.
     burst: AtomicUsize,
+    referrers: Mutex<Option<Referrers>>,
 }
 
 /// A running proxy.
@@ -118,6 +122,7 @@ impl Proxy {
             gate: Mutex::default(),
             tls,
             burst: AtomicUsize::new(0),
+            referrers: Mutex::default(),
         });
         let acceptor = Mutex::new(Some(accept_on(listener, &state)));
         Self { state, acceptor }
@@ -159,6 +164,11 @@ impl Proxy {
     /// From now on asks for bearer tokens, which its own `/token` gives for these credentials.
     pub fn require_tokens(&self, credentials: Credentials) {
         *self.state.gate.lock().unwrap() = Some(Gate::new(credentials));
+    }
+
+    /// From now on lists referrers, of those manifests that are pushed through it.
+    pub fn list_referrers(&self, filters: Filters) {
+        *self.state.referrers.lock().unwrap() = Some(Referrers::new(filters));
     }
 
     /// The same with tokens that live so long.
@@ -241,7 +251,14 @@ async fn answer(request: Request<Incoming>, state: Arc<State>) -> Answer {
     if let Some(refusal) = refusal {
         return Ok(refusal);
     }
+    let listed = state.referrers.lock().unwrap().as_ref().and_then(|known| known.list(&request));
+    if let Some(listed) = listed {
+        return Ok(listed);
+    }
     let fault = state.fault_for(&path);
+    if let Some(repository) = pushes_to(&request).filter(|_| fault.is_none()) {
+        return state.push_manifest(&repository, request).await;
+    }
     let ranged = request.headers().contains_key(RANGE);
     let response = match fault.clone() {
         Some(Fault::Hang) => {
@@ -259,6 +276,7 @@ async fn answer(request: Request<Incoming>, state: Arc<State>) -> Answer {
         Some(Fault::Bursts { of, refused, dated }) if state.is_in_burst(of, refused) => {
             return answers::busy(429, 1, dated);
         }
+        Some(Fault::Dragonfly { status, failed }) => return answers::dragonfly(status, failed),
         Some(Fault::Unsatisfiable) if ranged => return answers::bare(416),
         Some(Fault::Unsigned(signatures)) if !signatures.honour(request.uri()) => {
             return answers::bare(403);
@@ -319,7 +337,12 @@ impl State {
         let _ = self.faults.subscribe().wait_for(Vec::is_empty).await;
     }
 
-    async fn forward(&self, mut request: Request<Incoming>, whole: bool) -> Answer {
+    async fn forward<B>(&self, mut request: Request<B>, whole: bool) -> Answer
+    where
+        B: hyper::body::Body + Send + 'static,
+        B::Data: Send,
+        B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
+    {
         let stream = TcpStream::connect(&self.upstream).await?;
         let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream))
             .await

@@ -2,6 +2,8 @@
 //! Referrers"). Registries without that API keep a list under a tag made of the digest ("Referrers
 //! Tag Schema"); whoever pushes a referrer there adds it to the list.
 
+use std::collections::BTreeMap;
+
 use bytes::Bytes;
 use futures::future::join;
 use reqwest::header::CONTENT_TYPE;
@@ -42,6 +44,9 @@ pub struct Referrer {
     /// What it is; "" if it doesn't say.
     #[serde(default)]
     pub artifact_type: String,
+    /// The annotations of the manifest.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub annotations: BTreeMap<String, String>,
 }
 
 /// An image index as it is kept under a tag: what is not understood is kept as it is.
@@ -113,8 +118,9 @@ impl Registries {
         }
     }
 
-    /// Pushes `content` as an artifact of that type that refers to `subject`, and sees to it that
-    /// it is found. The digest of the manifest that carries it.
+    /// Pushes `content` as an artifact of that type, with these annotations, that refers to
+    /// `subject`, and sees to it that it is found. The digest of the manifest that carries it; the
+    /// same content gives the same manifest.
     ///
     /// # Errors
     /// When the registry can't be reached or refuses.
@@ -123,12 +129,13 @@ impl Registries {
         to: &Repository,
         subject: &Referrer,
         artifact_type: &str,
+        annotations: &BTreeMap<String, String>,
         content: &Bytes,
     ) -> Result<Digest, SourceError> {
         let config = self.push_blob(to, &Bytes::from_static(EMPTY_BYTES)).await?;
         let blob = self.push_blob(to, content).await?;
         let Referrer { media_type, digest: subject, size, .. } = subject;
-        let manifest = serde_json::json!({
+        let mut manifest = serde_json::json!({
             "schemaVersion": 2,
             "mediaType": MANIFEST,
             "artifactType": artifact_type,
@@ -136,13 +143,20 @@ impl Registries {
             "layers": [{"mediaType": artifact_type, "digest": blob, "size": content.len()}],
             "subject": {"mediaType": media_type, "digest": subject, "size": size},
         });
+        if !annotations.is_empty() {
+            manifest["annotations"] = serde_json::json!(annotations);
+        }
         let manifest = Bytes::from(manifest.to_string());
         let digest = Digest::of(&manifest);
         if !self.put_manifest(to, &digest.to_string(), MANIFEST, &manifest).await? {
-            let media_type = MANIFEST.to_owned();
-            let size = manifest.len() as u64;
-            let artifact_type = artifact_type.to_owned();
-            self.list(to, *subject, &Referrer { media_type, digest, size, artifact_type }).await?;
+            let referrer = Referrer {
+                media_type: MANIFEST.to_owned(),
+                digest,
+                size: manifest.len() as u64,
+                artifact_type: artifact_type.to_owned(),
+                annotations: annotations.clone(),
+            };
+            self.list(to, *subject, &referrer).await?;
         }
         Ok(digest)
     }

@@ -309,6 +309,22 @@ async fn many_mounts_at_once_ask_for_few_manifests_at_once() {
 }
 
 #[tokio::test]
+async fn a_mirror_may_have_its_repositories_below_a_path_and_learns_which_registry_is_meant() {
+    let data = noise(1000, 11);
+    let (mirror, registry) = (good_server(&data).await, good_server(&data).await);
+    let bed = Bed::new(&[&registry]);
+    let text = format!(
+        "server = \"http://{}\"\n[host.\"http://{}/v2/hub-cache\"]\noverride_path = true\n",
+        registry.address, mirror.address
+    );
+    std::fs::write(bed.dir.path().join(REGISTRY).join("hosts.toml"), text).unwrap();
+    assert_eq!(bed.first_byte(1000, 0..1).await.unwrap(), data[0]);
+    let path = mirror.take_requests().pop().unwrap().path;
+    let blob = Digest::of(b"x").to_string();
+    assert_eq!(path, format!("/v2/hub-cache/org/model/blobs/{blob}?ns={REGISTRY}"));
+}
+
+#[tokio::test]
 async fn hosts_that_change_are_asked_without_a_restart_and_nonsense_changes_nothing() {
     let data = noise(1000, 9);
     let (first, second) = (good_server(&data).await, good_server(&data).await);

@@ -74,6 +74,13 @@ pub(super) fn bare(status: u16) -> Answer {
     simple(Response::builder().status(status), Bytes::new())
 }
 
+/// Fails as Dragonfly's daemon does: with its word for who failed.
+pub(super) fn dragonfly(status: u16, failed: &str) -> Answer {
+    let status = StatusCode::from_u16(status).map_err(io::Error::other)?;
+    let builder = Response::builder().status(status);
+    simple(builder.header("x-dragonfly-error-type", failed), Bytes::new())
+}
+
 /// Asks to come again in so many seconds, in seconds or as a date.
 pub(super) fn busy(status: u16, seconds: u64, dated: bool) -> Answer {
     let end = SystemTime::now() + Duration::from_secs(seconds);

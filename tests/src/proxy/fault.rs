@@ -18,6 +18,8 @@ pub enum Target {
     Blobs,
     /// Requests for that blob.
     Blob(Digest),
+    /// Requests that begin to push a blob.
+    Uploads,
 }
 
 impl Target {
@@ -26,6 +28,7 @@ impl Target {
             Self::All => true,
             Self::Manifests => path.contains("/manifests/"),
             Self::Blobs => path.contains("/blobs/"),
+            Self::Uploads => path.ends_with("/blobs/uploads/"),
             Self::Blob(digest) => path.ends_with(&format!("/blobs/{digest}")),
         }
     }
