@@ -280,7 +280,11 @@ fn in_any_container(
     let small = bed.push(&small, "demo/small");
     let weightfs = Weightfs::new(&bed.area);
     let daemon = weightfs.serve(&bed.area);
-    let cri = CriOptions { snapshotter: SNAPSHOTTER, sandbox_image: small.clone() };
+    let cri = CriOptions {
+        snapshotter: SNAPSHOTTER,
+        sandbox_image: small.clone(),
+        user_namespaces: None,
+    };
     let options = ContainerdOptions {
         weightfs: Some(weightfs.snapshotter_socket()),
         cri: (road == Road::Volume).then_some(cri),
