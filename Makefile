@@ -32,8 +32,10 @@ help: ## Say what there is
 build: deps ## Build the program as it is installed: target/dist/weightfs
 	$(CARGO) build --profile dist --locked -p weightfs
 
-demo: deps ## A lazy mount and container beside a pull (MODEL_DIR=...)
+demo: deps ## A lazy mount and containers beside a pull (MODEL_DIR=...)
 	packaging/deps demo
+	packaging/containerd-package 1.7 $(TARGET)/containerd17 || true
+	packaging/containerd-package 2.1 $(TARGET)/containerd21 || true
 	$(CARGO) build --release --locked -p weightfs -p weightfs-tests --bins
 	$(AS_ROOT) $(TARGET)/release/demo
 
