@@ -22,7 +22,7 @@ SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
 AS_ROOT := $(if $(SUDO),$(SUDO) --preserve-env env PATH="$$PATH" HOME="$$HOME",)
 export CARGO_TARGET_DIR := $(TARGET)
 
-.PHONY: help build demo test test-matrix fuzz sanitize soak soak-store soak-contract soak-daemon bench check deps test-deps clean
+.PHONY: help build demo test test-matrix fuzz sanitize soak soak-store soak-contract soak-daemon bench simulate check deps test-deps clean
 
 help: ## Say what there is
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -87,6 +87,11 @@ bench: test-deps ## Measure it beside a pull (QUICK=1, ROUNDS=n, LOADERS=all)
 	$(CARGO) build --profile $(BENCH_PROFILE) --locked -p weightfs -p weightfs-tests \
 	    --bin weightfs --bin bench
 	$(AS_ROOT) timeout --kill-after=30 $(BENCH_TIMEOUT) $(BENCH_DIR)/bench
+
+simulate: deps ## Simulate many nodes that load one model (N=100,1000,3000 CHURN= SLOW= LATE=)
+	$(CARGO) run --release --locked -p weightfs-swarm --example simulate -- \
+	    --output $(TARGET)/bench $(if $(N),--nodes $(N)) $(if $(CHURN),--churn $(CHURN)) \
+	    $(if $(SLOW),--slow $(SLOW)) $(if $(LATE),--late $(LATE))
 
 check: deps $(DENY) ## Format, lints, documentation, licences and sources
 	$(CARGO) fmt --all --check
