@@ -64,6 +64,13 @@ pub enum Command {
     },
     /// Pull an image into containerd without its lazy layers
     Rpull(RpullArgs),
+    /// Make containerd show an artifact as it was pushed, for its containers
+    ///
+    /// Prints the directory to bind, and the argument of `ctr run` that does so. Nothing of the
+    /// artifact is fetched before it is read. It stays until `weightfs release`.
+    Prepare(PrepareArgs),
+    /// Take away what `weightfs prepare` made
+    Release(ReleaseArgs),
     /// Push an image of the model beside it, for containers; uploads no weights
     Image(ImageArgs),
     /// Push an index of the artifact beside it: its files, and a digest for each chunk
@@ -222,12 +229,9 @@ pub struct MountArgs {
     pub detached: bool,
 }
 
-/// `weightfs rpull`
+/// A containerd, and what it knows the snapshotter by
 #[derive(Debug, Args)]
-pub struct RpullArgs {
-    /// The image: host/repository:tag or host/repository@digest
-    #[arg(value_name = "IMAGE", value_parser = parse_reference)]
-    pub image: Reference,
+pub struct ContainerdArgs {
     /// containerd's socket
     #[arg(long, value_name = "SOCKET", default_value = "/run/containerd/containerd.sock")]
     pub address: PathBuf,
@@ -237,6 +241,48 @@ pub struct RpullArgs {
     /// The name that containerd knows the snapshotter by
     #[arg(long, value_name = "NAME", default_value = "weightfs")]
     pub snapshotter: String,
+}
+
+/// `weightfs rpull`
+#[derive(Debug, Args)]
+pub struct RpullArgs {
+    /// The image: host/repository:tag or host/repository@digest
+    #[arg(value_name = "IMAGE", value_parser = parse_reference)]
+    pub image: Reference,
+    /// Which containerd.
+    #[command(flatten)]
+    pub containerd: ContainerdArgs,
+    /// Print JSON
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// `weightfs prepare`
+#[derive(Debug, Args)]
+pub struct PrepareArgs {
+    /// The artifact: host/repository:tag or host/repository@digest
+    #[arg(value_name = "REF", value_parser = parse_reference)]
+    pub reference: Reference,
+    /// Which containerd.
+    #[command(flatten)]
+    pub containerd: ContainerdArgs,
+    /// Where a container shall have it: what is printed says so
+    #[arg(long, value_name = "DIR", default_value = "/models")]
+    pub target: String,
+    /// Print JSON
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// `weightfs release`
+#[derive(Debug, Args)]
+pub struct ReleaseArgs {
+    /// The artifact, as it was named to `weightfs prepare`
+    #[arg(value_name = "REF", value_parser = parse_reference)]
+    pub reference: Reference,
+    /// Which containerd.
+    #[command(flatten)]
+    pub containerd: ContainerdArgs,
     /// Print JSON
     #[arg(long)]
     pub json: bool,

@@ -7,6 +7,7 @@ pub mod index;
 pub mod ls;
 pub mod mount;
 pub mod node;
+pub mod prepare;
 pub mod progress;
 pub mod pull;
 pub mod reach;

@@ -12,8 +12,8 @@ use bytesize::ByteSize;
 use serde::{Deserialize, Serialize};
 use toml::{Table, Value};
 use weightfs_store::{
-    Amount, Background, CacheOptions, FetchOptions, Recheck, Registries, RegistryOptions,
-    SourceError, StoreOptions, Verify,
+    AccessOptions, Amount, Background, CacheOptions, Dragonfly, FetchOptions, Recheck, Registries,
+    RegistryOptions, SourceError, StoreOptions, Verify,
 };
 
 use crate::indexes::IndexPolicy;
@@ -81,13 +81,30 @@ const KEYS: &[(&str, &str)] = &[
         "mirrors.hosts_dir",
         "containerd's directory of hosts.toml files, for registries that have no table here.",
     ),
+    (
+        "dragonfly.endpoint",
+        "The proxy of Dragonfly's daemon on this node (\"http://127.0.0.1:4001\"): blobs are fetched through it first. Unset: not used.",
+    ),
+    (
+        "dragonfly.tag",
+        "Keeps Dragonfly's tasks apart from those with another tag, or with none, on all nodes.",
+    ),
     ("registry.*.plain_http", "Plain HTTP. Unset: only on loopback, as docker does it."),
     ("registry.*.ca_file", "PEM file of certificate authorities besides the system's."),
 ];
 
 /// The tables, in the order in which they are printed; those of registries follow.
-const SECTIONS: [&str; 8] =
-    ["snapshotter", "control", "containerd", "cache", "verify", "fetch", "credentials", "mirrors"];
+const SECTIONS: [&str; 9] = [
+    "snapshotter",
+    "control",
+    "containerd",
+    "cache",
+    "verify",
+    "fetch",
+    "credentials",
+    "mirrors",
+    "dragonfly",
+];
 
 /// What WeightFS was told.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -111,6 +128,8 @@ pub struct Config {
     pub credentials: CredentialsConfig,
     /// Other hosts that answer for registries.
     pub mirrors: MirrorsConfig,
+    /// Dragonfly.
+    pub dragonfly: DragonflyConfig,
     /// Registries by `host` or `host:port`.
     pub registry: BTreeMap<String, RegistryConfig>,
 }
@@ -262,6 +281,24 @@ pub struct CredentialsConfig {
     pub docker_config: Option<PathBuf>,
 }
 
+/// `[dragonfly]`
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct DragonflyConfig {
+    /// The proxy of its daemon.
+    pub endpoint: Option<String>,
+    /// What keeps its tasks apart.
+    pub tag: Option<String>,
+}
+
+impl DragonflyConfig {
+    /// The daemon, if there is one, or what is wrong with it, in words.
+    fn daemon(&self) -> Option<Result<Dragonfly, String>> {
+        let endpoint = self.endpoint.as_deref()?;
+        Some(Dragonfly::new(endpoint, self.tag.as_deref()))
+    }
+}
+
 /// `[registry."host:port"]`
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
@@ -284,6 +321,7 @@ impl Default for Config {
             fetch: FetchConfig::default(),
             credentials: CredentialsConfig::default(),
             mirrors: MirrorsConfig::default(),
+            dragonfly: DragonflyConfig::default(),
             registry: BTreeMap::new(),
         }
     }
@@ -455,6 +493,9 @@ impl Config {
                 "can't be \"signed\" yet: signatures are not checked; use \"same-repository\" or \"off\"",
             );
         }
+        if let Some(Err(problem)) = self.dragonfly.daemon() {
+            return bad("dragonfly.endpoint", &format!("can't be used: {problem}"));
+        }
         if !(1..=256).contains(&fetch.connections) {
             return bad("fetch.connections", "must be from 1 to 256");
         }
@@ -504,10 +545,18 @@ impl Config {
             ca_file: registry.ca_file.clone(),
         };
         let registries = self.registry.iter();
-        let options = registries.map(|(host, registry)| (host.clone(), options(registry)));
-        let hosts_dir = Some(self.mirrors.hosts_dir.clone());
-        let docker_config = self.credentials.docker_config.clone();
-        Registries::new(options.collect(), hosts_dir, docker_config, self.fetch.deadline)
+        let registries = registries.map(|(host, registry)| (host.clone(), options(registry)));
+        let unusable = |message| SourceError::Unreachable {
+            source_name: "the configuration's dragonfly.endpoint".to_owned(),
+            message,
+        };
+        Registries::new(AccessOptions {
+            registries: registries.collect(),
+            hosts_dir: Some(self.mirrors.hosts_dir.clone()),
+            docker_config: self.credentials.docker_config.clone(),
+            dragonfly: self.dragonfly.daemon().transpose().map_err(unusable)?,
+            timeout: self.fetch.deadline,
+        })
     }
 
     /// The whole configuration as commented TOML; read again, it gives the same.

@@ -265,9 +265,9 @@ fn code(error: &SnapshotError) -> Code {
     match error {
         SnapshotError::NotFound { .. } | SnapshotError::NoParent { .. } => Code::NotFound,
         SnapshotError::AlreadyExists { .. } => Code::AlreadyExists,
-        SnapshotError::HasChildren { .. } | SnapshotError::WrongKind { .. } => {
-            Code::FailedPrecondition
-        }
+        SnapshotError::HasChildren { .. }
+        | SnapshotError::WrongKind { .. }
+        | SnapshotError::Refused { .. } => Code::FailedPrecondition,
         SnapshotError::ParentNotCommitted { .. }
         | SnapshotError::Immutable { .. }
         | SnapshotError::Size { .. }

@@ -1,7 +1,7 @@
-//! Layers of images, mounted lazily for the snapshots service.
+//! Layers of images, and whole artifacts, mounted lazily for the snapshots service.
 //!
-//! Invariant: what can't be lazy is declined with a reason, never with an error: containerd then
-//! pulls the layer as it would pull any.
+//! Invariant: a layer that can't be lazy is declined with a reason, never with an error: containerd
+//! then pulls it as it would pull any.
 
 use std::num::NonZeroUsize;
 use std::path::PathBuf;
@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use futures::future::join;
 use lru::LruCache;
-use serde::{Deserialize, Serialize};
+use serde::Deserialize as _;
 use tonic::async_trait;
 use tracing::{error, info, warn};
 use weightfs_fusefs::index::Index;
@@ -17,8 +17,9 @@ use weightfs_fusefs::{Artifact, Compression, LayerContent, LayerDescriptor, Quie
 use weightfs_store::{Digest, Reference, parse_reference};
 
 use crate::metadata::{LazySnapshot, Metadata, Usage};
+use crate::profiles;
 use crate::reason::Reason;
-use crate::snapshots::{LayerMounter, LayerRequest, LazyLayer, Verdict};
+use crate::snapshots::{LayerMounter, LayerRequest, LazyLayer, Subject, Verdict};
 use crate::trees::{LayerRecord, OpenTree, Opener, TreeRecord, Trees};
 
 /// Manifests that are remembered: containerd asks for each layer of an image in turn.
@@ -32,14 +33,6 @@ pub struct ImageLayers {
     metadata: Arc<Metadata>,
     min_layer_bytes: u64,
     manifests: Mutex<LruCache<Digest, Arc<Artifact>>>,
-}
-
-/// What is remembered of a lazy layer with its snapshot. The layers below it are those of its
-/// parent.
-#[derive(Debug, Serialize, Deserialize)]
-struct Remembered {
-    layer: LayerRecord,
-    over_foreign: bool,
 }
 
 impl ImageLayers {
@@ -84,27 +77,27 @@ impl ImageLayers {
     }
 
     async fn mend_one(&self, snapshot: &LazySnapshot) -> Result<(), String> {
-        let remembered = remembered(snapshot)?;
-        let layer = self.opener.open_layer(&remembered.layer, None, &Quiet).await;
-        layer.map_err(|error| error.to_string())?;
+        for layer in &remembered(snapshot)?.layers {
+            let layer = self.opener.open_layer(layer, None, &Quiet).await;
+            layer.map_err(|error| error.to_string())?;
+        }
         self.restore_one(snapshot)
     }
 
     fn restore_one(&self, snapshot: &LazySnapshot) -> Result<(), String> {
-        let remembered = remembered(snapshot)?;
+        let record = remembered(snapshot)?;
         let below = match snapshot.parent_tree {
             Some(tree) => Some(self.trees.get(tree).ok_or("its parent is not shown")?),
             None => None,
         };
-        let record =
-            TreeRecord { layers: vec![remembered.layer], over_foreign: remembered.over_foreign };
         let own = self.opener.reopen(record).map_err(|error| error.to_string())?;
-        let tree = stack(below.as_deref(), own);
+        let tree = own.over(below.as_deref());
         self.trees.show(snapshot.tree, tree).map_err(|error| error.to_string())
     }
 
-    async fn try_mount(&self, request: &LayerRequest) -> Result<LazyLayer, Reason> {
-        let (reference, manifest, digest) = identify(request)?;
+    async fn mount_layer(&self, request: &LayerRequest) -> Result<LazyLayer, Reason> {
+        let (reference, manifest) = artifact_of(request)?;
+        let digest = layer_of(request)?;
         let artifact = self.artifact(&reference, manifest).await?;
         let descriptor =
             artifact.layers.iter().find(|layer| layer.digest == digest).ok_or_else(|| {
@@ -130,16 +123,43 @@ impl ImageLayers {
         let layer =
             LayerRecord { descriptor: descriptor.clone(), repository: artifact.repository.clone() };
         let open = opener.open_layer(&layer, index.as_deref(), &Quiet).await?;
-        let record = TreeRecord { layers: vec![layer.clone()], over_foreign };
+        let record = TreeRecord { layers: vec![layer], over_foreign };
+        let open = OpenTree::new(vec![open], record);
+        self.show(&reference, manifest, below.as_deref(), open).await
+    }
+
+    async fn mount_artifact(&self, request: &LayerRequest) -> Result<LazyLayer, Reason> {
+        let (reference, manifest) = artifact_of(request)?;
+        if request.has_parent {
+            return Err(Reason::bad_labels("an artifact goes on top of no other snapshot"));
+        }
+        let artifact = self.artifact(&reference, manifest).await?;
+        let open = self.opener.open(&artifact, &Quiet).await?;
+        match profiles::choose(&self.opener.store, manifest, None) {
+            Ok(Some(profile)) => profile.expect(&open.layers),
+            Ok(None) => {}
+            // It only says what comes first.
+            Err(error) => warn!(%manifest, %error, "the recorded load is not gone by"),
+        }
+        self.show(&reference, manifest, None, open).await
+    }
+
+    /// Shows a tree on top of the one `below`.
+    async fn show(
+        &self,
+        reference: &Reference,
+        manifest: Digest,
+        below: Option<&OpenTree>,
+        open: OpenTree,
+    ) -> Result<LazyLayer, Reason> {
+        let record = open.record.clone();
         let name = reference.whole();
         // Each waits for the disk.
         let (number, ()) =
             join(self.allocate(), self.opener.remember(&name, manifest, &record)).await;
         let number = number?;
-        let tree = stack(below.as_deref(), OpenTree { layers: vec![open], record });
-        self.trees.show(number, tree)?;
-        let record = serde_json::to_value(Remembered { layer, over_foreign });
-        match record {
+        self.trees.show(number, open.over(below))?;
+        match serde_json::to_value(&record) {
             Ok(record) => Ok(LazyLayer { tree: number, record }),
             Err(error) => {
                 self.unmount(number).await;
@@ -200,9 +220,15 @@ impl ImageLayers {
 #[async_trait]
 impl LayerMounter for ImageLayers {
     async fn mount(&self, request: LayerRequest) -> Verdict {
-        match self.try_mount(&request).await {
-            Ok(lazy) => Verdict::Lazy(lazy),
-            Err(reason) => Verdict::Ordinary { reason },
+        match request.subject {
+            Subject::Layer => match self.mount_layer(&request).await {
+                Ok(lazy) => Verdict::Lazy(lazy),
+                Err(reason) => Verdict::Ordinary { reason },
+            },
+            Subject::Artifact => match self.mount_artifact(&request).await {
+                Ok(lazy) => Verdict::Lazy(lazy),
+                Err(reason) => Verdict::Refused { reason },
+            },
         }
     }
 
@@ -221,38 +247,34 @@ impl LayerMounter for ImageLayers {
     }
 
     fn usage(&self, tree: TreeNumber) -> Usage {
-        let tree = self.trees.get(tree);
-        let top = tree.as_ref().and_then(|tree| tree.layers.last());
-        top.map_or(Usage::default(), |layer| Usage {
-            bytes: layer.blob.stats().cached,
-            inodes: layer.listing.entries().len() as u64,
-        })
+        let Some(tree) = self.trees.get(tree) else { return Usage::default() };
+        let entries = tree.own_layers().iter().map(|layer| layer.listing.entries().len() as u64);
+        Usage { bytes: tree.own_stats().cached, inodes: entries.sum() }
     }
 }
 
-fn remembered(snapshot: &LazySnapshot) -> Result<Remembered, String> {
-    Remembered::deserialize(&snapshot.record).map_err(|error| error.to_string())
+/// What was remembered of a lazy snapshot: its own layers. Those below are its parent's.
+fn remembered(snapshot: &LazySnapshot) -> Result<TreeRecord, String> {
+    TreeRecord::deserialize(&snapshot.record).map_err(|error| error.to_string())
 }
 
-/// A layer on top of the layers of a tree.
-fn stack(below: Option<&OpenTree>, top: OpenTree) -> OpenTree {
-    let Some(below) = below else { return top };
-    let mut tree = below.clone();
-    tree.layers.extend(top.layers);
-    tree.record.layers.extend(top.record.layers);
-    tree
-}
-
-/// Which layer of which image containerd speaks of.
-fn identify(request: &LayerRequest) -> Result<(Reference, Digest, Digest), Reason> {
-    let missing = |what: &str| Reason::NoAnnotations { missing: what.to_owned() };
+/// Which artifact containerd speaks of.
+fn artifact_of(request: &LayerRequest) -> Result<(Reference, Digest), Reason> {
     let image = request.image_ref.as_ref().ok_or_else(|| missing("which image it is of"))?;
     let manifest = request.manifest_digest.as_ref().ok_or_else(|| missing("its manifest"))?;
-    let layer = request.layer_digest.as_ref().ok_or_else(|| missing("its digest"))?;
     let reference = parse_reference(image)
         .map_err(|error| Reason::bad_labels(format!("{image:?}: {error}")))?;
-    let digest = |text: &String| text.parse::<Digest>().map_err(Reason::bad_labels);
-    Ok((reference, digest(manifest)?, digest(layer)?))
+    Ok((reference, manifest.parse::<Digest>().map_err(Reason::bad_labels)?))
+}
+
+/// Which layer of it.
+fn layer_of(request: &LayerRequest) -> Result<Digest, Reason> {
+    let layer = request.layer_digest.as_ref().ok_or_else(|| missing("its digest"))?;
+    layer.parse().map_err(Reason::bad_labels)
+}
+
+fn missing(what: &str) -> Reason {
+    Reason::NoAnnotations { missing: what.to_owned() }
 }
 
 #[cfg(test)]
@@ -280,8 +302,10 @@ mod tests {
                 pairs.map(|(name, value)| (name.to_owned(), value.to_owned())).collect();
             let request = LayerRequest::new("chain", &labels, None, false);
             assert!(!request.annotations.contains_key("foreign"));
-            match identify(&request) {
-                Ok((_, manifest, layer)) => {
+            let named = artifact_of(&request).and_then(|of| Ok((of, layer_of(&request)?)));
+            match named {
+                Ok(((_, manifest), layer)) => {
+                    assert_eq!(request.subject, Subject::Layer);
                     assert_eq!(request.manifest_digest, Some(manifest.to_string()));
                     assert_eq!(request.layer_digest, Some(layer.to_string()));
                 }

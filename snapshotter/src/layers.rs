@@ -9,7 +9,7 @@ use weightfs_store::Reference;
 
 use crate::metadata::{Backing, Index, Metadata, Record};
 use crate::reason::LAZY;
-use crate::snapshots::layer::{IMAGE_REF, LAYER_DIGEST};
+use crate::snapshots::layer::{IMAGE_REF, LAYER_DIGEST, MANIFEST_DIGEST};
 use crate::trees::{Trees, trust_name};
 
 /// All layers: images one after the other, of each the lowest layer first.
@@ -67,21 +67,25 @@ fn layer(record: &Record, trees: &Trees) -> Option<Layer> {
         snapshot: record.info.name.clone(),
         parent: record.info.parent.clone().unwrap_or_default(),
         image: label(record, IMAGE_REF).to_owned(),
-        digest: label(record, LAYER_DIGEST).to_owned(),
+        // A whole artifact is known by its manifest.
+        digest: [LAYER_DIGEST, MANIFEST_DIGEST]
+            .map(|name| label(record, name))
+            .into_iter()
+            .find(|digest| !digest.is_empty())
+            .unwrap_or_default()
+            .to_owned(),
         ..Layer::default()
     };
     match &record.backing {
         Backing::Lazy { tree, .. } => {
-            let shown = trees.get(*tree);
-            let blob = shown.as_ref().and_then(|tree| tree.layers.last());
             let lazy = Layer { mode: LAZY.to_owned(), ..named };
-            Some(match blob.map(|layer| layer.blob.stats()) {
+            Some(match trees.get(*tree).map(|tree| tree.own_stats()) {
                 None => lazy,
-                Some(blob) => Layer {
-                    size: blob.size,
-                    cached: blob.cached,
-                    fetched: blob.fetched,
-                    trust: trust_name(blob.trust).to_owned(),
+                Some(own) => Layer {
+                    size: own.size,
+                    cached: own.cached,
+                    fetched: own.fetched,
+                    trust: trust_name(own.trust).to_owned(),
                     ..lazy
                 },
             })

@@ -4,6 +4,7 @@
 pub mod bind;
 pub mod cache;
 pub mod cli;
+pub mod client;
 pub mod config;
 pub mod containerd;
 pub mod control;
@@ -20,6 +21,7 @@ pub mod model_image;
 pub mod models;
 pub mod node;
 pub mod owner;
+pub mod prepare;
 pub mod profiles;
 pub mod reason;
 pub mod references;

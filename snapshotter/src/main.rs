@@ -65,6 +65,8 @@ fn run(cli: Cli) -> anyhow::Result<ExitCode> {
         }
         Command::Pull(arguments) => runtime.block_on(commands::pull::run(&config, arguments)),
         Command::Rpull(arguments) => runtime.block_on(commands::rpull::run(&config, arguments)),
+        Command::Prepare(arguments) => runtime.block_on(commands::prepare::run(&config, arguments)),
+        Command::Release(arguments) => runtime.block_on(commands::prepare::run_release(arguments)),
         Command::Status { subject, json } => {
             runtime.block_on(commands::status::run(&config, subject, json))
         }

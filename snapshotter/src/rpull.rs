@@ -4,8 +4,6 @@
 //! Invariants: everything is written under a lease, so a pull that fails leaves nothing for
 //! longer than containerd's next garbage collection; the image's name is set last.
 
-mod containerd;
-
 use std::collections::HashMap;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -21,10 +19,8 @@ use tokio::sync::OnceCell;
 use weightfs_fusefs::{Artifact, ArtifactError, Platform};
 use weightfs_store::{Digest, DigestError, Reference, Registries, SourceError};
 
-use self::containerd::{Containerd, Prepared};
-
-/// Label that names the chain ID of the layer that a Prepare is for.
-const SNAPSHOT_REF: &str = "containerd.io/snapshot.ref";
+use crate::client::{Answer, ClientError, Collect, Containerd};
+use crate::metadata::SNAPSHOT_REF;
 
 /// Prefix of the annotations that containerd passes on to a snapshotter.
 const SNAPSHOT_PREFIX: &str = "containerd.io/snapshot/";
@@ -42,32 +38,9 @@ const CONTENTS_AT_ONCE: usize = 3;
 /// Why a pull failed.
 #[derive(Debug, thiserror::Error)]
 pub enum RpullError {
-    /// Nobody answers at containerd's socket.
-    #[error("containerd at {}: {message}; is it running? --address names its socket", address.display())]
-    Unreachable {
-        /// The socket.
-        address: PathBuf,
-        /// What the transport said.
-        message: String,
-    },
-    /// containerd refused a call.
-    #[error("containerd: {call}: {message} ({code:?})")]
-    Containerd {
-        /// Service and method.
-        call: &'static str,
-        /// The gRPC status code.
-        code: tonic::Code,
-        /// What containerd said.
-        message: String,
-    },
-    /// A name that can't be sent.
-    #[error("{what} {name:?} has characters that containerd does not allow")]
-    BadName {
-        /// What is named.
-        what: &'static str,
-        /// The name.
-        name: String,
-    },
+    /// containerd did not do what it was asked.
+    #[error(transparent)]
+    Client(#[from] ClientError),
     /// The reference names no image.
     #[error(transparent)]
     Artifact(#[from] ArtifactError),
@@ -80,14 +53,6 @@ pub enum RpullError {
         what: &'static str,
         /// What is wrong.
         message: String,
-    },
-    /// A size that no containerd can hold.
-    #[error("blob {digest}: {size} bytes are more than containerd can hold")]
-    TooLarge {
-        /// The blob.
-        digest: Digest,
-        /// Its size, in bytes.
-        size: u64,
     },
     /// Another pull is unpacking the layer at this moment.
     #[error("containerd: snapshot {key:?} is in use by another pull; try again when it is done")]
@@ -213,8 +178,8 @@ pub async fn pull(
     }
     .await;
     // The result of the pull says more than that its lease has to expire by itself.
-    let released = containerd.release().await;
-    result.and_then(|layers| released.map(|()| layers))
+    let released = containerd.release(Collect::Later).await;
+    result.and_then(|layers| Ok(released.map(|()| layers)?))
 }
 
 impl ImageParts {
@@ -269,7 +234,8 @@ impl ImageParts {
             // It may have been there, with another snapshotter's label.
             containerd.label_content(config, keeps).await
         };
-        try_join(manifest, config).await.map(drop)
+        try_join(manifest, config).await?;
+        Ok(())
     }
 
     /// Where each layer goes.
@@ -311,10 +277,10 @@ impl ImageParts {
                 return Ok(());
             }
             let source = registries.source(&self.artifact.repository, digest, size);
-            let bytes = source.fetch(0..size).await.map_err(RpullError::Source)?;
+            let bytes = source.fetch(0..size).await?;
             containerd.write(digest, size, bytes, HashMap::new()).await
         };
-        layer.content.get_or_try_init(fetch).await.copied()
+        Ok(layer.content.get_or_try_init(fetch).await.copied()?)
     }
 
     /// All layers, each on those below it.
@@ -350,15 +316,15 @@ impl ImageParts {
         let key = format!("extract-{}-{index} {chain_id}", std::process::id());
         let labels = self.labels(layer, place);
         let mounts = match containerd.prepare(&key, parent, labels.clone()).await? {
-            Prepared::Unpack(mounts) => mounts,
-            Prepared::Exists if containerd.has_snapshot(chain_id).await? => {
+            Answer::Made(mounts) => mounts,
+            Answer::Exists if containerd.has_snapshot(chain_id).await? => {
                 return Ok(done(LayerResult::Lazy));
             }
-            Prepared::Exists => return Err(RpullError::Busy { key }),
+            Answer::Exists => return Err(RpullError::Busy { key }),
         };
         let unpacked = self.unpack(registries, containerd, layer, mounts).await;
         let committed = match unpacked {
-            Ok(()) => containerd.commit(&key, chain_id, labels).await,
+            Ok(()) => containerd.commit(&key, chain_id, labels).await.map_err(RpullError::from),
             Err(error) => Err(error),
         };
         if let Err(error) = committed {
@@ -429,7 +395,7 @@ impl ImageParts {
             size: i64::try_from(self.artifact.manifest.len()).unwrap_or(i64::MAX),
             annotations: HashMap::new(),
         };
-        containerd.put_image(&self.name, target).await
+        Ok(containerd.put_image(&self.name, target).await?)
     }
 }
 

@@ -34,7 +34,7 @@ use tokio::runtime::Handle;
 pub use self::decisions::Decisions;
 pub use self::error::SnapshotError;
 pub use self::handshake::Prepared;
-pub use self::layer::{LayerMounter, LayerRequest, LazyLayer, LazyParent, Verdict};
+pub use self::layer::{LayerMounter, LayerRequest, LazyLayer, LazyParent, Subject, Verdict};
 pub use self::mounts::{Mount, MountKind};
 pub use crate::metadata::{
     Backing, Kind, LazySnapshot, Metadata, MetadataError, Record, SnapshotInfo, TreeNumber, Usage,

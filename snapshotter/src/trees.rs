@@ -108,6 +108,8 @@ pub struct OpenTree {
     pub layers: Vec<Arc<OpenLayer>>,
     /// The same, as it is remembered.
     pub record: TreeRecord,
+    /// How many of them are those of the tree below.
+    below: usize,
 }
 
 /// Numbers of a tree's blobs, each counted once.
@@ -175,7 +177,7 @@ impl Opener {
             .buffered(LAYERS_AT_ONCE)
             .try_collect()
             .await?;
-        Ok(OpenTree { layers, record: TreeRecord { layers: records, over_foreign: false } })
+        Ok(OpenTree::new(layers, TreeRecord { layers: records, over_foreign: false }))
     }
 
     /// Opens a layer, by what an index says of it where there is one. A layer of which enough is
@@ -277,11 +279,32 @@ impl Opener {
                 .ok_or(TreesError::Forgotten(descriptor.digest))
         };
         let layers = record.layers.iter().map(reopen).collect::<Result<_, _>>()?;
-        Ok(OpenTree { layers, record })
+        Ok(OpenTree::new(layers, record))
     }
 }
 
 impl OpenTree {
+    /// Open layers, none of them another tree's.
+    pub const fn new(layers: Vec<Arc<OpenLayer>>, record: TreeRecord) -> Self {
+        Self { layers, record, below: 0 }
+    }
+
+    /// It on top of another tree.
+    #[must_use]
+    pub fn over(self, below: Option<&Self>) -> Self {
+        let Some(below) = below else { return self };
+        let mut tree = below.clone();
+        tree.below = below.layers.len();
+        tree.layers.extend(self.layers);
+        tree.record.layers.extend(self.record.layers);
+        tree
+    }
+
+    /// The layers that it has beyond those of the tree below.
+    pub fn own_layers(&self) -> &[Arc<OpenLayer>] {
+        self.layers.get(self.below..).unwrap_or_default()
+    }
+
     /// The tree that the layers make.
     ///
     /// # Errors
@@ -293,21 +316,30 @@ impl OpenTree {
 
     /// Numbers of its blobs.
     pub fn stats(&self) -> TreeStats {
-        let mut seen: Vec<BlobId> = Vec::new();
-        self.layers.iter().fold(TreeStats::nothing(), |sum, layer| {
-            if seen.contains(&layer.blob.id()) {
-                return sum;
-            }
-            seen.push(layer.blob.id());
-            let blob = layer.blob.stats();
-            TreeStats {
-                size: sum.size + blob.size,
-                cached: sum.cached + blob.cached,
-                fetched: sum.fetched + blob.fetched,
-                trust: least(sum.trust, blob.trust),
-            }
-        })
+        stats_of(&self.layers)
     }
+
+    /// Numbers of the blobs of its own layers.
+    pub fn own_stats(&self) -> TreeStats {
+        stats_of(self.own_layers())
+    }
+}
+
+fn stats_of(layers: &[Arc<OpenLayer>]) -> TreeStats {
+    let mut seen: Vec<BlobId> = Vec::new();
+    layers.iter().fold(TreeStats::nothing(), |sum, layer| {
+        if seen.contains(&layer.blob.id()) {
+            return sum;
+        }
+        seen.push(layer.blob.id());
+        let blob = layer.blob.stats();
+        TreeStats {
+            size: sum.size + blob.size,
+            cached: sum.cached + blob.cached,
+            fetched: sum.fetched + blob.fetched,
+            trust: least(sum.trust, blob.trust),
+        }
+    })
 }
 
 /// The layers of an artifact, as they are remembered.

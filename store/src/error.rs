@@ -71,6 +71,11 @@ pub enum SourceError {
 }
 
 impl SourceError {
+    /// Whether the host says that it is asked too much.
+    pub fn is_complaint(&self) -> bool {
+        matches!(self, Self::Status { status: 429 | 503, .. })
+    }
+
     /// Whether another try may mend it.
     pub fn may_pass(&self) -> bool {
         match self {

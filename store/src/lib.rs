@@ -44,7 +44,8 @@ pub use error::{OpenError, ReadError, SourceError};
 pub use layout::{CHUNK_BYTES, Layout, LayoutError};
 pub use oci_client::{ParseError, Reference};
 pub use registry::{
-    MAX_MANIFEST_BYTES, Manifest, Registries, RegistryOptions, Repository, parse_reference,
+    AccessOptions, Dragonfly, MAX_MANIFEST_BYTES, Manifest, Registries, RegistryOptions,
+    Repository, parse_reference,
 };
 pub use source::{ByteStream, Source, in_order};
 pub use store::{

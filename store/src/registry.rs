@@ -8,6 +8,7 @@
 mod auth;
 mod blob;
 mod clients;
+mod dragonfly;
 mod endpoints;
 mod health;
 mod host;
@@ -31,6 +32,7 @@ use reqwest::{Response, StatusCode};
 use serde::{Deserialize, Serialize};
 
 use self::blob::BlobSource;
+pub use self::dragonfly::Dragonfly;
 use self::host::Host;
 pub use self::reference::parse_reference;
 pub use self::referrers::Referrer;
@@ -84,13 +86,38 @@ const FAIL_OVER_AFTER: Duration = Duration::from_secs(3);
 const DOCKER_MANIFEST: &str = "application/vnd.docker.distribution.manifest.v2+json";
 const DOCKER_INDEX: &str = "application/vnd.docker.distribution.manifest.list.v2+json";
 
+/// How registries are reached.
+#[derive(Debug, Clone)]
+pub struct AccessOptions {
+    /// What is known of some, by `host` or `host:port`.
+    pub registries: BTreeMap<String, RegistryOptions>,
+    /// containerd's directory with a hosts.toml for each registry, for those not in `registries`.
+    pub hosts_dir: Option<PathBuf>,
+    /// The directory with docker's config.json. Unset: `$DOCKER_CONFIG`, else `~/.docker`.
+    pub docker_config: Option<PathBuf>,
+    /// Dragonfly's daemon on this node, through which blobs are fetched first.
+    pub dragonfly: Option<Dragonfly>,
+    /// Bounds a request for a manifest or a small blob, with its authentication; a connection that
+    /// gives no byte for so long (10 s at the most) is given up.
+    pub timeout: Duration,
+}
+
+impl Default for AccessOptions {
+    fn default() -> Self {
+        Self {
+            registries: BTreeMap::new(),
+            hosts_dir: None,
+            docker_config: None,
+            dragonfly: None,
+            timeout: Duration::from_secs(30),
+        }
+    }
+}
+
 /// The registries that this process talks to, with their connections and tokens.
 #[derive(Debug)]
 pub struct Registries {
-    options: BTreeMap<String, RegistryOptions>,
-    hosts_dir: Option<PathBuf>,
-    docker_config: Option<PathBuf>,
-    timeout: Duration,
+    options: AccessOptions,
     hosts: Mutex<LruCache<String, Hosts>>,
 }
 
@@ -98,24 +125,13 @@ pub struct Registries {
 type Hosts = Arc<[Arc<Host>]>;
 
 impl Registries {
-    /// `options` by `host` or `host:port`. `hosts_dir` is containerd's directory with a hosts.toml
-    /// for each registry, for those that are not in `options`. `docker_config` is the directory with docker's
-    /// config.json (default: `$DOCKER_CONFIG`, else `~/.docker`). `timeout` bounds a request for
-    /// a manifest or a small blob, with its authentication; a connection that gives no byte for
-    /// so long (10 s at the most) is given up.
-    ///
     /// # Errors
     /// When a registry's CA file can't be used.
-    pub fn new(
-        options: BTreeMap<String, RegistryOptions>,
-        hosts_dir: Option<PathBuf>,
-        docker_config: Option<PathBuf>,
-        timeout: Duration,
-    ) -> Result<Arc<Self>, SourceError> {
+    pub fn new(options: AccessOptions) -> Result<Arc<Self>, SourceError> {
         let hosts = Mutex::new(LruCache::new(MAX_HOSTS));
-        let docker_config = docker_config.or_else(default_config);
-        let registries = Self { options, hosts_dir, docker_config, timeout, hosts };
-        for registry in registries.options.keys() {
+        let docker_config = options.docker_config.or_else(default_config);
+        let registries = Self { options: AccessOptions { docker_config, ..options }, hosts };
+        for registry in registries.options.registries.keys() {
             registries.hosts(registry)?;
         }
         Ok(Arc::new(registries))
@@ -208,8 +224,8 @@ impl Registries {
             .with_max_times(3)
             .with_jitter();
         let tries = once.retry(pauses).when(SourceError::may_pass);
-        tokio::time::timeout(self.timeout, tries).await.unwrap_or_else(|_| {
-            let message = format!("no answer for {} within {:?}", asked.what, self.timeout);
+        tokio::time::timeout(self.options.timeout, tries).await.unwrap_or_else(|_| {
+            let message = format!("no answer for {} within {:?}", asked.what, self.options.timeout);
             Err(SourceError::Unreachable { source_name: asked.from.to_string(), message })
         })
     }
@@ -223,7 +239,7 @@ impl Registries {
     ) -> Result<(HeaderMap, Bytes), SourceError> {
         let hosts = self.hosts(&asked.from.registry)?;
         let mut failure = Failures::default();
-        for host in health::by_health(&hosts).filter(|host| asked.may_come_from(host)) {
+        for host in health::by_health(hosts.iter().filter(|host| asked.may_come_from(host))) {
             let got = async {
                 let answer = host.get(asked.from, &asked.what, path, headers).await?;
                 let answer = asked.check_status(answer)?;
@@ -246,20 +262,26 @@ impl Registries {
         if let Some(hosts) = known.get(registry) {
             return Ok(Arc::clone(hosts));
         }
-        let options = self.options.get(registry);
-        let found = endpoints::endpoints(registry, options, self.hosts_dir.as_deref());
-        let found = found.map_err(|message| SourceError::Unreachable {
-            source_name: registry.to_owned(),
-            message,
-        })?;
+        let options = self.options.registries.get(registry);
+        let found = endpoints::endpoints(registry, options, self.options.hosts_dir.as_deref());
+        let unusable =
+            |message| SourceError::Unreachable { source_name: registry.to_owned(), message };
+        let found = found.map_err(unusable)?;
         let last = found.len().saturating_sub(1);
+        let AccessOptions { docker_config, dragonfly, timeout, .. } = &self.options;
         let open = |(at, endpoint)| {
             let silence = if at == last { MAX_SILENCE } else { FAIL_OVER_AFTER };
-            let (config, timeout) = (self.docker_config.clone(), self.timeout);
-            Host::new(registry, endpoint, config, timeout, timeout.min(silence)).map(Arc::new)
+            let silence = silence.min(*timeout);
+            Host::new(registry, endpoint, docker_config.clone(), *timeout, silence).map(Arc::new)
         };
         let hosts = found.into_iter().enumerate().map(open).collect::<Result<Vec<_>, _>>()?;
-        let hosts = Hosts::from(hosts);
+        let through = dragonfly.iter().flat_map(|dragonfly| {
+            let silence = FAIL_OVER_AFTER.min(*timeout);
+            let hosts = hosts.iter().filter(|host| host.can().ranges);
+            hosts.map(move |host| host.through(dragonfly, silence).map_err(unusable))
+        });
+        let through = through.map(|host| host.map(Arc::new)).collect::<Result<Vec<_>, _>>()?;
+        let hosts: Hosts = through.into_iter().chain(hosts).collect();
         known.put(registry.to_owned(), Arc::clone(&hosts));
         Ok(hosts)
     }

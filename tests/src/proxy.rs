@@ -16,7 +16,9 @@ use std::time::Duration;
 use bytes::Bytes;
 use http_body_util::{BodyExt as _, Full};
 use hyper::body::Incoming;
-use hyper::header::{AUTHORIZATION, CONNECTION, CONTENT_RANGE, LOCATION, RANGE, RETRY_AFTER};
+use hyper::header::{
+    AUTHORIZATION, CONNECTION, CONTENT_RANGE, HeaderMap, LOCATION, RANGE, RETRY_AFTER,
+};
 use hyper::service::service_fn;
 use hyper::{Method, Request, Response, StatusCode};
 use hyper_util::rt::TokioIo;
@@ -105,6 +107,14 @@ pub enum Fault {
         /// `host:port`; of one that speaks TLS, with `https://` before it.
         to: String,
     },
+    /// Answers with this status, no body, and Dragonfly's word for who failed (`backend`, `proxy`,
+    /// `dfdaemon`).
+    Dragonfly {
+        /// The status; dfdaemon says 200 where its registry is away.
+        status: u16,
+        /// What X-Dragonfly-Error-Type says.
+        failed: &'static str,
+    },
     /// Answers only after this time, as a registry that is far away does.
     Delay(Duration),
 }
@@ -118,12 +128,22 @@ pub struct Seen {
     pub path: String,
     /// Its Range header.
     pub range: Option<String>,
-    /// Whether it carried an Authorization header.
-    pub authorized: bool,
+    /// Its headers.
+    pub headers: HeaderMap,
     bytes: Arc<AtomicU64>,
 }
 
 impl Seen {
+    /// Whether it carried an Authorization header.
+    pub fn authorized(&self) -> bool {
+        self.headers.contains_key(AUTHORIZATION)
+    }
+
+    /// A header's value; empty if it has none.
+    pub fn header(&self, name: &str) -> &str {
+        self.headers.get(name).and_then(|value| value.to_str().ok()).unwrap_or_default()
+    }
+
     /// Bytes of the body that were sent so far.
     pub fn bytes(&self) -> u64 {
         self.bytes.load(Ordering::Relaxed)
@@ -277,6 +297,11 @@ async fn answer(request: Request<Incoming>, state: Arc<State>) -> Answer {
             let status = StatusCode::from_u16(status).map_err(io::Error::other)?;
             return simple(Response::builder().status(status), Bytes::new());
         }
+        Some(Fault::Dragonfly { status, failed }) => {
+            let status = StatusCode::from_u16(status).map_err(io::Error::other)?;
+            let answer = Response::builder().status(status);
+            return simple(answer.header("x-dragonfly-error-type", failed), Bytes::new());
+        }
         Some(Fault::Busy { status, retry_after }) => {
             let status = StatusCode::from_u16(status).map_err(io::Error::other)?;
             let answer = Response::builder().status(status).header(RETRY_AFTER, retry_after);
@@ -310,7 +335,7 @@ impl State {
             method: request.method().clone(),
             path: request.uri().path().to_owned(),
             range: range.map(str::to_owned),
-            authorized: request.headers().contains_key(AUTHORIZATION),
+            headers: request.headers().clone(),
             bytes: Arc::clone(&bytes),
         });
         bytes

@@ -91,7 +91,7 @@ fn credentials_do_not_follow_a_redirect_to_another_host() {
     let mounted = bed.mount(&reference);
     tree::assert_same(&source, mounted.dir(), Scope::ModelFiles);
     assert!(store.bytes(Target::Blobs) >= artifact.layer_bytes());
-    assert!(store.seen().iter().all(|seen| !seen.authorized), "credentials went elsewhere");
+    assert!(store.seen().iter().all(|seen| !seen.authorized()), "credentials went elsewhere");
     mounted.stop();
 }
 

@@ -1,6 +1,6 @@
 //! `weightfs rpull`.
 
-use weightfs::cli::RpullArgs;
+use weightfs::cli::{ContainerdArgs, RpullArgs};
 use weightfs::config::Config;
 use weightfs::rpull::{LayerResult, Pull, PulledLayer, pull};
 
@@ -8,7 +8,8 @@ use super::{registries, size};
 
 /// Pulls an image lazily into containerd.
 pub async fn run(config: &Config, arguments: RpullArgs) -> anyhow::Result<()> {
-    let RpullArgs { image, address, namespace, snapshotter, json } = arguments;
+    let RpullArgs { image, containerd, json } = arguments;
+    let ContainerdArgs { address, namespace, snapshotter } = containerd;
     let registries = registries(config)?;
     let pull_image = Pull { image, address, namespace, snapshotter };
     let report = |layer: &PulledLayer| {

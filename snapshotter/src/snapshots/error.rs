@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 
 use crate::filter::FilterError;
 use crate::metadata::{Kind, MetadataError};
+use crate::reason::Reason;
 
 /// A call on snapshots failed.
 #[derive(Debug, thiserror::Error)]
@@ -52,6 +53,12 @@ pub enum SnapshotError {
         parent: String,
         /// Its kind.
         kind: Kind,
+    },
+    /// An artifact that can't be shown.
+    #[error("can't show it: {reason}")]
+    Refused {
+        /// Why not.
+        reason: Reason,
     },
     /// A field that can't be changed.
     #[error("cannot update field {field:?} of snapshot {name:?}; only labels can be changed")]

@@ -73,6 +73,7 @@ impl Snapshots {
                 self.decisions.ordinary(&key, &labels, &reason);
                 Ok(Prepared::Active(mounts))
             }
+            Verdict::Refused { reason } => Err(SnapshotError::Refused { reason }),
         }
     }
 

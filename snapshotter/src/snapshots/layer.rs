@@ -12,14 +12,30 @@ use crate::reason::Reason;
 /// Annotations of a layer's descriptor come as labels with this prefix; all others are dropped.
 const ANNOTATION_PREFIX: &str = "containerd.io/snapshot/";
 pub(crate) const IMAGE_REF: &str = "containerd.io/snapshot/cri.image-ref";
-const MANIFEST_DIGEST: &str = "containerd.io/snapshot/cri.manifest-digest";
+pub(crate) const MANIFEST_DIGEST: &str = "containerd.io/snapshot/cri.manifest-digest";
 pub(crate) const LAYER_DIGEST: &str = "containerd.io/snapshot/cri.layer-digest";
 const IMAGE_LAYERS: &str = "containerd.io/snapshot/cri.image-layers";
+
+/// What a client of ours wants shown that sends no layer's digest: `artifact`.
+pub(crate) const SHOW: &str = "containerd.io/snapshot/weightfs.show";
+/// All layers of the manifest, as files.
+pub(crate) const SHOW_ARTIFACT: &str = "artifact";
+
+/// What is to be mounted.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Subject {
+    /// One layer of an image; containerd can unpack it as well.
+    Layer,
+    /// A whole artifact as one snapshot, for `weightfs prepare`; nobody else can do that.
+    Artifact,
+}
 
 /// What containerd says of the layer that it is about to unpack: the labels of a Prepare. Nothing
 /// in it is checked beyond its size.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct LayerRequest {
+    /// What is to be mounted.
+    pub subject: Subject,
     /// The chain ID: `containerd.io/snapshot.ref`.
     pub chain_id: String,
     /// The image's reference, of the first pull that brought the layer.
@@ -55,6 +71,11 @@ pub enum Verdict {
     /// containerd shall download and unpack it.
     Ordinary {
         /// Why.
+        reason: Reason,
+    },
+    /// The call fails: nobody could unpack an artifact into an ordinary snapshot.
+    Refused {
+        /// Why it can't be mounted.
         reason: Reason,
     },
 }
@@ -98,12 +119,19 @@ impl LayerRequest {
         parent: Option<LazyParent>,
         has_parent: bool,
     ) -> LayerRequest {
-        let known = [IMAGE_REF, MANIFEST_DIGEST, LAYER_DIGEST, IMAGE_LAYERS];
+        let known = [IMAGE_REF, MANIFEST_DIGEST, LAYER_DIGEST, IMAGE_LAYERS, SHOW];
+        let show = labels.get(SHOW).map(String::as_str);
+        // An annotation of an image's layer comes as a label as well, but never without its digest.
+        let subject = match labels.get(LAYER_DIGEST) {
+            None if show == Some(SHOW_ARTIFACT) => Subject::Artifact,
+            _ => Subject::Layer,
+        };
         let is_annotation =
             |name: &str| name.starts_with(ANNOTATION_PREFIX) && !known.contains(&name);
         let annotations = labels.iter().filter(|(name, _)| is_annotation(name));
         let layers = labels.get(IMAGE_LAYERS).map(String::as_str).unwrap_or_default();
         LayerRequest {
+            subject,
             chain_id: chain_id.to_owned(),
             image_ref: labels.get(IMAGE_REF).cloned(),
             manifest_digest: labels.get(MANIFEST_DIGEST).cloned(),

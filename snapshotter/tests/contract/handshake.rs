@@ -93,6 +93,24 @@ async fn a_declined_layer_is_an_ordinary_snapshot_with_its_reason() {
 }
 
 #[tokio::test]
+async fn an_artifact_that_can_not_be_shown_fails_the_call_and_leaves_nothing() {
+    let harness = Harness::start().await;
+    harness.mounter.answer(CHAIN, Answer::Ordinary(Reason::failed("no such luck")));
+    let show = ("containerd.io/snapshot/weightfs.show", "artifact");
+    let labels = [(SNAPSHOT_REF, CHAIN), show];
+    let refused = harness.prepare("artifact", "", &labels).await.unwrap_err();
+    assert_eq!(refused.code(), Code::FailedPrecondition);
+    assert!(refused.message().contains("no such luck"), "{refused}");
+    assert!(harness.names(&[]).await.is_empty() && harness.directories().is_empty());
+    // A layer whose annotations say so is a layer all the same.
+    let digest = ("containerd.io/snapshot/cri.layer-digest", "sha256:l");
+    harness.prepare("layer", "", &[labels[0], show, digest]).await.unwrap();
+    harness.mounter.answer(CHAIN, Answer::Lazy(vec![("file", "content")]));
+    assert_code(harness.prepare("artifact", "", &labels).await, Code::AlreadyExists);
+    assert_eq!(harness.stat("artifact").await.unwrap().kind, 3);
+}
+
+#[tokio::test]
 async fn a_layer_of_a_client_that_sends_no_labels_says_so() {
     let harness = Harness::start().await;
     harness.prepare("unpack", "", &[]).await.unwrap();

@@ -21,7 +21,7 @@ use tonic::{Code, Status};
 use weightfs::containerd;
 use weightfs::metadata::{LazySnapshot, Metadata, SNAPSHOT_REF, TreeNumber, Usage};
 use weightfs::reason::Reason;
-use weightfs::snapshots::{LayerMounter, LayerRequest, LazyLayer, Snapshots, Verdict};
+use weightfs::snapshots::{LayerMounter, LayerRequest, LazyLayer, Snapshots, Subject, Verdict};
 use weightfs::socket::bind_socket;
 
 /// Labels as a test writes them.
@@ -113,7 +113,10 @@ impl LayerMounter for FakeMounter {
         let answer = self.answers.lock().unwrap().get(&request.chain_id).cloned();
         match answer.unwrap_or(Answer::Ordinary(Reason::failed("unknown to the test"))) {
             Answer::Lazy(files) => Verdict::Lazy(self.show(&request, &files)),
-            Answer::Ordinary(reason) => Verdict::Ordinary { reason },
+            Answer::Ordinary(reason) => match request.subject {
+                Subject::Layer => Verdict::Ordinary { reason },
+                Subject::Artifact => Verdict::Refused { reason },
+            },
             Answer::Panic => panic!("the mounter has a defect"),
         }
     }

@@ -118,7 +118,7 @@ pub(super) async fn fill(
         if blob.presence().has(first) {
             pauses = self::pauses();
         }
-        if is_complaint(&error) {
+        if error.is_complaint() {
             blob.scheduler().refused(source.host());
         }
         if let Some(wait) = sources.after(error, &mut pauses) {
@@ -231,11 +231,6 @@ impl Sources {
             Failure::Final,
         )
     }
-}
-
-/// Whether the host says that it is asked too much.
-fn is_complaint(error: &SourceError) -> bool {
-    matches!(error, SourceError::Status { status: 429 | 503, .. })
 }
 
 fn asked_to_wait(error: &SourceError) -> Duration {

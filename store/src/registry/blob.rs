@@ -14,7 +14,7 @@ use tokio::time::Instant;
 
 use super::host::{Host, failed_status, unreachable};
 use super::target::{Target, is_stale};
-use super::{Failures, Registries, Repository, health};
+use super::{Failures, Registries, Repository, dragonfly, health};
 use crate::shared::lock;
 use crate::source::{ByteStream, Source};
 use crate::{Digest, SourceError};
@@ -81,9 +81,11 @@ impl BlobSource {
         }
         let hosts = self.registries.hosts(&self.from.registry)?;
         let mut failures = Failures::default();
-        for host in health::by_health(&hosts).filter(|host| host.can().pull) {
+        for host in health::by_health(hosts.iter().filter(|host| host.can().ranges)) {
             match self.get_from(host, &range).await {
                 Ok(body) => return Ok(body),
+                // Others would be asked for what it wants to be spared.
+                Err(error) if host.is_dragonfly() && error.is_complaint() => return Err(error),
                 Err(error) => failures.add(host, error),
             }
         }
@@ -101,8 +103,15 @@ impl BlobSource {
     ) -> Result<ByteStream, SourceError> {
         let wanted = format!("bytes={}-{}", range.start, range.end - 1);
         let wanted = HeaderValue::try_from(wanted).map_err(|error| self.bad(error.to_string()))?;
-        let headers = HeaderMap::from_iter([(RANGE, wanted)]);
+        let mut headers = HeaderMap::from_iter([(RANGE, wanted)]);
+        if host.is_dragonfly() {
+            let (name, value) = dragonfly::expectation(range);
+            headers.insert(name, value);
+        }
         let answer = self.ask(host, &headers).await?;
+        if host.is_dragonfly() {
+            dragonfly::check(&self.from, &self.what, &answer)?;
+        }
         self.check(&answer, range)?;
         Ok(self.body(host, answer, range.end - range.start))
     }

@@ -43,7 +43,9 @@ pub(super) struct Endpoint {
 /// What a host may be asked for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Capabilities {
-    /// Blobs, and manifests by digest.
+    /// Ranges of blobs.
+    pub(super) ranges: bool,
+    /// Small blobs, and manifests by digest.
     pub(super) pull: bool,
     /// What a tag names: the host is trusted for it.
     pub(super) resolve: bool,
@@ -51,7 +53,10 @@ pub(super) struct Capabilities {
 }
 
 impl Capabilities {
-    const ALL: Self = Self { pull: true, resolve: true, push: true };
+    const ALL: Self = Self { ranges: true, pull: true, resolve: true, push: true };
+
+    /// Of a way to the blobs that is none to what names them.
+    pub(super) const RANGES: Self = Self { ranges: true, pull: false, resolve: false, push: false };
 }
 
 /// The fields of a host, and those of the registry itself at the top of the file.
@@ -241,10 +246,10 @@ fn api(mut base: Url, override_path: bool) -> Result<Url, String> {
 
 fn capabilities(names: Option<&[String]>) -> Result<Capabilities, String> {
     let Some(names) = names else { return Ok(Capabilities::ALL) };
-    let mut can = Capabilities { pull: false, resolve: false, push: false };
+    let mut can = Capabilities { ranges: false, pull: false, resolve: false, push: false };
     for name in names {
         match name.to_ascii_lowercase().as_str() {
-            "pull" => can.pull = true,
+            "pull" => (can.ranges, can.pull) = (true, true),
             "resolve" => can.resolve = true,
             "push" => can.push = true,
             // Of containerd 2.1 and later; they go with pulling here.
@@ -342,7 +347,8 @@ mod tests {
             ]
         );
         let hosts = parsed(text).unwrap();
-        assert_eq!(hosts[0].can, Capabilities { pull: true, resolve: false, push: false });
+        let pulls = Capabilities { ranges: true, pull: true, resolve: false, push: false };
+        assert_eq!(hosts[0].can, pulls);
         assert!(hosts[1].skip_verify && !hosts[0].skip_verify);
         assert_eq!(hosts.iter().filter(|host| host.mirror).count(), 4);
     }

@@ -67,9 +67,13 @@ impl Health {
 }
 
 /// Hosts in the order in which to ask them: those that were set aside come last.
-pub(super) fn by_health(hosts: &[Arc<Host>]) -> impl Iterator<Item = &Arc<Host>> {
+pub(super) fn by_health<'a>(
+    hosts: impl Iterator<Item = &'a Arc<Host>>,
+) -> impl Iterator<Item = &'a Arc<Host>> {
+    let hosts: Vec<_> = hosts.collect();
+    let only = hosts.len() == 1;
     let (well, aside): (Vec<_>, Vec<_>) =
-        hosts.iter().partition(|host| hosts.len() == 1 || host.health().is_in_turn());
+        hosts.into_iter().partition(|host| only || host.health().is_in_turn());
     well.into_iter().chain(aside)
 }
 

@@ -17,6 +17,7 @@ use reqwest::{Method, RequestBuilder, Response, StatusCode, Url};
 use super::Repository;
 use super::auth::{Access, Authority, Authorization, Right};
 use super::clients::{Clients, pem};
+use super::dragonfly::Dragonfly;
 use super::endpoints::{Capabilities, Endpoint};
 use super::health::Health;
 use crate::SourceError;
@@ -40,11 +41,23 @@ pub(super) struct Host {
     /// for hosts that stand for many (containerd does the same).
     stands_for: Option<String>,
     can: Capabilities,
+    way: Way,
     headers: HeaderMap,
     clients: Clients,
     authority: Arc<Authority>,
-    access: Mutex<LruCache<(String, Right), Arc<Access>>>,
+    accesses: Arc<Accesses>,
     health: Health,
+}
+
+/// What we may do in which repository.
+type Accesses = Mutex<LruCache<(String, Right), Arc<Access>>>;
+
+/// How a host is reached.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Way {
+    Directly,
+    /// Through Dragonfly's daemon on this node.
+    Dragonfly,
 }
 
 impl Host {
@@ -68,8 +81,36 @@ impl Host {
         let authority = Authority::new(name, &api, ca, skip_verify, docker_config, timeout);
         let stands_for = mirror.then(|| registry.to_owned());
         let (authority, health) = (Arc::new(authority), Health::default());
-        let access = Mutex::new(LruCache::new(MAX_REPOSITORIES));
-        Ok(Self { api, stands_for, can, headers, clients, authority, access, health })
+        let accesses = Arc::new(Mutex::new(LruCache::new(MAX_REPOSITORIES)));
+        let way = Way::Directly;
+        Ok(Self { api, stands_for, can, way, headers, clients, authority, accesses, health })
+    }
+
+    /// The blobs of this host by way of Dragonfly, with the same tokens.
+    ///
+    /// # Errors
+    /// In words: no client can be had.
+    pub(super) fn through(&self, dragonfly: &Dragonfly, silence: Duration) -> Result<Self, String> {
+        let endpoint = dragonfly.lead_to(&self.api)?;
+        let clients = Clients::new(&endpoint, None, silence)?;
+        let Endpoint { api, can, mut headers, .. } = endpoint;
+        headers.extend(self.headers.clone());
+        Ok(Self {
+            api,
+            stands_for: self.stands_for.clone(),
+            can,
+            way: Way::Dragonfly,
+            headers,
+            clients,
+            authority: Arc::clone(&self.authority),
+            accesses: Arc::clone(&self.accesses),
+            health: Health::default(),
+        })
+    }
+
+    /// Whether Dragonfly's daemon answers for it.
+    pub(super) fn is_dragonfly(&self) -> bool {
+        self.way == Way::Dragonfly
     }
 
     /// What it may be asked for.
@@ -212,7 +253,7 @@ impl Host {
     }
 
     fn access(&self, repository: &str, right: Right) -> Arc<Access> {
-        let mut known = lock(&self.access);
+        let mut known = lock(&self.accesses);
         let key = (repository.to_owned(), right);
         if let Some(access) = known.get(&key) {
             return Arc::clone(access);

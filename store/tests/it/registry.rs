@@ -9,8 +9,8 @@ use std::time::Duration;
 
 use futures::StreamExt;
 use weightfs_store::{
-    Digest, Layout, MAX_MANIFEST_BYTES, Reference, Registries, RegistryOptions, Repository,
-    SourceError, Trust,
+    AccessOptions, Digest, Layout, MAX_MANIFEST_BYTES, Reference, Registries, RegistryOptions,
+    Repository, SourceError, Trust,
 };
 
 use super::server::{Ending, Reply, Request, Server};
@@ -24,8 +24,9 @@ fn anonymous() -> Arc<Registries> {
 }
 
 fn registries(docker_config: &Path) -> Arc<Registries> {
-    let timeout = Duration::from_secs(20);
-    Registries::new(BTreeMap::new(), None, Some(docker_config.to_owned()), timeout).unwrap()
+    let (docker_config, timeout) = (Some(docker_config.to_owned()), Duration::from_secs(20));
+    let options = AccessOptions { docker_config, timeout, ..AccessOptions::default() };
+    Registries::new(options).unwrap()
 }
 
 fn reference(server: &Server, rest: &str) -> Reference {
@@ -135,9 +136,9 @@ async fn a_registry_that_is_busy_is_asked_again() {
 #[tokio::test]
 async fn a_registry_that_hangs_or_refuses_connections_is_unreachable() {
     let server = Server::start(|_| Reply::default().ending(Ending::Silence)).await;
-    let timeout = Duration::from_millis(200);
-    let registries =
-        Registries::new(BTreeMap::new(), None, Some("/nonexistent".into()), timeout).unwrap();
+    let (docker_config, timeout) = (Some("/nonexistent".into()), Duration::from_millis(200));
+    let options = AccessOptions { docker_config, timeout, ..AccessOptions::default() };
+    let registries = Registries::new(options).unwrap();
     let error = registries.resolve(&reference(&server, "org/model")).await.unwrap_err();
     assert!(matches!(error, SourceError::Unreachable { .. }), "{error}");
     let address = server.address.clone();
@@ -378,8 +379,9 @@ async fn a_redirect_is_followed_and_its_host_never_sees_who_we_are() {
 async fn a_ca_file_that_can_t_be_used_is_told_at_the_start() {
     let missing = PathBuf::from("/nonexistent/ca.pem");
     let options = RegistryOptions { plain_http: None, ca_file: Some(missing) };
-    let options = BTreeMap::from([("example.com".to_owned(), options)]);
-    let error = Registries::new(options, None, None, Duration::from_secs(1)).unwrap_err();
+    let registries = BTreeMap::from([("example.com".to_owned(), options)]);
+    let options = AccessOptions { registries, ..AccessOptions::default() };
+    let error = Registries::new(options).unwrap_err();
     assert!(error.to_string().contains("/nonexistent/ca.pem"), "{error}");
 }
 

@@ -1,13 +1,14 @@
-//! containerd's own services as `weightfs rpull` needs them: each call carries the namespace and
-//! the lease, and what containerd answers becomes an [`RpullError`] that says which call it was.
+//! containerd's own services as commands need them: each call carries the namespace and a lease,
+//! and what containerd answers becomes a [`ClientError`] that says which call it was.
 
 use std::collections::HashMap;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
 use containerd_client::services::v1::snapshots::snapshots_client::SnapshotsClient;
 use containerd_client::services::v1::snapshots::{
-    CommitSnapshotRequest, PrepareSnapshotRequest, RemoveSnapshotRequest, StatSnapshotRequest,
+    CommitSnapshotRequest, Info as SnapshotInfo, ListSnapshotsRequest, MountsRequest,
+    PrepareSnapshotRequest, RemoveSnapshotRequest, StatSnapshotRequest, ViewSnapshotRequest,
 };
 use containerd_client::services::v1::{
     ApplyRequest, CreateImageRequest, CreateRequest, DeleteRequest, Image, Info, InfoRequest,
@@ -25,13 +26,74 @@ use tonic::transport::Channel;
 use tonic::{Code, Request, Status};
 use weightfs_store::{Digest, SourceError};
 
-use super::RpullError;
-
-/// A pull that takes longer than this loses its lease; containerd then may collect what it has.
+/// Work that takes longer than this loses its lease; containerd then may collect what it has.
 const LEASE_LIFE: Duration = Duration::from_secs(24 * 3600);
 
 /// Bytes of content in one message; containerd refuses messages over 16 MiB.
 const MESSAGE_BYTES: usize = 1 << 20;
+
+/// Why containerd did not do what was asked.
+#[derive(Debug, thiserror::Error)]
+pub enum ClientError {
+    /// Nobody answers at containerd's socket.
+    #[error("containerd at {}: {message}; is it running? --address names its socket", address.display())]
+    Unreachable {
+        /// The socket.
+        address: PathBuf,
+        /// What the transport said.
+        message: String,
+    },
+    /// containerd knows no snapshotter of that name.
+    #[error(
+        "containerd has no snapshotter {0:?}; put it in place with `weightfs node install` and \
+         restart containerd, or name it with --snapshotter"
+    )]
+    NoSnapshotter(String),
+    /// The snapshotter is known, but nobody answers for it.
+    #[error("the snapshotter {name:?} does not answer; is `weightfs serve` running? ({message})")]
+    SilentSnapshotter {
+        /// containerd's name for it.
+        name: String,
+        /// What containerd said.
+        message: String,
+    },
+    /// containerd refused a call.
+    #[error("containerd: {call}: {message} ({code:?})")]
+    Containerd {
+        /// Service and method.
+        call: &'static str,
+        /// The gRPC status code.
+        code: Code,
+        /// What containerd said.
+        message: String,
+    },
+    /// A name that can't be sent.
+    #[error("{what} {name:?} has characters that containerd does not allow")]
+    BadName {
+        /// What is named.
+        what: &'static str,
+        /// The name.
+        name: String,
+    },
+    /// A size that no containerd can hold.
+    #[error("blob {digest}: {size} bytes are more than containerd can hold")]
+    TooLarge {
+        /// The blob.
+        digest: Digest,
+        /// Its size, in bytes.
+        size: u64,
+    },
+    /// What was to be written could not be had.
+    #[error(transparent)]
+    Source(#[from] SourceError),
+}
+
+impl ClientError {
+    /// Whether the thing that was asked for is not there.
+    pub(crate) fn is_not_found(&self) -> bool {
+        matches!(self, Self::Containerd { code: Code::NotFound, .. })
+    }
+}
 
 /// Adds the headers that containerd wants to each call.
 #[derive(Debug, Clone)]
@@ -55,24 +117,33 @@ type Service = InterceptedService<Channel, Headers>;
 
 /// A connection to containerd in one namespace, under a lease of its own.
 #[derive(Debug, Clone)]
-pub(super) struct Containerd {
+pub(crate) struct Containerd {
     channel: Channel,
     headers: Headers,
     snapshotter: String,
     lease: String,
 }
 
-/// What Prepare answered.
+/// What Prepare or View answered.
 #[derive(Debug)]
-pub(super) enum Prepared {
+pub(crate) enum Answer {
     /// The snapshot is there already, or was mounted lazily.
     Exists,
-    /// The layer must be unpacked here.
-    Unpack(Vec<Mount>),
+    /// It was made, and is to be mounted so.
+    Made(Vec<Mount>),
 }
 
-fn failed(call: &'static str) -> impl FnOnce(Status) -> RpullError {
-    move |status| RpullError::Containerd {
+/// When what no image, container or snapshot refers to is collected.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Collect {
+    /// Now; waited for.
+    Now,
+    /// When containerd sees fit.
+    Later,
+}
+
+fn failed(call: &'static str) -> impl FnOnce(Status) -> ClientError {
+    move |status| ClientError::Containerd {
         call,
         code: status.code(),
         message: status.message().to_owned(),
@@ -80,7 +151,7 @@ fn failed(call: &'static str) -> impl FnOnce(Status) -> RpullError {
 }
 
 /// Success also if the thing was there already.
-fn or_exists<T>(call: &'static str, result: Result<T, Status>) -> Result<(), RpullError> {
+fn or_exists<T>(call: &'static str, result: Result<T, Status>) -> Result<(), ClientError> {
     match result {
         Err(status) if status.code() != Code::AlreadyExists => Err(failed(call)(status)),
         _ => Ok(()),
@@ -90,27 +161,27 @@ fn or_exists<T>(call: &'static str, result: Result<T, Status>) -> Result<(), Rpu
 impl Containerd {
     /// Connects and takes a lease. [`Containerd::release`] gives it back; containerd does so by
     /// itself after [`LEASE_LIFE`].
-    pub(super) async fn connect(
+    pub(crate) async fn connect(
         address: &Path,
         namespace: &str,
         snapshotter: &str,
-    ) -> Result<Self, RpullError> {
+    ) -> Result<Self, ClientError> {
         let unreachable =
-            |message: String| RpullError::Unreachable { address: address.to_owned(), message };
+            |message: String| ClientError::Unreachable { address: address.to_owned(), message };
         let channel = containerd_client::connect(address).await.map_err(|error| {
             let cause = std::error::Error::source(&error).map(ToString::to_string);
             unreachable(cause.unwrap_or_else(|| error.to_string()))
         })?;
         let namespace = namespace
             .parse()
-            .map_err(|_| RpullError::BadName { what: "namespace", name: namespace.to_owned() })?;
+            .map_err(|_| ClientError::BadName { what: "namespace", name: namespace.to_owned() })?;
         let now = SystemTime::now();
         let nanos = now.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_nanos();
         let mut containerd = Self {
             channel,
             headers: Headers { namespace, lease: None },
             snapshotter: snapshotter.to_owned(),
-            lease: format!("weightfs-rpull-{}-{nanos}", std::process::id()),
+            lease: format!("weightfs-{}-{nanos}", std::process::id()),
         };
         let expire = jiff::Timestamp::try_from(now + LEASE_LIFE).unwrap_or(jiff::Timestamp::MAX);
         let labels = HashMap::from([("containerd.io/gc.expire".into(), expire.to_string())]);
@@ -120,11 +191,16 @@ impl Containerd {
         Ok(containerd)
     }
 
-    /// Gives the lease back. What no image refers to may be collected from now on.
-    pub(super) async fn release(self) -> Result<(), RpullError> {
-        let request = DeleteRequest { id: self.lease.clone(), sync: false };
+    /// Gives the lease back. What nothing else refers to may be collected from now on.
+    pub(crate) async fn release(self, collect: Collect) -> Result<(), ClientError> {
+        let request = DeleteRequest { id: self.lease.clone(), sync: collect == Collect::Now };
         self.leases().delete(request).await.map_err(failed("Leases.Delete"))?;
         Ok(())
+    }
+
+    /// The lease's id: no other work has it.
+    pub(crate) fn lease(&self) -> &str {
+        &self.lease
     }
 
     fn service(&self) -> Service {
@@ -148,7 +224,7 @@ impl Containerd {
     }
 
     /// Whether containerd has that content.
-    pub(super) async fn has_content(&self, digest: Digest) -> Result<bool, RpullError> {
+    pub(crate) async fn has_content(&self, digest: Digest) -> Result<bool, ClientError> {
         match self.content().info(InfoRequest { digest: digest.to_string() }).await {
             Ok(_) => Ok(true),
             Err(status) if status.code() == Code::NotFound => Ok(false),
@@ -157,25 +233,25 @@ impl Containerd {
     }
 
     /// Writes content whose bytes are at hand.
-    pub(super) async fn write_bytes(
+    pub(crate) async fn write_bytes(
         &self,
         digest: Digest,
         bytes: bytes::Bytes,
         labels: HashMap<String, String>,
-    ) -> Result<(), RpullError> {
+    ) -> Result<(), ClientError> {
         let size = bytes.len() as u64;
         self.write(digest, size, stream::iter([Ok(bytes)]), labels).await
     }
 
     /// Writes content from a stream; containerd checks its digest and size.
-    pub(super) async fn write(
+    pub(crate) async fn write(
         &self,
         digest: Digest,
         size: u64,
         bytes: impl Stream<Item = Result<bytes::Bytes, SourceError>> + Send + 'static,
         labels: HashMap<String, String>,
-    ) -> Result<(), RpullError> {
-        let total = i64::try_from(size).map_err(|_| RpullError::TooLarge { digest, size })?;
+    ) -> Result<(), ClientError> {
+        let total = i64::try_from(size).map_err(|_| ClientError::TooLarge { digest, size })?;
         // Of this pull alone: containerd locks it, and refuses a second writer.
         let reference = format!("{}-{digest}", self.lease);
         let (failure, mut failed_source) = tokio::sync::oneshot::channel();
@@ -187,17 +263,17 @@ impl Containerd {
         };
         // The source's own failure says more than the stream that broke off because of it.
         if let Ok(error) = failed_source.try_recv() {
-            return Err(RpullError::Source(error));
+            return Err(error.into());
         }
         or_exists("Content.Write", result)
     }
 
     /// Adds labels to content.
-    pub(super) async fn label_content(
+    pub(crate) async fn label_content(
         &self,
         digest: Digest,
         labels: HashMap<String, String>,
-    ) -> Result<(), RpullError> {
+    ) -> Result<(), ClientError> {
         let paths = labels.keys().map(|key| format!("labels.{key}")).collect();
         let info = Info { digest: digest.to_string(), labels, ..Info::default() };
         let request = UpdateRequest { info: Some(info), update_mask: Some(FieldMask { paths }) };
@@ -206,7 +282,11 @@ impl Containerd {
     }
 
     /// Makes the name stand for the target.
-    pub(super) async fn put_image(&self, name: &str, target: Descriptor) -> Result<(), RpullError> {
+    pub(crate) async fn put_image(
+        &self,
+        name: &str,
+        target: Descriptor,
+    ) -> Result<(), ClientError> {
         let image = Image { name: name.to_owned(), target: Some(target), ..Image::default() };
         let create = CreateImageRequest { image: Some(image.clone()), ..Default::default() };
         match self.images().create(create).await {
@@ -220,42 +300,107 @@ impl Containerd {
     }
 
     /// Whether there is a snapshot of that name.
-    pub(super) async fn has_snapshot(&self, name: &str) -> Result<bool, RpullError> {
-        let request =
-            StatSnapshotRequest { snapshotter: self.snapshotter.clone(), key: name.to_owned() };
-        match self.snapshots().stat(request).await {
+    pub(crate) async fn has_snapshot(&self, name: &str) -> Result<bool, ClientError> {
+        let (snapshotter, key) = (self.snapshotter.clone(), name.to_owned());
+        match self.snapshots().stat(StatSnapshotRequest { snapshotter, key }).await {
             Ok(_) => Ok(true),
             Err(status) if status.code() == Code::NotFound => Ok(false),
-            Err(status) => Err(failed("Snapshots.Stat")(status)),
+            Err(status) => Err(self.refused("Snapshots.Stat", &status)),
         }
     }
 
-    /// Asks the snapshotter for a place to unpack a layer.
-    pub(super) async fn prepare(
+    /// The snapshots that have a label of that value.
+    pub(crate) async fn labelled(
+        &self,
+        label: &str,
+        value: &str,
+    ) -> Result<Vec<SnapshotInfo>, ClientError> {
+        let request = ListSnapshotsRequest {
+            snapshotter: self.snapshotter.clone(),
+            filters: vec![format!("labels.{label:?}=={value:?}")],
+        };
+        let refused = |status: Status| self.refused("Snapshots.List", &status);
+        let mut replies = self.snapshots().list(request).await.map_err(refused)?.into_inner();
+        let mut found = vec![];
+        while let Some(reply) = replies.message().await.map_err(refused)? {
+            found.extend(reply.info);
+        }
+        Ok(found)
+    }
+
+    /// Asks the snapshotter for a writable snapshot, or for the one that the labels name.
+    pub(crate) async fn prepare(
         &self,
         key: &str,
         parent: &str,
         labels: HashMap<String, String>,
-    ) -> Result<Prepared, RpullError> {
+    ) -> Result<Answer, ClientError> {
         let request = PrepareSnapshotRequest {
             snapshotter: self.snapshotter.clone(),
             key: key.to_owned(),
             parent: parent.to_owned(),
             labels,
         };
-        match self.snapshots().prepare(request).await {
-            Ok(reply) => Ok(Prepared::Unpack(reply.into_inner().mounts)),
-            Err(status) if status.code() == Code::AlreadyExists => Ok(Prepared::Exists),
-            Err(status) => Err(failed("Snapshots.Prepare")(status)),
+        let reply = self.snapshots().prepare(request).await;
+        self.answer("Snapshots.Prepare", reply.map(|reply| reply.into_inner().mounts))
+    }
+
+    /// Asks the snapshotter for a read-only snapshot.
+    pub(crate) async fn view(
+        &self,
+        key: &str,
+        parent: &str,
+        labels: HashMap<String, String>,
+    ) -> Result<Answer, ClientError> {
+        let request = ViewSnapshotRequest {
+            snapshotter: self.snapshotter.clone(),
+            key: key.to_owned(),
+            parent: parent.to_owned(),
+            labels,
+        };
+        let reply = self.snapshots().view(request).await;
+        self.answer("Snapshots.View", reply.map(|reply| reply.into_inner().mounts))
+    }
+
+    /// How a snapshot is to be mounted.
+    pub(crate) async fn mounts(&self, key: &str) -> Result<Vec<Mount>, ClientError> {
+        let (snapshotter, key) = (self.snapshotter.clone(), key.to_owned());
+        let reply = self.snapshots().mounts(MountsRequest { snapshotter, key }).await;
+        let refused = |status| self.refused("Snapshots.Mounts", &status);
+        Ok(reply.map_err(refused)?.into_inner().mounts)
+    }
+
+    fn answer(
+        &self,
+        call: &'static str,
+        reply: Result<Vec<Mount>, Status>,
+    ) -> Result<Answer, ClientError> {
+        match reply {
+            Ok(mounts) => Ok(Answer::Made(mounts)),
+            Err(status) if status.code() == Code::AlreadyExists => Ok(Answer::Exists),
+            Err(status) => Err(self.refused(call, &status)),
+        }
+    }
+
+    /// What a call of the snapshots service ended with. That there is no such snapshotter, and that
+    /// nobody answers for it, are told by code and text alike (containerd, services/snapshots).
+    fn refused(&self, call: &'static str, status: &Status) -> ClientError {
+        let (name, message) = (self.snapshotter.clone(), status.message().to_owned());
+        match status.code() {
+            Code::InvalidArgument if message.contains("snapshotter not loaded") => {
+                ClientError::NoSnapshotter(name)
+            }
+            Code::Unavailable => ClientError::SilentSnapshotter { name, message },
+            code => ClientError::Containerd { call, code, message },
         }
     }
 
     /// Unpacks a layer that the content store has; returns the digest of the plain tar.
-    pub(super) async fn apply(
+    pub(crate) async fn apply(
         &self,
         layer: Descriptor,
         mounts: Vec<Mount>,
-    ) -> Result<String, RpullError> {
+    ) -> Result<String, ClientError> {
         let request = ApplyRequest { diff: Some(layer), mounts, ..Default::default() };
         let reply = DiffClient::new(self.service()).apply(request).await;
         let applied = reply.map_err(failed("Diff.Apply"))?.into_inner().applied;
@@ -263,12 +408,12 @@ impl Containerd {
     }
 
     /// Makes a prepared snapshot a committed one.
-    pub(super) async fn commit(
+    pub(crate) async fn commit(
         &self,
         key: &str,
         name: &str,
         labels: HashMap<String, String>,
-    ) -> Result<(), RpullError> {
+    ) -> Result<(), ClientError> {
         let request = CommitSnapshotRequest {
             snapshotter: self.snapshotter.clone(),
             name: name.to_owned(),
@@ -279,12 +424,11 @@ impl Containerd {
         or_exists("Snapshots.Commit", result)
     }
 
-    /// Removes a snapshot that did not get finished.
-    pub(super) async fn remove(&self, key: &str) -> Result<(), RpullError> {
-        let request =
-            RemoveSnapshotRequest { snapshotter: self.snapshotter.clone(), key: key.to_owned() };
-        self.snapshots().remove(request).await.map_err(failed("Snapshots.Remove"))?;
-        Ok(())
+    /// Removes a snapshot.
+    pub(crate) async fn remove(&self, key: &str) -> Result<(), ClientError> {
+        let (snapshotter, key) = (self.snapshotter.clone(), key.to_owned());
+        let reply = self.snapshots().remove(RemoveSnapshotRequest { snapshotter, key }).await;
+        reply.map(drop).map_err(|status| self.refused("Snapshots.Remove", &status))
     }
 }
 
