@@ -84,6 +84,12 @@ pub enum Command {
         #[arg(long)]
         json: bool,
     },
+    /// Show the other nodes, how they are, and what came from where
+    Peers {
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+    },
     /// Put WeightFS in place on this node: containerd's configuration and systemd's units
     Node {
         /// What to do.

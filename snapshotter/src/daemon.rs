@@ -25,6 +25,7 @@ use tokio::runtime::Handle;
 use tokio::sync::watch;
 use tracing::{info, warn};
 use weightfs_fusefs::Misses;
+use weightfs_peers::{Peers, PeersError};
 use weightfs_store::{OpenError, SourceError, Store};
 
 use crate::cache::Cache;
@@ -58,6 +59,9 @@ pub enum DaemonError {
     /// The registries' configuration can't be used.
     #[error(transparent)]
     Registries(#[from] SourceError),
+    /// The other nodes can't be reached, or not reach this one.
+    #[error(transparent)]
+    Peers(#[from] PeersError),
     /// The metadata can't be used.
     #[error(transparent)]
     Metadata(#[from] MetadataError),
@@ -188,6 +192,7 @@ impl Daemon {
         // What was not restored is used by nobody.
         store.start_evicting();
         let Parts { metadata, trees, models, layers, opener, .. } = parts;
+        let peers = opener.peers.clone();
         let cache = Cache::new(opener, &config.root);
         let snapshots = Snapshots::open(&config.root, Arc::clone(&metadata), layers)?;
         let mut listen = |name, path| listen(&mut inherited, keeper, name, path);
@@ -205,6 +210,7 @@ impl Daemon {
             root,
             snapshotter_address,
             keeper,
+            peers,
             decisions: Arc::clone(snapshots.decisions()),
         };
         Ok(Self {
@@ -304,7 +310,10 @@ fn opener(config: &Config, store: Arc<Store>) -> Result<Opener, DaemonError> {
     let registries = config.registries()?;
     let references = References::new(&config.root);
     let indexes = Indexes::new(config.verify.referrers);
-    Ok(Opener { registries, store, references, indexes, deadline: config.fetch.deadline })
+    // Checked when the configuration was read.
+    let peers = config.peers.options().ok().flatten().map(Peers::start).transpose()?;
+    let deadline = config.fetch.deadline;
+    Ok(Opener { registries, store, references, indexes, deadline, peers })
 }
 
 /// Waits until somebody takes the mount away.

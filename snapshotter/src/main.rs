@@ -70,6 +70,7 @@ fn run(cli: Cli) -> anyhow::Result<ExitCode> {
         Command::Status { subject, json } => {
             runtime.block_on(commands::status::run(&config, subject, json))
         }
+        Command::Peers { json } => runtime.block_on(commands::peers::run(&config, json)),
         Command::Doctor { json } => {
             return runtime.block_on(commands::doctor::run(&config, json));
         }

@@ -12,6 +12,7 @@ mod kernel;
 mod miss;
 mod open;
 mod recorder;
+mod share;
 mod slice;
 
 use std::fmt;
@@ -95,6 +96,8 @@ pub struct Blob {
     sources: RwLock<Sources>,
     fetcher: Fetcher,
     readers: Mutex<Readers>,
+    /// Tells of each chunk that is published.
+    arrived: Notify,
     /// See [`Blob::sweep`].
     swept: AtomicBool,
     /// Whether what nobody has asked for is to be fetched, too, because little is missing.
@@ -463,6 +466,7 @@ impl Blob {
             self.judgement.replaced();
         }
         self.presence.publish(chunk);
+        self.arrived.notify_waiters();
         self.shared.changed(self, chunk.len(), entered);
     }
 

@@ -52,3 +52,4 @@ pub use store::{
     Amount, Background, BlobId, BlobUsage, CacheOptions, Checked, Evicted, FetchOptions, Form,
     Ingest, Others, Pruned, Recheck, Store, StoreOptions, Usage, Verify, VerifyError,
 };
+pub use weightfs_swarm::Urgency;

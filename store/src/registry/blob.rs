@@ -17,7 +17,7 @@ use super::target::{Target, is_stale};
 use super::{Failures, Registries, Repository, dragonfly, health};
 use crate::shared::lock;
 use crate::source::{ByteStream, Source};
-use crate::{Digest, SourceError};
+use crate::{Digest, SourceError, Urgency};
 
 /// How long a registry that gave the whole blob for a range is not asked for another one. Not for
 /// good: a proxy that caches has ranges as soon as it has the blob.
@@ -232,7 +232,11 @@ impl Source for BlobSource {
         &self.from.registry
     }
 
-    fn fetch(&self, range: Range<u64>) -> BoxFuture<'_, Result<ByteStream, SourceError>> {
+    fn fetch(
+        &self,
+        range: Range<u64>,
+        _urgency: Urgency,
+    ) -> BoxFuture<'_, Result<ByteStream, SourceError>> {
         Box::pin(self.get(range))
     }
 }

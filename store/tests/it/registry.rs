@@ -8,6 +8,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use futures::StreamExt;
+use weightfs_store::Urgency;
 use weightfs_store::{
     AccessOptions, Digest, Layout, MAX_MANIFEST_BYTES, Reference, Registries, RegistryOptions,
     Repository, SourceError, Trust,
@@ -52,7 +53,7 @@ fn partial(data: &[u8], request: &Request) -> Reply {
 
 async fn fetch(server: &Server, size: u64, range: Range<u64>) -> Result<Vec<u8>, SourceError> {
     let source = anonymous().source(&repository(server), Digest::of(b"x"), size);
-    let mut body = source.fetch(range).await?;
+    let mut body = source.fetch(range, Urgency::Demand).await?;
     let mut bytes = vec![];
     while let Some(piece) = body.next().await {
         bytes.extend_from_slice(&piece?);
@@ -244,7 +245,7 @@ async fn a_cut_body_is_an_error_after_the_bytes_that_came() {
     })
     .await;
     let source = anonymous().source(&repository(&server), Digest::of(b"x"), 1000);
-    let mut body = source.fetch(0..1000).await.unwrap();
+    let mut body = source.fetch(0..1000, Urgency::Demand).await.unwrap();
     let (mut bytes, mut error) = (vec![], None);
     while let Some(piece) = body.next().await {
         match piece {
@@ -304,7 +305,9 @@ async fn a_token_is_had_once_and_used_for_all() {
     let server = token_registry(data, usize::MAX).await;
     let registries = registries(&login(dir.path(), &server.address, "joe", "secret"));
     let source = registries.source(&repository(&server), Digest::of(b"x"), 1000);
-    let many = futures::future::join_all((0..20).map(|at| source.fetch(at..at + 1))).await;
+    let many =
+        futures::future::join_all((0..20).map(|at| source.fetch(at..at + 1, Urgency::Demand)))
+            .await;
     assert!(many.into_iter().all(|answer| answer.is_ok()));
     let requests = server.take_requests();
     assert_eq!(tokens_asked_for(&requests), 1, "one renewal, whoever noticed");
@@ -319,7 +322,7 @@ async fn a_token_that_expires_in_the_middle_is_renewed_unnoticed() {
     let registries = registries(&login(dir.path(), &server.address, "joe", "secret"));
     let source = registries.source(&repository(&server), Digest::of(b"x"), 1000);
     for at in 0..10 {
-        drop(source.fetch(at..at + 1).await.unwrap());
+        drop(source.fetch(at..at + 1, Urgency::Demand).await.unwrap());
     }
     assert_eq!(tokens_asked_for(&server.take_requests()), 4);
 }
@@ -367,11 +370,11 @@ async fn a_redirect_is_followed_and_its_host_never_sees_who_we_are() {
     .await;
     let registries = registries(&login(dir.path(), &server.address, "joe", "secret"));
     let source = registries.source(&repository(&server), Digest::of(b"x"), 1000);
-    drop(source.fetch(10..20).await.unwrap());
+    drop(source.fetch(10..20, Urgency::Demand).await.unwrap());
     let seen = storage.take_requests().pop().unwrap();
     assert_eq!((seen.header("range"), seen.header("authorization")), ("bytes=10-19", ""));
     drop(storage);
-    let Err(error) = source.fetch(10..20).await else { panic!("nobody is there") };
+    let Err(error) = source.fetch(10..20, Urgency::Demand).await else { panic!("nobody is there") };
     assert!(!error.to_string().contains("secret"), "{error}");
 }
 

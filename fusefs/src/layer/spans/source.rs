@@ -7,7 +7,7 @@ use std::sync::Arc;
 use bytes::{Buf as _, Bytes};
 use futures::future::BoxFuture;
 use futures::stream::{self, StreamExt as _};
-use weightfs_store::{ByteStream, Source, SourceError};
+use weightfs_store::{ByteStream, Source, SourceError, Urgency};
 
 use super::decoder::Decoder;
 use super::points::Points;
@@ -32,12 +32,12 @@ impl InflatedSource {
         }
     }
 
-    async fn open(&self, range: Range<u64>) -> Result<ByteStream, SourceError> {
+    async fn open(&self, range: Range<u64>, urgency: Urgency) -> Result<ByteStream, SourceError> {
         let outside = || self.bad("no access point covers it");
         let span = self.points.span(&range).ok_or_else(outside)?;
         let decoder = span.decoder().map_err(|error| self.bad(&error.to_string()))?;
         let inflating = Inflating {
-            body: self.compressed.fetch(span.blob.clone()).await?,
+            body: self.compressed.fetch(span.blob.clone(), urgency).await?,
             decoder,
             pending: Bytes::new(),
             skip: range.start - span.content(),
@@ -57,8 +57,12 @@ impl Source for InflatedSource {
         self.compressed.host()
     }
 
-    fn fetch(&self, range: Range<u64>) -> BoxFuture<'_, Result<ByteStream, SourceError>> {
-        Box::pin(self.open(range))
+    fn fetch(
+        &self,
+        range: Range<u64>,
+        urgency: Urgency,
+    ) -> BoxFuture<'_, Result<ByteStream, SourceError>> {
+        Box::pin(self.open(range, urgency))
     }
 }
 
