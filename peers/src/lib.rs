@@ -194,6 +194,7 @@ impl Peers {
             shared.retain(|_, blob| blob.strong_count() > 0);
         }
         let name = Name { digest, repository: repository.to_string() };
+        blob.scatter(name.key() ^ self.table.me().0);
         shared.insert(name, Arc::downgrade(blob));
     }
 

@@ -290,6 +290,7 @@ impl Inner {
                     return Ok(at);
                 }
                 // It has got nothing more itself.
+                Ok(Came::End) if at > bytes.start => return Ok(at),
                 Ok(Came::End) => {
                     table.refused(quest, peer);
                     return Ok(at);

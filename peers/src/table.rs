@@ -77,6 +77,10 @@ impl Table {
         lock(&self.state).my_name.clone()
     }
 
+    pub(crate) fn me(&self) -> Node {
+        lock(&self.state).me
+    }
+
     pub(crate) fn has_members(&self) -> bool {
         let state = lock(&self.state);
         state.members.iter().any(|node| *node != state.me)

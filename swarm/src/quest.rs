@@ -144,6 +144,8 @@ impl Quest {
             if peer != view.me && is_member() && view.health.is_usable(peer, now) {
                 return Step::Fetch { peer };
             }
+            // Or it would be named again and again.
+            self.gone.push(peer);
         }
         if let Some(pause) = self.pause.take() {
             // Who was busy may not be any more.
@@ -334,6 +336,37 @@ mod tests {
         assert_eq!(quest.except(), &others[..2]);
         assert!(matches!(world.next(&mut quest, me), Step::Wait(_)));
         assert_eq!(world.next(&mut quest, me), Step::Ask { peer: home, pull: true });
+    }
+
+    #[test]
+    fn who_is_not_asked_any_more_is_not_named_for_ever() {
+        let mut world = World::new();
+        let (me, mut desk, liar) = (world.homes[0], crate::Desk::new(world.homes[0]), Node(99));
+        world.members.push(liar);
+        world.homes = vec![me];
+        let inquiry = |quest: &Quest| crate::Inquiry {
+            group: GROUP,
+            bytes: 0..1,
+            asker: me,
+            pull: true,
+            except: quest.except().to_vec(),
+            gone: quest.gone().to_vec(),
+        };
+        let mut quest = world.quest();
+        let asks = crate::Inquiry { asker: liar, ..inquiry(&quest) };
+        desk.locate(&asks, crate::Here::Nothing, crate::Role::Registrar, true);
+        world.health.lied(liar, world.now);
+        for _ in 0..10 {
+            match world.next(&mut quest, me) {
+                Step::Look => {
+                    let answer = desk.locate_own(&inquiry(&quest));
+                    quest.answered(me, true, answer, world.now);
+                }
+                Step::Ask { peer, pull } => quest.answered(peer, pull, Answer::NotHome, world.now),
+                step => return assert_eq!(step, Step::Registry(Way::Turn)),
+            }
+        }
+        panic!("it never ends");
     }
 
     #[test]

@@ -6,6 +6,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use tokio::time::{Instant, timeout_at};
+use weightfs_swarm::Scatter;
 
 use super::{Blob, Slice, Trust};
 use crate::chunk::ChunkNo;
@@ -14,6 +15,12 @@ use crate::read_ahead::Access;
 use crate::{ReadError, Urgency};
 
 impl Blob {
+    /// Others fetch it, too: what nobody waits for is fetched in an order that the seed says, so
+    /// that they have something for each other.
+    pub fn scatter(&self, seed: u64) {
+        self.fetcher.scatter(Scatter::new(seed));
+    }
+
     /// The first byte of a range that is not published.
     pub fn first_missing(&self, range: &Range<u64>) -> Option<u64> {
         let mut at = range.start;
