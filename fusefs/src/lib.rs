@@ -36,4 +36,7 @@ pub use ledger::{Ledger, LedgerError};
 pub use listing::Listing;
 pub use profile::{MAX_PROFILE_BYTES, Profile, ProfileError, Recorder};
 pub use session::{Misses, Session, SpecialFiles};
-pub use tree::{Base, Content, DeviceNumber, Node, NodeId, NodeKind, Timestamp, Tree, TreeError};
+pub use tree::{
+    Base, Content, DeviceNumber, Exclude, ExcludeError, Node, NodeId, NodeKind, Timestamp, Tree,
+    TreeError,
+};

@@ -8,6 +8,7 @@
 //! model layers (ModelPack, ORAS) whiteouts mean nothing, owners are root, set-id bits, devices
 //! and privileged attributes are left out, and a file and a directory can't have one path.
 
+mod exclude;
 mod fingerprint;
 mod finish;
 mod merge;
@@ -24,6 +25,8 @@ use weightfs_store::{Blob, Digest};
 use crate::layer::OpenLayer;
 use crate::path::PathError;
 use crate::tree::merge::{Input, Merger};
+
+pub use exclude::{Exclude, ExcludeError, MAX_PATTERN_BYTES, MAX_PATTERNS};
 
 /// Number of a node in its tree: a pure function of the layers that the tree was merged from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -208,13 +211,26 @@ impl Tree {
     /// # Errors
     /// A path that escapes, a hard link to nothing, layers that contradict each other.
     pub fn merge(layers: &[Arc<OpenLayer>], base: Base) -> Result<Self, TreeError> {
+        Self::merge_without(layers, base, &Exclude::nothing())
+    }
+
+    /// As [`Tree::merge`], without some of the files. Node numbers then depend on these, too.
+    ///
+    /// # Errors
+    /// See [`Tree::merge`].
+    pub fn merge_without(
+        layers: &[Arc<OpenLayer>],
+        base: Base,
+        exclude: &Exclude,
+    ) -> Result<Self, TreeError> {
         let inputs = layers.iter().map(|layer| Input {
             digest: layer.descriptor.digest,
             size: layer.descriptor.size,
             content: &layer.descriptor.content,
             entries: layer.listing.entries(),
         });
-        let merger = Merger::run(inputs.collect(), base)?;
+        let mut merger = Merger::run(inputs.collect(), base)?;
+        merger.leave_out(exclude);
         Ok(finish::finish(merger, layers))
     }
 

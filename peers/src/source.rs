@@ -179,7 +179,7 @@ impl Inner {
         while at < part.end {
             let rest = at..part.end;
             if self.was_wrong(&rest) {
-                return self.from_registry(rest, urgency, pieces).await;
+                return self.take_from_registry(rest, urgency, pieces).await;
             }
             match table.step(&mut quest) {
                 Step::Wait(time) => sleep(time).await,
@@ -192,11 +192,11 @@ impl Inner {
                 }
                 Step::Fetch { peer } => {
                     let pull = told_to_pull == Some(peer);
-                    at = self.from_peer(&mut quest, peer, pull, rest, urgency, pieces).await?;
+                    at = self.take_from_peer(&mut quest, peer, pull, rest, urgency, pieces).await?;
                 }
                 Step::Registry(way) => {
                     let fallback = self.note_fallback(way);
-                    let came = self.from_registry(rest, urgency, pieces).await;
+                    let came = self.take_from_registry(rest, urgency, pieces).await;
                     if let (Some(mut fallback), Err(Ended::Registry)) = (fallback, &came) {
                         fallback.well = false;
                     }
@@ -251,7 +251,7 @@ impl Inner {
     }
 
     /// Takes bytes from a peer, as far as they come; gives the byte after the last one.
-    async fn from_peer(
+    async fn take_from_peer(
         &self,
         quest: &mut Quest,
         peer: Node,
@@ -308,7 +308,7 @@ impl Inner {
     }
 
     /// Takes bytes from the registry; passes its errors on.
-    async fn from_registry(
+    async fn take_from_registry(
         &self,
         bytes: Range<u64>,
         urgency: Urgency,

@@ -62,7 +62,7 @@ impl<T: AsyncRead + AsyncWrite + Send + Unpin> Io for T {}
 #[derive(Debug)]
 pub(crate) enum Security {
     Plaintext,
-    Mutual { files: Files, loaded: Mutex<Loaded> },
+    Mutual { files: Files, loaded: Box<Mutex<Loaded>> },
 }
 
 /// What the files said when they were read.
@@ -91,7 +91,7 @@ impl Security {
         };
         let (stamp, looked) = (stamp(&files), Instant::now());
         let configs = load(&files)?;
-        Ok(Self::Mutual { files, loaded: Mutex::new(Loaded { stamp, looked, configs }) })
+        Ok(Self::Mutual { files, loaded: Box::new(Mutex::new(Loaded { stamp, looked, configs })) })
     }
 
     /// Makes sure who it is that has connected.

@@ -8,6 +8,7 @@ use glob::Pattern;
 use weightfs_store::{Reference, parse_reference};
 
 use crate::cache::Subject;
+use crate::csi::{DEFAULT_DRIVER, DriverName};
 
 /// Run a model before its weights arrive.
 #[derive(Debug, Parser)]
@@ -118,8 +119,28 @@ pub enum Command {
     ///
     /// Exit status: 0 if nothing bad is left, 3 if something is, 1 if it could not be found out.
     Verify(VerifyArgs),
+    /// Run Kubernetes's volume plugin (CSI), which the daemon does the work of
+    Csi(CsiArgs),
     /// Print the effective configuration, with comments
     Config,
+}
+
+/// `weightfs csi`
+#[derive(Debug, Args)]
+pub struct CsiArgs {
+    /// The plugin's socket: a path, or unix:///path
+    /// [default: /var/lib/kubelet/plugins/DRIVER/csi.sock]
+    #[arg(long, value_name = "SOCKET")]
+    pub endpoint: Option<String>,
+    /// This node's name in the cluster [default: the host name]
+    #[arg(long, value_name = "NAME")]
+    pub node_id: Option<String>,
+    /// The driver's name, in CSIDriver objects and before the slash of volume attributes
+    #[arg(long, value_name = "DRIVER", default_value = DEFAULT_DRIVER)]
+    pub driver_name: DriverName,
+    /// Make the plugin known to the kubelet, in its directory of plugins
+    #[arg(long, value_name = "DIR")]
+    pub registration_dir: Option<PathBuf>,
 }
 
 /// `weightfs node`
@@ -317,6 +338,9 @@ pub struct IndexArgs {
     /// Write it to a file and push nothing
     #[arg(long, short, value_name = "FILE")]
     pub output: Option<PathBuf>,
+    /// Put this recorded load into it; without, the one that is kept here, if there is one
+    #[arg(long, value_name = "FILE")]
+    pub profile: Option<PathBuf>,
     /// Print JSON
     #[arg(long)]
     pub json: bool,
@@ -331,6 +355,10 @@ pub struct PullArgs {
     /// Only files that match, like `*.json` or `weights/**` (may be given again)
     #[arg(long, value_name = "GLOB")]
     pub files: Vec<Pattern>,
+    /// Only what a recorded load has read, in its order: of FILE, or the one that was recorded here
+    #[arg(long, value_name = "FILE", num_args = 0..=1, require_equals = true)]
+    #[arg(conflicts_with = "files")]
+    pub profile: Option<Option<PathBuf>>,
     /// Print JSON
     #[arg(long)]
     pub json: bool,

@@ -1,9 +1,10 @@
 //! The control socket: the daemon's side and the command line's.
 
+mod volumes;
+
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use bytes::Bytes;
 use futures::stream::BoxStream;
 use futures::{Stream, StreamExt as _};
 use glob::Pattern;
@@ -20,19 +21,21 @@ use weightfs_proto::control::control_server::{Control, ControlServer};
 use weightfs_proto::control::{
     CacheReply, CacheRequest, Download, EvictReply, EvictRequest, Layer, Model, MountEvent,
     MountRequest, Mounted, PeerState, PeersReply, PeersRequest, PinReply, PinRequest, PruneReply,
-    PruneRequest, PullEvent, PullRequest, ReleaseReply, ReleaseRequest, StatusReply, StatusRequest,
-    VerifyEvent, VerifyRequest, mount_event,
+    PruneRequest, PublishReply, PublishRequest, PullEvent, PullRequest, ReleaseReply,
+    ReleaseRequest, StatusReply, StatusRequest, UnpublishReply, VerifyEvent, VerifyRequest,
+    VolumeRequest, mount_event,
 };
 use weightfs_store::{Reference, parse_reference};
 
-use crate::cache::{Cache, CacheError, Repair, Subject};
+use crate::cache::{Cache, CacheError, Repair, Selection, Subject};
 use crate::handover::Keeper;
 use crate::indexes;
 use crate::layers;
 use crate::metadata::Metadata;
-use crate::models::{Models, ShownModel};
+use crate::models::{Asked, Models, ShownModel};
 use crate::snapshots::Decisions;
 use crate::trees::{Trees, trust_name};
+use crate::volumes::Volumes;
 
 /// Events of a mount that wait for a slow caller; more are dropped, since each is a total.
 const EVENTS: usize = 64;
@@ -45,6 +48,8 @@ const MAX_MESSAGE_BYTES: usize = 64 << 20;
 pub struct ControlService {
     /// Models mounted by the command line.
     pub models: Arc<Models>,
+    /// Models that an orchestrator has somewhere.
+    pub volumes: Arc<Volumes>,
     /// All trees.
     pub trees: Arc<Trees>,
     /// Snapshots.
@@ -123,8 +128,7 @@ impl Control for ControlService {
     ) -> Result<Response<Self::MountStream>, Status> {
         let MountRequest { reference, target, profile, index } = request.into_inner();
         let reference = self::reference(&reference)?;
-        let profile = (!profile.is_empty()).then(|| Profile::parse(&profile)).transpose();
-        let profile = profile.map_err(|error| Status::invalid_argument(error.to_string()))?;
+        let profile = self::profile(&profile)?;
         let index =
             match index.as_str() {
                 "" => None,
@@ -133,7 +137,9 @@ impl Control for ControlService {
                 })?),
             };
         let (sender, events) = mpsc::channel(EVENTS);
-        let asked = Asked { reference, target: target.into(), profile, index };
+        let target = target.into();
+        let (volume, exclude) = Default::default();
+        let asked = Asked { reference, target, volume, exclude, profile, index };
         tokio::spawn(mount(Arc::clone(&self.models), asked, sender));
         let events: BoxStream<'static, _> = ReceiverStream::new(events).boxed();
         Ok(Response::new(events))
@@ -151,6 +157,24 @@ impl Control for ControlService {
             Ok(Err(error)) => Err(Status::internal(error.to_string())),
             Err(error) => Err(Status::internal(error.to_string())),
         }
+    }
+
+    async fn publish(
+        &self,
+        request: Request<PublishRequest>,
+    ) -> Result<Response<PublishReply>, Status> {
+        volumes::publish(&self.volumes, request.into_inner()).await.map(Response::new)
+    }
+
+    async fn unpublish(
+        &self,
+        request: Request<VolumeRequest>,
+    ) -> Result<Response<UnpublishReply>, Status> {
+        volumes::unpublish(&self.volumes, request.into_inner()).await.map(Response::new)
+    }
+
+    async fn volume(&self, request: Request<VolumeRequest>) -> Result<Response<Model>, Status> {
+        volumes::find(&self.volumes, request.into_inner()).await.map(Response::new)
     }
 
     async fn status(
@@ -220,10 +244,16 @@ impl Control for ControlService {
         &self,
         request: Request<PullRequest>,
     ) -> Result<Response<Self::PullStream>, Status> {
-        let PullRequest { reference: text, files } = request.into_inner();
+        let PullRequest { reference: text, files, profile: load } = request.into_inner();
         let reference = reference(&text)?;
-        let patterns = files.iter().map(|file| pattern(file)).collect::<Result<_, _>>()?;
-        let events = self.cache.pull(reference, patterns);
+        let selection = match load {
+            Some(bytes) => Selection::Profile(profile(&bytes)?),
+            None => {
+                let patterns = files.iter().map(|file| pattern(file));
+                Selection::Files(patterns.collect::<Result<_, _>>()?)
+            }
+        };
+        let events = self.cache.pull(reference, selection);
         Ok(Response::new(events.map(|event| event.map_err(refusal)).boxed()))
     }
 }
@@ -238,6 +268,12 @@ fn reference(text: &str) -> Result<Reference, Status> {
 
 fn pattern(text: &str) -> Result<Pattern, Status> {
     text.parse().map_err(|error| Status::invalid_argument(format!("{text}: {error}")))
+}
+
+/// None in no bytes.
+fn profile(bytes: &[u8]) -> Result<Option<Profile>, Status> {
+    let profile = (!bytes.is_empty()).then(|| Profile::parse(bytes)).transpose();
+    profile.map_err(|error| Status::invalid_argument(error.to_string()))
 }
 
 fn refusal(error: CacheError) -> Status {
@@ -298,25 +334,15 @@ impl ControlService {
     }
 }
 
-/// What a caller wants mounted.
-#[derive(Debug)]
-struct Asked {
-    reference: Reference,
-    target: PathBuf,
-    profile: Option<Profile>,
-    index: Option<Bytes>,
-}
-
 /// Mounts a model for a caller, and takes it away again if the caller is gone by then.
 async fn mount(
     models: Arc<Models>,
     asked: Asked,
     sender: mpsc::Sender<Result<MountEvent, Status>>,
 ) {
-    let Asked { reference, target, profile, index } = asked;
     let progress = SendProgress(sender.clone());
     let opened = tokio::select! {
-        opened = models.open(&reference, &target, profile, index, &progress) => opened,
+        opened = models.open(asked, &progress) => opened,
         () = sender.closed() => return,
     };
     // A task of its own: once begun, it is shown and remembered, or neither.
@@ -353,7 +379,10 @@ fn model_message(model: ShownModel) -> Model {
         size: model.stats.size,
         cached: model.stats.cached,
         fetched: model.stats.fetched,
+        rejected: model.stats.rejected,
         trust: trust_name(model.stats.trust).to_owned(),
+        volume: model.volume,
+        exclude: model.exclude,
     }
 }
 

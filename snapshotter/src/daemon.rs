@@ -25,6 +25,7 @@ use tokio::runtime::Handle;
 use tokio::sync::watch;
 use tracing::{info, warn};
 use weightfs_fusefs::Misses;
+use weightfs_fusefs::index::signature::KeyError;
 use weightfs_peers::{Peers, PeersError};
 use weightfs_store::{OpenError, SourceError, Store};
 
@@ -34,15 +35,16 @@ use crate::containerd;
 use crate::control::{self, ControlService};
 use crate::handover::{Inherited, Keeper, Name};
 use crate::images::ImageLayers;
-use crate::indexes::Indexes;
 use crate::metadata::{LazySnapshot, Metadata, MetadataError};
 use crate::models::{Models, MountState};
 use crate::node::doctor;
 use crate::owner::Announcement;
+use crate::publish::Publisher;
 use crate::references::References;
 use crate::snapshots::{SnapshotError, Snapshots};
 use crate::socket::{Origin, SocketError, listen_at};
 use crate::trees::{Opener, Trees};
+use crate::volumes::Volumes;
 
 pub use mount::MOUNT_DIRECTORY;
 use mount::{Mount, forget, unmount};
@@ -62,6 +64,9 @@ pub enum DaemonError {
     /// The other nodes can't be reached, or not reach this one.
     #[error(transparent)]
     Peers(#[from] PeersError),
+    /// A public key can't be used.
+    #[error(transparent)]
+    Key(#[from] KeyError),
     /// The metadata can't be used.
     #[error(transparent)]
     Metadata(#[from] MetadataError),
@@ -174,6 +179,7 @@ pub struct Daemon {
     control_socket: UnixListener,
     announcement: Announcement,
     keeper: Keeper,
+    publisher: Option<Publisher>,
     config: Config,
 }
 
@@ -193,6 +199,7 @@ impl Daemon {
         store.start_evicting();
         let Parts { metadata, trees, models, layers, opener, .. } = parts;
         let peers = opener.peers.clone();
+        let publisher = Publisher::start(config, &opener);
         let cache = Cache::new(opener, &config.root);
         let snapshots = Snapshots::open(&config.root, Arc::clone(&metadata), layers)?;
         let mut listen = |name, path| listen(&mut inherited, keeper, name, path);
@@ -203,6 +210,7 @@ impl Daemon {
             .map_err(|source| OpenError::Io { path: config.root.clone(), source })?;
         let root = config.root.clone();
         let control = ControlService {
+            volumes: Volumes::new(Arc::clone(&models)),
             models,
             trees: Arc::clone(&trees),
             metadata,
@@ -222,6 +230,7 @@ impl Daemon {
             control_socket,
             announcement,
             keeper,
+            publisher,
             config: config.clone(),
         })
     }
@@ -262,7 +271,7 @@ impl Daemon {
             ended = &mut controller => (flatten(ended), false),
         };
         keeper.tell_stopping();
-        drop(stopping);
+        drop((stopping, self.publisher));
         if running {
             let servers = futures::future::join(&mut snapshotter, &mut controller);
             if tokio::time::timeout(SHUTDOWN_DEADLINE, servers).await.is_err() {
@@ -309,7 +318,7 @@ where
 fn opener(config: &Config, store: Arc<Store>) -> Result<Opener, DaemonError> {
     let registries = config.registries()?;
     let references = References::new(&config.root);
-    let indexes = Indexes::new(config.verify.referrers);
+    let indexes = config.indexes()?;
     // Checked when the configuration was read.
     let peers = config.peers.options().ok().flatten().map(Peers::start).transpose()?;
     let deadline = config.fetch.deadline;

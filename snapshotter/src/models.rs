@@ -2,13 +2,13 @@
 //! starts again shows them again where they were, without asking the registry.
 
 use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 use tracing::{error, info};
-use weightfs_fusefs::{Profile, Progress, TreeNumber};
+use weightfs_fusefs::{Exclude, Profile, Progress, TreeNumber};
 use weightfs_store::{Digest, Reference};
 
 use crate::bind::{Bound, bound, rebind};
@@ -51,8 +51,28 @@ pub struct ModelRecord {
     pub manifest_digest: Digest,
     /// Where the caller bound it.
     pub target: PathBuf,
+    /// The volume that it is; empty if it is none.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub volume: String,
     /// Its layers.
     pub tree: TreeRecord,
+}
+
+/// What a caller wants to be shown.
+#[derive(Debug)]
+pub struct Asked {
+    /// Which model.
+    pub reference: Reference,
+    /// Where the caller is going to bind it.
+    pub target: PathBuf,
+    /// The volume that it is; empty if it is none.
+    pub volume: String,
+    /// Files that are left out.
+    pub exclude: Vec<String>,
+    /// The order in which it is going to be read, if that is not known from earlier.
+    pub profile: Option<Profile>,
+    /// The index to go by.
+    pub index: Option<Bytes>,
 }
 
 /// What the daemon's mount is.
@@ -83,6 +103,10 @@ pub struct ShownModel {
     pub manifest_digest: Digest,
     /// Where the caller bound it.
     pub target: PathBuf,
+    /// The volume that it is; empty if it is none.
+    pub volume: String,
+    /// Files that are left out.
+    pub exclude: Vec<String>,
     /// Its files.
     pub files: u64,
     /// Numbers of its blobs.
@@ -111,28 +135,28 @@ impl Models {
         Self { opener, trees, metadata, shown: Mutex::default() }
     }
 
-    /// Opens what `reference` names; `target` is where the caller is going to bind it, `profile`
-    /// the order in which it is going to be read, if that is not known from earlier, `index` what
-    /// to go by. Nothing is
-    /// shown yet, and nothing but the profile is left behind if this is given up.
+    /// Opens what was asked for. Nothing is shown yet, and nothing but the profile is left behind if
+    /// this is given up.
     ///
     /// # Errors
     /// When it can't be opened.
     pub async fn open(
         &self,
-        reference: &Reference,
-        target: &Path,
-        profile: Option<Profile>,
-        index: Option<Bytes>,
+        asked: Asked,
         progress: &dyn Progress,
     ) -> Result<OpenModel, ModelError> {
-        let artifact = self.opener.resolve(reference).await?;
+        let Asked { reference, target, volume, exclude, profile, index } = asked;
+        Exclude::new(&exclude).map_err(TreesError::from)?;
+        let artifact = self.opener.resolve(&reference).await?;
+        let mut tree = self.opener.open_by(&artifact, index, progress).await?;
+        // Now that one in an index has been found.
         let profile = profiles::choose(&self.opener.store, artifact.manifest_digest, profile)?;
-        let tree = self.opener.open_by(&artifact, index, progress).await?;
+        tree.record.exclude = exclude;
         let record = ModelRecord {
             reference: reference.whole(),
             manifest_digest: artifact.manifest_digest,
-            target: target.to_owned(),
+            target,
+            volume,
             tree: tree.record.clone(),
         };
         self.opener.remember(&record.reference, record.manifest_digest, &tree.record).await;
@@ -234,6 +258,15 @@ impl Models {
         shown.iter().map(|(number, record)| self.describe(*number, record)).collect()
     }
 
+    /// Whether a model is bound where its caller wanted it.
+    ///
+    /// # Errors
+    /// When the mount table can't be read.
+    pub fn is_bound(&self, model: &ShownModel) -> std::io::Result<bool> {
+        let device = self.trees.filesystem().ledger().device();
+        owner::is_bound(&model.target, device, model.number)
+    }
+
     /// The directory of a model below the daemon's mount.
     pub fn directory(&self, number: TreeNumber) -> PathBuf {
         self.trees.directory(number)
@@ -248,6 +281,8 @@ impl Models {
             reference: record.reference.clone(),
             manifest_digest: record.manifest_digest,
             target: record.target.clone(),
+            volume: record.volume.clone(),
+            exclude: record.tree.exclude.clone(),
             files: files.unwrap_or(0),
             stats,
         }

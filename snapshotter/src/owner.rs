@@ -91,6 +91,34 @@ pub fn is_mount_of(path: &Path, device: u64) -> io::Result<bool> {
     Ok(at.next().is_some_and(|mount| mount.majmin == device_name(device)))
 }
 
+/// What is mounted at a place, on top of all else.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum MountedAt {
+    /// Nothing.
+    Nothing,
+    /// A mount of WeightFS, whoever serves it, or nobody.
+    Weightfs,
+    /// Something else.
+    Other,
+}
+
+/// What is mounted exactly there. Asks the mount nothing.
+///
+/// # Errors
+/// When the mount table can't be read.
+pub fn mounted_at(path: &Path) -> io::Result<MountedAt> {
+    let mut at = mounts()?.into_iter().rev().filter(|mount| unescape(&mount.mount_point) == path);
+    Ok(match at.next() {
+        None => MountedAt::Nothing,
+        Some(mount) if is_ours(&mount) => MountedAt::Weightfs,
+        Some(_) => MountedAt::Other,
+    })
+}
+
+fn is_ours(mount: &MountInfo) -> bool {
+    mount.fs_type == "fuse" && mount.mount_source.as_deref() == Some(SOURCE_NAME)
+}
+
 /// Where the mount at `path` is mounted, and what is bound from it; the last one first. Asks the
 /// mount nothing.
 ///
@@ -114,10 +142,7 @@ fn device_name(device: u64) -> String {
 /// When the mount table can't be read.
 pub fn is_weightfs(status: &FileStat) -> io::Result<bool> {
     let device = device_name(status.st_dev);
-    let ours = |mount: &MountInfo| {
-        mount.fs_type == "fuse" && mount.mount_source.as_deref() == Some(SOURCE_NAME)
-    };
-    Ok(mounts()?.into_iter().any(|mount| mount.majmin == device && ours(&mount)))
+    Ok(mounts()?.into_iter().any(|mount| mount.majmin == device && is_ours(&mount)))
 }
 
 /// The tree of a daemon's mount that a directory is the root of; `None` for a mount of its own.

@@ -141,11 +141,13 @@ impl From<TreesError> for Reason {
                 Self::Unreachable { text: bounded(&error) }
             }
             TreesError::Layer(LayerError::Store(_) | LayerError::Stopped { .. })
+            | TreesError::Index(_)
             | TreesError::Forgotten(_)
             | TreesError::OtherNumbers(_) => Self::failed(&error),
-            TreesError::Artifact(_) | TreesError::Layer(_) | TreesError::Tree(_) => {
-                Self::unsuitable(&error)
-            }
+            TreesError::Artifact(_)
+            | TreesError::Layer(_)
+            | TreesError::Tree(_)
+            | TreesError::Exclude(_) => Self::unsuitable(&error),
         }
     }
 }

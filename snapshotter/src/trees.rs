@@ -20,9 +20,9 @@ use serde::{Deserialize, Serialize};
 use tracing::{error, warn};
 use weightfs_fusefs::index::Index;
 use weightfs_fusefs::{
-    Artifact, ArtifactError, Base, Compression, Filesystem, LayerContent, LayerDescriptor,
-    LayerError, OpenLayer, Progress, Session, Tree, TreeError, TreeNumber, blob_id,
-    open_indexed_layer, open_layer, open_layer_without_ranges, reopen_layer,
+    Artifact, ArtifactError, Base, Compression, Exclude, ExcludeError, Filesystem, LayerContent,
+    LayerDescriptor, LayerError, OpenLayer, Progress, Session, Tree, TreeError, TreeNumber,
+    blob_id, open_indexed_layer, open_layer, open_layer_without_ranges, reopen_layer,
 };
 use weightfs_peers::Peers;
 use weightfs_store::{
@@ -30,7 +30,8 @@ use weightfs_store::{
 };
 
 use crate::cache;
-use crate::indexes::Indexes;
+use crate::indexes::{BadIndex, Indexes};
+use crate::profiles;
 use crate::references::{Pin, References};
 
 pub use removed::Removed;
@@ -50,6 +51,12 @@ pub enum TreesError {
     /// The layers make no tree.
     #[error(transparent)]
     Tree(#[from] TreeError),
+    /// Its index is refused.
+    #[error(transparent)]
+    Index(#[from] BadIndex),
+    /// What is to be left out can't be said so.
+    #[error("files to leave out: {0}")]
+    Exclude(#[from] ExcludeError),
     /// The cache has lost the listing of a layer.
     #[error("layer {0}: its listing is no longer in the cache")]
     Forgotten(weightfs_store::Digest),
@@ -93,6 +100,16 @@ pub struct TreeRecord {
     pub layers: Vec<LayerRecord>,
     /// Whether ordinary overlay layers lie below.
     pub over_foreign: bool,
+    /// Files that are left out, as patterns.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub exclude: Vec<String>,
+}
+
+impl TreeRecord {
+    /// Of these layers, with nothing left out.
+    pub const fn new(layers: Vec<LayerRecord>, over_foreign: bool) -> Self {
+        Self { layers, over_foreign, exclude: Vec::new() }
+    }
 }
 
 /// A layer and where it can be had.
@@ -124,6 +141,8 @@ pub struct TreeStats {
     pub cached: u64,
     /// Bytes fetched since they were opened.
     pub fetched: u64,
+    /// Chunks since then that were not what they should be, and were not served.
+    pub rejected: u64,
     /// The least that is known of one of them.
     pub trust: Trust,
 }
@@ -183,7 +202,7 @@ impl Opener {
         let must = given.is_some();
         // Looked for once, and only if a layer waits for it.
         let lookup = self.indexes.find(&self.registries, artifact, given).boxed().shared();
-        let layers = stream::iter(records.clone())
+        let opened = stream::iter(records.clone())
             .map(|record| {
                 let lookup = lookup.clone();
                 async move {
@@ -196,9 +215,25 @@ impl Opener {
                 }
             })
             .buffered(LAYERS_AT_ONCE)
-            .try_collect()
-            .await?;
-        Ok(OpenTree::new(layers, TreeRecord { layers: records, over_foreign: false }))
+            .try_collect();
+        let layers = opened.await?;
+        if let Some(Ok(Some(index))) = lookup.peek() {
+            self.keep_profile(artifact, index).await;
+        }
+        Ok(OpenTree::new(layers, TreeRecord::new(records, false)))
+    }
+
+    /// Keeps the profile of an index for the mounts of an artifact, unless there is one: what was
+    /// recorded or given here counts more.
+    async fn keep_profile(&self, artifact: &Artifact, index: &Index) {
+        let layers: Vec<_> = artifact.layers.iter().map(|layer| layer.digest).collect();
+        let Some(profile) = index.profile_of(artifact.manifest_digest, &layers) else { return };
+        let store = Arc::clone(&self.store);
+        let kept =
+            tokio::task::spawn_blocking(move || profiles::keep_unless_known(&store, &profile));
+        if let Ok(Err(error)) = kept.await {
+            warn!(%error, "the profile of an index is not kept");
+        }
     }
 
     /// Opens a layer, by what an index says of it where there is one. A layer of which enough is
@@ -206,7 +241,7 @@ impl Opener {
     async fn open_one(
         &self,
         record: &LayerRecord,
-        lookup: impl Future<Output = Option<Arc<Index>>> + Send,
+        lookup: impl Future<Output = Result<Option<Arc<Index>>, BadIndex>> + Send,
         must: bool,
         progress: &dyn Progress,
     ) -> Result<Arc<OpenLayer>, TreesError> {
@@ -219,17 +254,17 @@ impl Opener {
         let descriptor = &record.descriptor;
         let tar = !matches!(descriptor.content, LayerContent::Raw(_));
         if known || !tar || descriptor.compression != Compression::None {
-            let index = lookup.await;
+            let index = lookup.await?;
             return self.open_layer(record, index.as_deref(), progress).await;
         }
         let walk = pin!(self.open_layer(record, None, progress));
         match select(pin!(lookup), walk).await {
-            Either::Left((None, walk)) => walk.await,
+            Either::Left((Ok(None), walk)) => walk.await,
             // Not waited for any more, and dropped when this returns.
             Either::Left((index, _walk)) => {
-                self.open_layer(record, index.as_deref(), progress).await
+                self.open_layer(record, index?.as_deref(), progress).await
             }
-            Either::Right((walked, lookup)) => match lookup.await {
+            Either::Right((walked, lookup)) => match lookup.await? {
                 None => walked,
                 index => self.open_layer(record, index.as_deref(), progress).await,
             },
@@ -327,13 +362,14 @@ impl OpenTree {
         self.layers.get(self.below..).unwrap_or_default()
     }
 
-    /// The tree that the layers make.
+    /// The tree that the layers make, without what is left out.
     ///
     /// # Errors
     /// Layers that contradict each other.
-    pub fn merge(&self) -> Result<Tree, TreeError> {
+    pub fn merge(&self) -> Result<Tree, TreesError> {
         let base = if self.record.over_foreign { Base::Foreign } else { Base::Nothing };
-        Tree::merge(&self.layers, base)
+        let exclude = Exclude::new(&self.record.exclude)?;
+        Ok(Tree::merge_without(&self.layers, base, &exclude)?)
     }
 
     /// Numbers of its blobs.
@@ -359,6 +395,7 @@ fn stats_of(layers: &[Arc<OpenLayer>]) -> TreeStats {
             size: sum.size + blob.size,
             cached: sum.cached + blob.cached,
             fetched: sum.fetched + blob.fetched,
+            rejected: sum.rejected + blob.rejected,
             trust: least(sum.trust, blob.trust),
         }
     })
@@ -376,7 +413,7 @@ pub fn layer_records(artifact: &Artifact) -> Vec<LayerRecord> {
 impl TreeStats {
     /// Numbers of no blob.
     pub const fn nothing() -> Self {
-        Self { size: 0, cached: 0, fetched: 0, trust: Trust::Verified }
+        Self { size: 0, cached: 0, fetched: 0, rejected: 0, trust: Trust::Verified }
     }
 }
 

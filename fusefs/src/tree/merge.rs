@@ -520,14 +520,14 @@ impl<'a> Merger<'a> {
         Ok(())
     }
 
-    fn folder(&self, node: usize) -> Option<&Folder> {
+    pub(super) fn folder(&self, node: usize) -> Option<&Folder> {
         match &self.drafts.get(node)?.kind {
             DraftKind::Directory(folder) => Some(folder),
             _ => None,
         }
     }
 
-    fn folder_mut(&mut self, node: usize) -> Option<&mut Folder> {
+    pub(super) fn folder_mut(&mut self, node: usize) -> Option<&mut Folder> {
         match &mut self.drafts.get_mut(node)?.kind {
             DraftKind::Directory(folder) => Some(folder),
             _ => None,

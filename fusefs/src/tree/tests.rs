@@ -555,3 +555,31 @@ proptest! {
         }
     }
 }
+
+#[test]
+fn what_is_left_out_is_gone_with_the_directories_that_it_emptied() {
+    let entries = vec![
+        dir("empty"),
+        file("weights/deep/a.safetensors"),
+        file("weights/b.safetensors"),
+        file("docs/README.md"),
+        file("config.json"),
+        hard_link("docs/b.safetensors", "weights/b.safetensors"),
+    ];
+    let content = LayerContent::ModelTar { created: CREATED };
+    let layers = [listed(digest(0), content, entries)];
+    let shown = |patterns: &[&str]| {
+        let patterns: Vec<_> = patterns.iter().map(ToString::to_string).collect();
+        let exclude = Exclude::new(&patterns).unwrap();
+        let tree = Tree::merge_without(&layers, Base::Nothing, &exclude).unwrap();
+        let paths: Vec<_> = tree.walk().map(|(path, _)| path.display().to_string()).collect();
+        (paths.join(" "), tree.fingerprint())
+    };
+    let all = shown(&[]);
+    let (few, fingerprint) = shown(&["*.safetensors"]);
+    assert_eq!(few, "config.json docs docs/README.md empty");
+    assert_ne!(fingerprint, all.1, "the same numbers mean other files");
+    let (some, _) = shown(&["*.safetensors", "!weights/b.safetensors"]);
+    assert_eq!(some, "config.json docs docs/README.md empty weights weights/b.safetensors");
+    assert_eq!(shown(&["*"]).0, "empty");
+}

@@ -74,7 +74,7 @@ mod tests {
     #[test]
     fn removed_trees_are_remembered_while_they_are_served() {
         let root = tempfile::tempdir().unwrap();
-        let record = TreeRecord { layers: vec![], over_foreign: true };
+        let record = TreeRecord::new(vec![], true);
         let (a, b) = (TreeNumber(1), TreeNumber(2));
         let removed = Removed::open(root.path()).unwrap();
         removed.put(a, &record);
