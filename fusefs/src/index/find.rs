@@ -9,11 +9,12 @@ use std::collections::BTreeMap;
 
 use bytes::Bytes;
 use serde::Deserialize;
+use weightfs_store::registry::Referrer;
 use weightfs_store::{Digest, DigestError, Registries, Repository, SourceError};
 
 use super::signature::{self, PublicKey};
 use super::{ANNOTATION, Index, MAX_INDEX_BYTES, MEDIA_TYPE, PROFILE_ANNOTATION};
-use crate::artifact::Artifact;
+use crate::artifact::{Artifact, model_image};
 
 /// Which indexes are believed that refer to a manifest.
 #[derive(Debug, Clone)]
@@ -77,10 +78,21 @@ pub async fn annotated_index(
     Index::parse_bound(&bytes).map(Some).map_err(|error| error.to_string())
 }
 
-/// What a manifest says is the digest of its index, if it says so.
+/// What a manifest says is the digest of its index, if it says so: itself, or in a model image the
+/// first of its layers that does.
 pub fn annotated(manifest: &Bytes) -> Option<String> {
-    let named = serde_json::from_slice::<Annotated>(manifest).unwrap_or_default();
-    named.annotations.unwrap_or_default().remove(ANNOTATION)
+    let Annotations { annotations, layers } = serde_json::from_slice(manifest).unwrap_or_default();
+    let own = annotations.unwrap_or_default().remove(ANNOTATION);
+    own.or_else(|| {
+        let layers = layers.unwrap_or_default().into_iter();
+        let mut layers = layers.map(|layer| layer.annotations.unwrap_or_default());
+        layers.find_map(|mut layer| layer.remove(model_image::INDEX))
+    })
+}
+
+/// The manifest that an index refers to: of a model image, that of the artifact that it was made of.
+pub fn subject_of(artifact: &Artifact) -> Digest {
+    model_image::artifact_of(&artifact.manifest).unwrap_or(artifact.manifest_digest)
 }
 
 /// Whether there is something that says to be the index of an artifact: usable or not, allowed or
@@ -89,13 +101,19 @@ pub async fn has_index(registries: &Registries, artifact: &Artifact) -> bool {
     if annotated(&artifact.manifest).is_some() {
         return true;
     }
-    let (repository, manifest) = (&artifact.repository, artifact.manifest_digest);
+    let (repository, manifest) = (&artifact.repository, subject_of(artifact));
     let referrers = registries.referrers(repository, manifest, MEDIA_TYPE).await;
     referrers.is_ok_and(|referrers| !referrers.is_empty())
 }
 
-/// What a manifest is annotated with.
+/// What a manifest and its layers are annotated with.
 #[derive(Default, Deserialize)]
+struct Annotations {
+    annotations: Option<BTreeMap<String, String>>,
+    layers: Option<Vec<Annotated>>,
+}
+
+#[derive(Deserialize)]
 struct Annotated {
     annotations: Option<BTreeMap<String, String>>,
 }
@@ -115,8 +133,9 @@ pub async fn find_index(
     referrers.sort_by_key(|referrer| !referrer.annotations.contains_key(PROFILE_ANNOTATION));
     let mut lookup = Lookup::Nothing;
     for referrer in referrers {
-        match fetch(registries, repository, referrer.digest, manifest, believe).await? {
-            Ok(found) => return Ok(Lookup::Found(found)),
+        match fetch(registries, repository, &referrer, manifest, believe).await? {
+            Ok(Some(found)) => return Ok(Lookup::Found(found)),
+            Ok(None) => {}
             Err(why) => {
                 tracing::warn!(%repository, %manifest, index = %referrer.digest, why, "index ignored");
                 lookup = Lookup::Refused(format!("{}: {why}", referrer.digest));
@@ -126,19 +145,16 @@ pub async fn find_index(
     Ok(lookup)
 }
 
-/// The index that a referrer carries, or why it can't be used.
+/// The index that a referrer carries, or why it can't be used; `None` if it never said that it
+/// carries one.
 async fn fetch(
     registries: &Registries,
     repository: &Repository,
-    referrer: Digest,
+    listed: &Referrer,
     manifest: Digest,
     believe: &Believe,
-) -> Result<Result<Found, String>, SourceError> {
-    if let Believe::Signed(keys) = believe
-        && let Err(why) = signature::check(registries, repository, referrer, keys).await?
-    {
-        return Ok(Err(why));
-    }
+) -> Result<Result<Option<Found>, String>, SourceError> {
+    let referrer = listed.digest;
     let carrier = match registries.manifest(repository, referrer).await {
         Ok(carrier) => carrier,
         Err(error) if error.may_pass() => return Err(error),
@@ -150,14 +166,20 @@ async fn fetch(
     };
     let Some(layer) = carrier.layers.into_iter().find(|layer| layer.media_type == MEDIA_TYPE)
     else {
-        return Ok(Err("it has no layer with an index".into()));
+        let is_other = listed.artifact_type.is_empty();
+        return Ok(if is_other { Ok(None) } else { Err("it has no layer with an index".into()) });
     };
+    if let Believe::Signed(keys) = believe
+        && let Err(why) = signature::check(registries, repository, referrer, keys).await?
+    {
+        return Ok(Err(why));
+    }
     if layer.size > MAX_INDEX_BYTES {
         return Ok(Err(format!("its size of {} bytes is over the limit", layer.size)));
     }
     match registries.small_blob(repository, layer.digest, layer.size).await {
         Ok(bytes) => Ok(match Index::parse(&bytes, manifest) {
-            Ok(index) => Ok(Found { index, digest: layer.digest, bytes, referrer }),
+            Ok(index) => Ok(Some(Found { index, digest: layer.digest, bytes, referrer })),
             Err(error) => Err(error.to_string()),
         }),
         Err(error) if error.may_pass() => Err(error),
