@@ -11,6 +11,7 @@ pub mod control;
 pub mod csi;
 pub mod daemon;
 pub mod filter;
+pub mod fluid;
 pub mod handover;
 pub mod images;
 pub mod index;
