@@ -10,9 +10,9 @@ use std::sync::{Arc, LazyLock, OnceLock};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use fuser::{
-    Errno, FileAttr, FileHandle, FileType, FopenFlags, Generation, INodeNo, InitFlags,
+    Errno, FileAttr, FileHandle, FileType, FopenFlags, Generation, INodeNo, InitFlags, IoctlFlags,
     KernelConfig, LockOwner, OpenFlags, ReplyAttr, ReplyData, ReplyDirectory, ReplyDirectoryPlus,
-    ReplyEmpty, ReplyEntry, ReplyOpen, ReplyStatfs, ReplyXattr, Request,
+    ReplyEmpty, ReplyEntry, ReplyIoctl, ReplyOpen, ReplyStatfs, ReplyXattr, Request,
 };
 use nix::sys::mman::{MmapAdvise, madvise};
 use tokio::runtime::Handle;
@@ -45,12 +45,14 @@ const MAX_REQUEST_BYTES: u32 = 1 << 20;
 const MAX_BACKGROUND: u16 = 512;
 
 /// What is asked of the kernel besides passthrough.
-const WANTED: [InitFlags; 5] = [
+const WANTED: [InitFlags; 6] = [
     InitFlags::FUSE_PARALLEL_DIROPS,
     InitFlags::FUSE_CACHE_SYMLINKS,
     InitFlags::FUSE_ASYNC_DIO,
     InitFlags::FUSE_DO_READDIRPLUS,
     InitFlags::FUSE_READDIRPLUS_AUTO,
+    // Containers with user namespaces (Linux 6.12); needs default_permissions.
+    InitFlags::FUSE_ALLOW_IDMAP,
 ];
 
 /// What else a successor has to find as it is: what fuser asks for, passthrough, and whether the
@@ -313,6 +315,22 @@ impl fuser::Filesystem for Adapter {
             Ok(()) => reply.ok(),
             Err(error) => reply.error(errno(&error)),
         }
+    }
+
+    /// Flags of files (`FS_IOC_GETFLAGS`): overlayfs asks for them when it copies a file up
+    /// (`ovl_copy_fileattr`). There are none.
+    fn ioctl(
+        &self,
+        _request: &Request,
+        _ino: INodeNo,
+        _handle: FileHandle,
+        _flags: IoctlFlags,
+        _command: u32,
+        _input: &[u8],
+        _output_bytes: u32,
+        reply: ReplyIoctl,
+    ) {
+        reply.error(Errno::ENOTTY);
     }
 
     fn statfs(&self, _request: &Request, _ino: INodeNo, reply: ReplyStatfs) {

@@ -5,11 +5,14 @@
 //! and checked once, here. Chunk digests are used where they lie: opening the index of a model of
 //! 100 GB reads its directory only.
 //!
+//! An index may have a recorded profile, too: in which order a load touches the layers.
+//!
 //! Invariants: an index speaks of one manifest; its sections follow each other without a gap and
 //! fill it; every layer has one digest for each of its chunks; files don't overlap.
 
 pub mod build;
 pub mod find;
+pub mod signature;
 
 use bytes::{BufMut as _, Bytes, BytesMut};
 use serde::{Deserialize, Serialize};
@@ -17,6 +20,7 @@ use weightfs_store::{CHUNK_BYTES, Digest, Layout};
 
 use crate::artifact::Compression;
 use crate::listing::{EntryKind, Listing};
+use crate::profile::Profile;
 
 /// Media type of an index, and artifact type of the manifest that carries it.
 pub const MEDIA_TYPE: &str = "application/vnd.weightfs.index.v1";
@@ -24,6 +28,10 @@ pub const MEDIA_TYPE: &str = "application/vnd.weightfs.index.v1";
 /// The annotation of a manifest that says the digest of its index: where the manifest is known by
 /// its digest, so is the index.
 pub const ANNOTATION: &str = "org.weightfs.index";
+
+/// The annotation of the manifest that carries an index with a recorded profile: the profile's
+/// digest. Of several indexes such a one is preferred.
+pub const PROFILE_ANNOTATION: &str = "org.weightfs.profile";
 
 /// Bytes of an index at the most: 16 TiB of weights in chunks of 1 MiB take half of it.
 pub const MAX_INDEX_BYTES: u64 = 1 << 30;
@@ -74,6 +82,8 @@ pub enum IndexError {
 pub struct Index {
     manifest: Digest,
     layers: Vec<LayerIndex>,
+    /// Its layers are numbered as they are here.
+    profile: Option<Profile>,
 }
 
 /// What an index says of one layer.
@@ -101,6 +111,9 @@ pub struct LayerIndex {
 struct Directory {
     manifest: Digest,
     layers: Vec<Row>,
+    /// Bytes of the recorded profile, which is the last section.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    profile_bytes: u64,
 }
 
 #[derive(Debug, Serialize, Deserialize)]
@@ -126,7 +139,23 @@ fn is_zero(number: &u64) -> bool {
 impl Index {
     /// The index of an artifact.
     pub fn new(manifest: Digest, layers: Vec<LayerIndex>) -> Self {
-        Self { manifest, layers }
+        Self { manifest, layers, profile: None }
+    }
+
+    /// With a profile of a load of an artifact that has the layers `of`.
+    #[must_use]
+    pub fn with_profile(self, profile: &Profile, of: &[Digest]) -> Self {
+        let profile = profile.moved(self.manifest, of, &self.digests());
+        Self { profile: Some(profile), ..self }
+    }
+
+    /// Its profile, for the artifact with that manifest that has the layers `of`.
+    pub fn profile_of(&self, manifest: Digest, of: &[Digest]) -> Option<Profile> {
+        self.profile.as_ref().map(|profile| profile.moved(manifest, &self.digests(), of))
+    }
+
+    fn digests(&self) -> Vec<Digest> {
+        self.layers.iter().map(|layer| layer.digest).collect()
     }
 
     /// What it says of a layer.
@@ -155,7 +184,12 @@ impl Index {
             chunks_bytes: layer.chunk_digests.len() as u64,
             points_bytes: layer.points.len() as u64,
         });
-        let directory = Directory { manifest: self.manifest, layers: rows.collect() };
+        let profile = self.profile.as_ref().map(Profile::encode).unwrap_or_default();
+        let directory = Directory {
+            manifest: self.manifest,
+            layers: rows.collect(),
+            profile_bytes: profile.len() as u64,
+        };
         let directory = serde_json::to_vec(&directory).unwrap_or_default();
         let length = u32::try_from(directory.len()).map_err(|_| IndexError::TooLarge)?;
         let mut bytes = BytesMut::new();
@@ -168,6 +202,7 @@ impl Index {
             bytes.put_slice(&layer.chunk_digests);
             bytes.put_slice(&layer.points);
         }
+        bytes.put_slice(&profile);
         if bytes.len() as u64 > MAX_INDEX_BYTES {
             return Err(IndexError::TooLarge);
         }
@@ -209,10 +244,11 @@ impl Index {
             let layer = row.read(&mut rest);
             layers.push(layer.map_err(|why| IndexError::Layer { digest, why })?);
         }
+        let profile = read_profile(&mut rest, directory.profile_bytes, manifest)?;
         if !rest.is_empty() {
             return Err(IndexError::Malformed(format!("{} bytes too many", rest.len())));
         }
-        Ok(Self { manifest, layers })
+        Ok(Self { manifest, layers, profile })
     }
 }
 
@@ -232,6 +268,24 @@ fn split_directory(bytes: &Bytes) -> Result<(Bytes, Bytes), IndexError> {
     let mut rest = bytes.slice(HEAD_BYTES..);
     let directory = take(&mut rest, u64::from(u32::from_le_bytes(*length)));
     Ok((directory.ok_or_else(|| malformed("its directory is cut"))?, rest))
+}
+
+/// The profile, which comes last, if there is one.
+fn read_profile(
+    rest: &mut Bytes,
+    bytes: u64,
+    manifest: Digest,
+) -> Result<Option<Profile>, IndexError> {
+    if bytes == 0 {
+        return Ok(None);
+    }
+    let malformed = |why: String| IndexError::Malformed(format!("its profile: {why}"));
+    let section = take(rest, bytes).ok_or_else(|| malformed("it is cut".into()))?;
+    let profile = Profile::parse(&section).map_err(|error| malformed(error.to_string()))?;
+    if profile.manifest() != manifest {
+        return Err(malformed(format!("it is of {}", profile.manifest())));
+    }
+    Ok(Some(profile))
 }
 
 /// The first `count` bytes of what is left.

@@ -119,19 +119,38 @@ impl Profile {
         bytes
     }
 
+    /// The same for the artifact with that manifest, whose layers are `to`, where they were `from`:
+    /// by their digests. What it says of layers that are not among them is left out.
+    #[must_use]
+    pub fn moved(&self, manifest: Digest, from: &[Digest], to: &[Digest]) -> Self {
+        let moved = |extent: &Extent| {
+            let digest = from.get(usize::try_from(extent.layer).ok()?)?;
+            let layer = to.iter().position(|layer| layer == digest)?;
+            Some(Extent { layer: u32::try_from(layer).ok()?, units: extent.units.clone() })
+        };
+        Self { manifest, extents: self.extents.iter().filter_map(moved).collect() }
+    }
+
     /// Has everything fetched in the recorded order, after what readers wait for. `layers` are
     /// those of the manifest. Does not wait.
     pub fn expect(&self, layers: &[Arc<OpenLayer>]) {
-        for Extent { layer, units } in &self.extents {
+        self.ranges(layers).for_each(|(blob, range)| blob.expect(&range));
+    }
+
+    /// What it has of the manifest's `layers`, in the recorded order, each inside one segment.
+    pub fn ranges(
+        &self,
+        layers: &[Arc<OpenLayer>],
+    ) -> impl Iterator<Item = (Arc<Blob>, Range<u64>)> {
+        self.extents.iter().flat_map(move |Extent { layer, units }| {
             // Of another artifact, if there is no such layer.
-            let Some(layer) = usize::try_from(*layer).ok().and_then(|at| layers.get(at)) else {
-                continue;
-            };
+            let layer = usize::try_from(*layer).ok().and_then(|at| layers.get(at));
             let range = u64::from(units.start) * UNIT_BYTES..u64::from(units.end) * UNIT_BYTES;
-            for range in by_segment(&layer.blob, range) {
-                layer.blob.expect(&range);
-            }
-        }
+            layer.into_iter().flat_map(move |layer| {
+                let blob = Arc::clone(&layer.blob);
+                by_segment(&layer.blob, range.clone()).map(move |part| (Arc::clone(&blob), part))
+            })
+        })
     }
 }
 
@@ -297,6 +316,22 @@ mod tests {
             let whole = len >= HEADER_BYTES && (len - HEADER_BYTES).is_multiple_of(EXTENT_BYTES);
             assert_eq!(Profile::parse(&bytes[..len]).is_ok(), whole, "{len}");
         }
+    }
+
+    #[test]
+    fn a_profile_is_moved_to_layers_in_another_order() {
+        let recorder = recorder();
+        recorder.note(blob(0), &(0..2 * MIB));
+        recorder.note(blob(1), &(0..MIB));
+        let [a, b, c] = [b"a", b"b", b"c"].map(|name| Digest::of(name));
+        let (profile, other) = (recorder.profile(manifest()), Digest::of(b"other"));
+        let moved = profile.moved(other, &[a, b], &[c, b, a]);
+        assert_eq!(moved.manifest(), other);
+        let layers: Vec<_> = moved.extents.iter().map(|extent| extent.layer).collect();
+        assert_eq!(layers, [2, 1]);
+        assert_eq!(moved.moved(manifest(), &[c, b, a], &[a, b]), profile);
+        assert_eq!(profile.moved(other, &[a, b], &[b]).bytes(), MIB);
+        assert_eq!(profile.moved(other, &[a], &[c]).bytes(), 0);
     }
 
     #[test]

@@ -10,8 +10,8 @@ use futures::future::BoxFuture;
 use futures::{FutureExt as _, StreamExt as _, stream};
 use tempfile::TempDir;
 use weightfs_store::{
-    Amount, Background, Blob, BlobId, ByteStream, CacheOptions, Digest, FetchOptions, Form, Layout,
-    Recheck, Source, SourceError, Store, StoreOptions, Verify,
+    Amount, Background, Blob, BlobId, ByteStream, CacheOptions, Digest, FetchOptions, Form,
+    KeepDigests, Layout, Recheck, Source, SourceError, Store, StoreOptions, Verify,
 };
 
 use crate::artifact::{Compression, LayerContent, LayerDescriptor};
@@ -21,6 +21,8 @@ use crate::listing::{Entry, Listing};
 /// What goes wrong with a request.
 #[derive(Debug, Clone, Copy)]
 pub enum Fault {
+    /// Anything but the whole.
+    NoRanges,
     Refuse,
     NotFound,
     CutAfter(usize),
@@ -67,7 +69,10 @@ impl MemorySource {
             || SourceError::Unreachable { source_name: "memory".into(), message: "refused".into() };
         let some = |length| stream::iter([Ok(bytes.slice(..length))]);
         match fault {
-            None => {
+            Some(Fault::NoRanges) if range != (0..self.size()) => {
+                Err(SourceError::NoRanges { source_name: "memory".into(), what: "blob".into() })
+            }
+            None | Some(Fault::NoRanges) => {
                 let pieces: Vec<_> =
                     bytes.chunks(100_000).map(|part| bytes.slice_ref(part)).collect();
                 Ok(stream::iter(pieces.into_iter().map(Ok)).boxed())
@@ -120,7 +125,8 @@ pub fn open_store(root: &TempDir) -> Arc<Store> {
     let cache = CacheOptions { limit: None, min_free: Amount::Bytes(0) };
     let checkpoint_interval = Duration::from_secs(5);
     let (verify, recheck) = (Verify::Background, Recheck::AfterCrash);
-    let options = StoreOptions { fetch, cache, checkpoint_interval, verify, recheck };
+    let keep_digests = KeepDigests::WhereLimited;
+    let options = StoreOptions { fetch, cache, checkpoint_interval, verify, recheck, keep_digests };
     Store::open(root.path(), options).unwrap()
 }
 

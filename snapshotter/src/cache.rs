@@ -8,6 +8,7 @@
 mod pull;
 mod verify;
 
+pub use self::pull::Selection;
 pub use self::verify::Repair;
 
 use std::collections::{HashMap, HashSet};
@@ -25,6 +26,7 @@ use weightfs_store::{
     VerifyError, parse_reference,
 };
 
+use crate::profiles::ProfileUseError;
 use crate::references::{Pin, ReferenceRecord, References};
 use crate::trees::{Opener, TreeRecord, TreesError, layer_records, trust_name};
 
@@ -84,6 +86,12 @@ pub enum CacheError {
         /// What was asked for.
         patterns: String,
     },
+    /// No load of it was recorded here.
+    #[error("no load of {0} was recorded here; see `weightfs mount --record`, or name a profile")]
+    NoProfile(String),
+    /// The profile can't be used.
+    #[error(transparent)]
+    Profile(#[from] ProfileUseError),
     /// A file can't be fetched.
     #[error("{path}: {source}")]
     Read {

@@ -354,6 +354,9 @@ pub struct IndexArgs {
     /// Write it to a file and push nothing
     #[arg(long, short, value_name = "FILE")]
     pub output: Option<PathBuf>,
+    /// Put this recorded load into it; without, the one that is kept here, if there is one
+    #[arg(long, value_name = "FILE")]
+    pub profile: Option<PathBuf>,
     /// Print JSON
     #[arg(long)]
     pub json: bool,
@@ -368,6 +371,10 @@ pub struct PullArgs {
     /// Only files that match, like `*.json` or `weights/**` (may be given again)
     #[arg(long, value_name = "GLOB")]
     pub files: Vec<Pattern>,
+    /// Only what a recorded load has read, in its order: of FILE, or the one that was recorded here
+    #[arg(long, value_name = "FILE", num_args = 0..=1, require_equals = true)]
+    #[arg(conflicts_with = "files")]
+    pub profile: Option<Option<PathBuf>>,
     /// Print JSON
     #[arg(long)]
     pub json: bool,

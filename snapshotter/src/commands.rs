@@ -24,7 +24,6 @@ use std::sync::Arc;
 use anyhow::Context as _;
 use bytesize::ByteSize;
 use weightfs::config::Config;
-use weightfs::indexes::Indexes;
 use weightfs::references::References;
 use weightfs::trees::Opener;
 use weightfs_store::{OpenError, Registries, Store};
@@ -38,7 +37,7 @@ pub fn registries(config: &Config) -> anyhow::Result<Arc<Registries>> {
 pub fn opener(config: &Config, store: Arc<Store>) -> anyhow::Result<Opener> {
     let registries = registries(config)?;
     let references = References::new(&config.root);
-    let (deadline, indexes) = (config.fetch.deadline, Indexes::new(config.verify.referrers));
+    let (deadline, indexes) = (config.fetch.deadline, config.indexes()?);
     Ok(Opener { registries, store, references, indexes, deadline })
 }
 

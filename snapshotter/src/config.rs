@@ -11,12 +11,14 @@ use std::time::Duration;
 use bytesize::ByteSize;
 use serde::{Deserialize, Serialize};
 use toml::{Table, Value};
+use weightfs_fusefs::index::find::Believe;
+use weightfs_fusefs::index::signature::{KeyError, PublicKey};
 use weightfs_store::{
-    AccessOptions, Amount, Background, CacheOptions, Dragonfly, FetchOptions, Recheck, Registries,
-    RegistryOptions, SourceError, StoreOptions, Verify,
+    AccessOptions, Amount, Background, CacheOptions, Dragonfly, FetchOptions, KeepDigests, Recheck,
+    Registries, RegistryOptions, SourceError, StoreOptions, Verify,
 };
 
-use crate::indexes::IndexPolicy;
+use crate::indexes::{IndexPolicy, Indexes};
 
 /// Where the configuration is looked for; its absence means defaults.
 pub const DEFAULT_PATH: &str = "/etc/weightfs/config.toml";
@@ -57,7 +59,15 @@ const KEYS: &[(&str, &str)] = &[
     ),
     (
         "verify.referrers",
-        "Which indexes beside an artifact are believed: those of the \"same-repository\", none (\"off\"). One that the manifest names by its digest, or a file that is given, is believed in any case.",
+        "Which indexes beside an artifact are believed: those of the \"same-repository\", those that are \"signed\", none (\"off\"). One that the manifest names by its digest, or a file that is given, is believed in any case.",
+    ),
+    (
+        "verify.keys",
+        "Public keys (PEM files, as cosign makes them) of which one must have signed an index.",
+    ),
+    (
+        "index.publish",
+        "Make and push the index of an artifact that was loaded and verified here and has none.",
     ),
     ("fetch.deadline", "A read that no source has served within this time fails with EIO."),
     ("fetch.connections", "Requests in flight for one blob at the most."),
@@ -94,12 +104,13 @@ const KEYS: &[(&str, &str)] = &[
 ];
 
 /// The tables, in the order in which they are printed; those of registries follow.
-const SECTIONS: [&str; 9] = [
+const SECTIONS: [&str; 10] = [
     "snapshotter",
     "control",
     "containerd",
     "cache",
     "verify",
+    "index",
     "fetch",
     "credentials",
     "mirrors",
@@ -122,6 +133,8 @@ pub struct Config {
     pub cache: CacheConfig,
     /// What is believed.
     pub verify: VerifyConfig,
+    /// Making indexes.
+    pub index: IndexConfig,
     /// How misses are filled.
     pub fetch: FetchConfig,
     /// Where credentials come from.
@@ -194,6 +207,16 @@ pub struct CacheConfig {
 pub struct VerifyConfig {
     /// Which indexes are believed.
     pub referrers: IndexPolicy,
+    /// Files of public keys.
+    pub keys: Vec<PathBuf>,
+}
+
+/// `[index]`
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct IndexConfig {
+    /// Whether what was verified here is indexed and pushed.
+    pub publish: bool,
 }
 
 /// Disk space: bytes ("10GiB"), or a percentage of the file system ("10%").
@@ -318,6 +341,7 @@ impl Default for Config {
             containerd: ContainerdConfig::default(),
             cache: CacheConfig::default(),
             verify: VerifyConfig::default(),
+            index: IndexConfig::default(),
             fetch: FetchConfig::default(),
             credentials: CredentialsConfig::default(),
             mirrors: MirrorsConfig::default(),
@@ -369,7 +393,7 @@ impl Default for MirrorsConfig {
 
 impl Default for VerifyConfig {
     fn default() -> Self {
-        Self { referrers: IndexPolicy::SameRepository }
+        Self { referrers: IndexPolicy::SameRepository, keys: vec![] }
     }
 }
 
@@ -487,10 +511,11 @@ impl Config {
             Some(Space::Percent(0)) => return bad("cache.limit", "must be more than 0%"),
             _ => {}
         }
-        if self.verify.referrers == IndexPolicy::Signed {
+        if self.verify.referrers == IndexPolicy::Signed && self.verify.keys.is_empty() {
             return bad(
-                "verify.referrers",
-                "can't be \"signed\" yet: signatures are not checked; use \"same-repository\" or \"off\"",
+                "verify.keys",
+                "must name a public key where verify.referrers is \"signed\": the file that \
+                 `cosign generate-key-pair` calls cosign.pub",
             );
         }
         if let Some(Err(problem)) = self.dragonfly.daemon() {
@@ -532,7 +557,25 @@ impl Config {
             checkpoint_interval: self.cache.checkpoint_interval,
             verify: self.cache.verify,
             recheck: self.cache.recheck,
+            keep_digests: match self.index.publish {
+                true => KeepDigests::Always,
+                false => KeepDigests::WhereLimited,
+            },
         }
+    }
+
+    /// What finds indexes.
+    ///
+    /// # Errors
+    /// A public key that can't be used.
+    pub fn indexes(&self) -> Result<Arc<Indexes>, KeyError> {
+        let keys = || self.verify.keys.iter().map(|path| PublicKey::read(path));
+        let believe = match self.verify.referrers {
+            IndexPolicy::SameRepository => Some(Believe::SameRepository),
+            IndexPolicy::Signed => Some(Believe::Signed(keys().collect::<Result<_, _>>()?)),
+            IndexPolicy::Off => None,
+        };
+        Ok(Indexes::new(believe, self.cache.verify))
     }
 
     /// The registries that it speaks of, and all others.
@@ -648,6 +691,11 @@ mod tests {
             [cache]
             limit = "123456789012B"
             min_free = "15%"
+            [verify]
+            referrers = "signed"
+            keys = ["/etc/weightfs/cosign.pub"]
+            [index]
+            publish = true
             [fetch]
             deadline = "1m 5s"
             request_size = "4MiB"
@@ -704,6 +752,7 @@ mod tests {
             ("[cache]\nlimit = '0%'", "`cache.limit`"),
             ("[cache]\nmin_free = '101%'", "no percentage"),
             ("[fetch]\nread_ahead_min = '1GiB'", "`fetch.read_ahead_min`"),
+            ("[verify]\nreferrers = 'signed'", "`verify.keys` must name a public key"),
             ("root = 3", "line 1"),
             ("root = ", "line 1"),
             ("[fetch]\nconnections = 'many'", "line 2"),

@@ -25,7 +25,7 @@ use weightfs_proto::control::{
 };
 use weightfs_store::{Reference, parse_reference};
 
-use crate::cache::{Cache, CacheError, Repair, Subject};
+use crate::cache::{Cache, CacheError, Repair, Selection, Subject};
 use crate::handover::Keeper;
 use crate::indexes;
 use crate::layers;
@@ -124,8 +124,7 @@ impl Control for ControlService {
     ) -> Result<Response<Self::MountStream>, Status> {
         let MountRequest { reference, target, profile, index } = request.into_inner();
         let reference = self::reference(&reference)?;
-        let profile = (!profile.is_empty()).then(|| Profile::parse(&profile)).transpose();
-        let profile = profile.map_err(|error| Status::invalid_argument(error.to_string()))?;
+        let profile = self::profile(&profile)?;
         let index =
             match index.as_str() {
                 "" => None,
@@ -234,10 +233,16 @@ impl Control for ControlService {
         &self,
         request: Request<PullRequest>,
     ) -> Result<Response<Self::PullStream>, Status> {
-        let PullRequest { reference: text, files } = request.into_inner();
+        let PullRequest { reference: text, files, profile: load } = request.into_inner();
         let reference = reference(&text)?;
-        let patterns = files.iter().map(|file| pattern(file)).collect::<Result<_, _>>()?;
-        let events = self.cache.pull(reference, patterns);
+        let selection = match load {
+            Some(bytes) => Selection::Profile(profile(&bytes)?),
+            None => {
+                let patterns = files.iter().map(|file| pattern(file));
+                Selection::Files(patterns.collect::<Result<_, _>>()?)
+            }
+        };
+        let events = self.cache.pull(reference, selection);
         Ok(Response::new(events.map(|event| event.map_err(refusal)).boxed()))
     }
 }
@@ -252,6 +257,12 @@ fn reference(text: &str) -> Result<Reference, Status> {
 
 fn pattern(text: &str) -> Result<Pattern, Status> {
     text.parse().map_err(|error| Status::invalid_argument(format!("{text}: {error}")))
+}
+
+/// None in no bytes.
+fn profile(bytes: &[u8]) -> Result<Option<Profile>, Status> {
+    let profile = (!bytes.is_empty()).then(|| Profile::parse(bytes)).transpose();
+    profile.map_err(|error| Status::invalid_argument(error.to_string()))
 }
 
 fn refusal(error: CacheError) -> Status {
@@ -339,6 +350,7 @@ fn model_message(model: ShownModel) -> Model {
         size: model.stats.size,
         cached: model.stats.cached,
         fetched: model.stats.fetched,
+        rejected: model.stats.rejected,
         trust: trust_name(model.stats.trust).to_owned(),
         volume: model.volume,
         exclude: model.exclude,

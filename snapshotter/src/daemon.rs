@@ -25,6 +25,7 @@ use tokio::runtime::Handle;
 use tokio::sync::watch;
 use tracing::{info, warn};
 use weightfs_fusefs::Misses;
+use weightfs_fusefs::index::signature::KeyError;
 use weightfs_store::{OpenError, SourceError, Store};
 
 use crate::cache::Cache;
@@ -33,11 +34,11 @@ use crate::containerd;
 use crate::control::{self, ControlService};
 use crate::handover::{Inherited, Keeper, Name};
 use crate::images::ImageLayers;
-use crate::indexes::Indexes;
 use crate::metadata::{LazySnapshot, Metadata, MetadataError};
 use crate::models::{Models, MountState};
 use crate::node::doctor;
 use crate::owner::Announcement;
+use crate::publish::Publisher;
 use crate::references::References;
 use crate::snapshots::{SnapshotError, Snapshots};
 use crate::socket::{Origin, SocketError, listen_at};
@@ -59,6 +60,9 @@ pub enum DaemonError {
     /// The registries' configuration can't be used.
     #[error(transparent)]
     Registries(#[from] SourceError),
+    /// A public key can't be used.
+    #[error(transparent)]
+    Key(#[from] KeyError),
     /// The metadata can't be used.
     #[error(transparent)]
     Metadata(#[from] MetadataError),
@@ -171,6 +175,7 @@ pub struct Daemon {
     control_socket: UnixListener,
     announcement: Announcement,
     keeper: Keeper,
+    publisher: Option<Publisher>,
     config: Config,
 }
 
@@ -189,6 +194,7 @@ impl Daemon {
         // What was not restored is used by nobody.
         store.start_evicting();
         let Parts { metadata, trees, models, layers, opener, .. } = parts;
+        let publisher = Publisher::start(config, &opener);
         let cache = Cache::new(opener, &config.root);
         let snapshots = Snapshots::open(&config.root, Arc::clone(&metadata), layers)?;
         let mut listen = |name, path| listen(&mut inherited, keeper, name, path);
@@ -218,6 +224,7 @@ impl Daemon {
             control_socket,
             announcement,
             keeper,
+            publisher,
             config: config.clone(),
         })
     }
@@ -258,7 +265,7 @@ impl Daemon {
             ended = &mut controller => (flatten(ended), false),
         };
         keeper.tell_stopping();
-        drop(stopping);
+        drop((stopping, self.publisher));
         if running {
             let servers = futures::future::join(&mut snapshotter, &mut controller);
             if tokio::time::timeout(SHUTDOWN_DEADLINE, servers).await.is_err() {
@@ -305,7 +312,7 @@ where
 fn opener(config: &Config, store: Arc<Store>) -> Result<Opener, DaemonError> {
     let registries = config.registries()?;
     let references = References::new(&config.root);
-    let indexes = Indexes::new(config.verify.referrers);
+    let indexes = config.indexes()?;
     Ok(Opener { registries, store, references, indexes, deadline: config.fetch.deadline })
 }
 

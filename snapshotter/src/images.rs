@@ -108,6 +108,7 @@ impl ImageLayers {
         }
         let opener = &self.opener;
         let index = opener.indexes.find(&opener.registries, &artifact, None).await;
+        let index = index.map_err(Reason::failed)?;
         self.check(descriptor, index.as_deref())?;
         let below = match &request.parent {
             Some(parent) => {
@@ -123,6 +124,9 @@ impl ImageLayers {
         let layer =
             LayerRecord { descriptor: descriptor.clone(), repository: artifact.repository.clone() };
         let open = opener.open_layer(&layer, index.as_deref(), &Quiet).await?;
+        if let Some(profile) = index.and_then(|index| index.profile_of(manifest, &[digest])) {
+            profile.expect(std::slice::from_ref(&open));
+        }
         let record = TreeRecord::new(vec![layer], over_foreign);
         let open = OpenTree::new(vec![open], record);
         self.show(&reference, manifest, below.as_deref(), open).await

@@ -1,7 +1,8 @@
 //! Looking for the index of an artifact that is being opened.
 //!
 //! Invariant: an index that can't be had or used is passed over with a warning and its reason; the
-//! artifact is opened as if there were none.
+//! artifact is opened as if there were none. Where nothing is served unverified
+//! (`cache.verify = "strict"`), one that is refused keeps the artifact from being opened.
 
 use std::io::{self, Read as _};
 use std::num::NonZeroUsize;
@@ -15,9 +16,9 @@ use serde::{Deserialize, Serialize};
 use tokio::time::{Instant, timeout};
 use tracing::warn;
 use weightfs_fusefs::Artifact;
-use weightfs_fusefs::index::find::{annotated_index, find_index};
+use weightfs_fusefs::index::find::{Believe, Lookup, annotated_index, find_index};
 use weightfs_fusefs::index::{Index, MAX_INDEX_BYTES};
-use weightfs_store::{Digest, Registries};
+use weightfs_store::{Digest, Registries, Verify};
 
 /// How long a registry may take to find an index and to give it.
 const LOOKUP_DEADLINE: Duration = Duration::from_secs(30);
@@ -41,35 +42,56 @@ pub enum IndexPolicy {
     Off,
 }
 
+/// Why an artifact is not opened: it has an index, which is refused.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "the index of {manifest} is refused, and with cache.verify = \"strict\" nothing is mounted in \
+     spite of that: {why}"
+)]
+pub struct BadIndex {
+    manifest: Digest,
+    why: String,
+}
+
+/// What came of looking for an index.
+type Answer = Result<Option<Arc<Index>>, BadIndex>;
+
 /// What was found of manifests, and when.
-type Answers = LruCache<Digest, (Instant, Option<Arc<Index>>)>;
+type Answers = LruCache<Digest, (Instant, Answer)>;
 
 /// Finds indexes.
 #[derive(Debug)]
 pub struct Indexes {
-    policy: IndexPolicy,
+    believe: Option<Believe>,
+    verify: Verify,
     answers: Mutex<Answers>,
 }
 
 impl Indexes {
-    /// By that policy.
-    pub fn new(policy: IndexPolicy) -> Arc<Self> {
-        Arc::new(Self { policy, answers: Mutex::new(LruCache::new(REMEMBERED)) })
+    /// Those that are to be believed; none of those that are only found, if that is `None`.
+    pub fn new(believe: Option<Believe>, verify: Verify) -> Arc<Self> {
+        Arc::new(Self { believe, verify, answers: Mutex::new(LruCache::new(REMEMBERED)) })
     }
 
     /// The index of an artifact: the one in the bytes that are `given`, the one that its manifest
     /// names, or one that the policy allows.
+    ///
+    /// # Errors
+    /// One that is refused, where nothing is served unverified.
     pub async fn find(
         &self,
         registries: &Registries,
         artifact: &Artifact,
         given: Option<Bytes>,
-    ) -> Option<Arc<Index>> {
+    ) -> Answer {
         let manifest = artifact.manifest_digest;
         if let Some(bytes) = given {
             match Index::parse(&bytes, manifest) {
-                Ok(index) => return Some(Arc::new(index)),
-                Err(why) => warn!(%manifest, %why, "the given index is ignored"),
+                Ok(index) => return Ok(Some(Arc::new(index))),
+                Err(why) => {
+                    warn!(%manifest, %why, "the given index is ignored");
+                    self.refused(manifest, why.to_string())?;
+                }
             }
         }
         if let Some((_, answer)) = self.answers().get(&manifest).filter(|(at, _)| is_fresh(*at)) {
@@ -78,29 +100,39 @@ impl Indexes {
         let answer = timeout(LOOKUP_DEADLINE, self.look_up(registries, artifact)).await;
         let answer = answer.unwrap_or_else(|_| {
             warn!(%manifest, "the registry takes too long to look for an index: none is used");
-            None
+            Ok(None)
         });
         self.answers().put(manifest, (Instant::now(), answer.clone()));
         answer
     }
 
-    async fn look_up(&self, registries: &Registries, artifact: &Artifact) -> Option<Arc<Index>> {
+    async fn look_up(&self, registries: &Registries, artifact: &Artifact) -> Answer {
         let Artifact { repository, manifest_digest, manifest, .. } = artifact;
         match annotated_index(registries, repository, manifest).await {
-            Ok(Some(index)) => return Some(Arc::new(index)),
+            Ok(Some(index)) => return Ok(Some(Arc::new(index))),
             Ok(None) => {}
-            Err(why) => warn!(manifest = %manifest_digest, why, "the annotated index is ignored"),
+            Err(why) => {
+                warn!(manifest = %manifest_digest, why, "the annotated index is ignored");
+                self.refused(*manifest_digest, why)?;
+            }
         }
-        match self.policy {
-            IndexPolicy::SameRepository => {}
-            IndexPolicy::Signed | IndexPolicy::Off => return None,
-        }
-        match find_index(registries, repository, *manifest_digest).await {
-            Ok(found) => found.map(|found| Arc::new(found.index)),
+        let Some(believe) = &self.believe else { return Ok(None) };
+        match find_index(registries, repository, *manifest_digest, believe).await {
+            Ok(Lookup::Found(found)) => Ok(Some(Arc::new(found.index))),
+            Ok(Lookup::Refused(why)) => self.refused(*manifest_digest, why).map(|()| None),
+            Ok(Lookup::Nothing) => Ok(None),
             Err(error) => {
                 warn!(manifest = %manifest_digest, %error, "no index can be looked for");
-                None
+                Ok(None)
             }
+        }
+    }
+
+    /// An index is refused; its reason has been logged.
+    fn refused(&self, manifest: Digest, why: String) -> Result<(), BadIndex> {
+        match self.verify {
+            Verify::Background => Ok(()),
+            Verify::Strict => Err(BadIndex { manifest, why }),
         }
     }
 

@@ -85,6 +85,7 @@ fn layer(record: &Record, trees: &Trees) -> Option<Layer> {
                     size: own.size,
                     cached: own.cached,
                     fetched: own.fetched,
+                    rejected: own.rejected,
                     trust: trust_name(own.trust).to_owned(),
                     ..lazy
                 },

@@ -25,6 +25,7 @@ pub mod node;
 pub mod owner;
 pub mod prepare;
 pub mod profiles;
+pub mod publish;
 pub mod reason;
 pub mod references;
 pub mod rpull;

@@ -30,7 +30,7 @@ use redb::{Builder, Database, ReadableDatabase, ReadableTable, TableDefinition};
 pub(crate) use index::{Change, Index};
 use journal::{Journal, Line};
 pub use record::{
-    Backing, DirectoryId, Kind, LazySnapshot, Record, SNAPSHOT_REF, SnapshotInfo, Usage,
+    Backing, Copies, DirectoryId, Kind, LazySnapshot, Record, SNAPSHOT_REF, SnapshotInfo, Usage,
 };
 pub use weightfs_fusefs::TreeNumber;
 

@@ -148,8 +148,9 @@ impl Models {
         let Asked { reference, target, volume, exclude, profile, index } = asked;
         Exclude::new(&exclude).map_err(TreesError::from)?;
         let artifact = self.opener.resolve(&reference).await?;
-        let profile = profiles::choose(&self.opener.store, artifact.manifest_digest, profile)?;
         let mut tree = self.opener.open_by(&artifact, index, progress).await?;
+        // Now that one in an index has been found.
+        let profile = profiles::choose(&self.opener.store, artifact.manifest_digest, profile)?;
         tree.record.exclude = exclude;
         let record = ModelRecord {
             reference: reference.whole(),

@@ -65,6 +65,33 @@ pub fn keep(store: &Store, profile: &Profile) -> Result<(), ProfileUseError> {
     Ok(store.attach(beside(profile.manifest()), PROFILE, &profile.encode())?)
 }
 
+/// Keeps a profile, unless there is one of its artifact.
+///
+/// # Errors
+/// As [`keep`].
+pub fn keep_unless_known(store: &Store, profile: &Profile) -> Result<(), ProfileUseError> {
+    if kept(store, profile.manifest()).is_some() { Ok(()) } else { keep(store, profile) }
+}
+
+/// The profile that goes into the index of that manifest: the one that is `given`, or the one that
+/// is kept in the store at `root`, whoever owns that.
+///
+/// # Errors
+/// When the one that is given can't be read or is of another artifact.
+pub fn for_index(
+    root: &Path,
+    manifest: Digest,
+    given: Option<&Path>,
+) -> Result<Option<Profile>, ProfileUseError> {
+    match given {
+        Some(path) => of_manifest(read(path)?, manifest).map(Some),
+        None => {
+            let bytes = Store::foreign_attachment(root, beside(manifest), PROFILE);
+            Ok(bytes.and_then(|bytes| usable(&bytes, manifest)))
+        }
+    }
+}
+
 /// The profile to go by in a mount of that manifest: the one that is `given`, which is kept, or
 /// the one that was kept.
 ///
@@ -76,17 +103,26 @@ pub fn choose(
     given: Option<Profile>,
 ) -> Result<Option<Profile>, ProfileUseError> {
     let Some(profile) = given else { return Ok(kept(store, manifest)) };
-    let recorded = profile.manifest();
-    if recorded != manifest {
-        return Err(ProfileUseError::OtherArtifact { recorded, wanted: manifest });
-    }
+    let profile = of_manifest(profile, manifest)?;
     keep(store, &profile)?;
     Ok(Some(profile))
 }
 
+fn of_manifest(profile: Profile, wanted: Digest) -> Result<Profile, ProfileUseError> {
+    let recorded = profile.manifest();
+    if recorded == wanted {
+        Ok(profile)
+    } else {
+        Err(ProfileUseError::OtherArtifact { recorded, wanted })
+    }
+}
+
 fn kept(store: &Store, manifest: Digest) -> Option<Profile> {
-    let bytes = store.attachment(beside(manifest), PROFILE)?;
-    match Profile::parse(&bytes) {
+    usable(&store.attachment(beside(manifest), PROFILE)?, manifest)
+}
+
+fn usable(bytes: &[u8], manifest: Digest) -> Option<Profile> {
+    match Profile::parse(bytes) {
         Ok(profile) => Some(profile).filter(|profile| profile.manifest() == manifest),
         Err(error) => {
             warn!(%manifest, %error, "kept profile ignored");

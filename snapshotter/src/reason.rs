@@ -141,6 +141,7 @@ impl From<TreesError> for Reason {
                 Self::Unreachable { text: bounded(&error) }
             }
             TreesError::Layer(LayerError::Store(_) | LayerError::Stopped { .. })
+            | TreesError::Index(_)
             | TreesError::Forgotten(_)
             | TreesError::OtherNumbers(_) => Self::failed(&error),
             TreesError::Artifact(_)

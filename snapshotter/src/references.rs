@@ -15,6 +15,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use serde::{Deserialize, Serialize};
+use tokio::sync::Notify;
 use tracing::warn;
 use weightfs_fusefs::blob_id;
 use weightfs_store::{BlobId, Digest};
@@ -69,12 +70,14 @@ impl ReferenceRecord {
 pub struct References {
     dir: PathBuf,
     changing: Mutex<()>,
+    changed: Notify,
 }
 
 impl References {
     /// Those of that state directory, which need not be there yet.
     pub fn new(root: &Path) -> Arc<Self> {
-        Arc::new(Self { dir: root.join(DIRECTORY), changing: Mutex::default() })
+        let (changing, changed) = Default::default();
+        Arc::new(Self { dir: root.join(DIRECTORY), changing, changed })
     }
 
     /// Remembers layers of what a reference names. Layers of another manifest of that name are
@@ -95,9 +98,16 @@ impl References {
         }
         let (reference, layers) = (reference.to_owned(), [before, new].concat());
         let record = ReferenceRecord { reference, manifest_digest, layers, pin };
-        if let Err(error) = self.write(&record) {
-            warn!(record.reference, %error, "a reference is not remembered");
+        match self.write(&record) {
+            Ok(()) => self.changed.notify_one(),
+            Err(error) => warn!(record.reference, %error, "a reference is not remembered"),
         }
+    }
+
+    /// Waits until a reference is remembered that was not, or has more layers. One may wait; what
+    /// happened before is not missed.
+    pub async fn changed(&self) {
+        self.changed.notified().await;
     }
 
     /// Pins a reference or takes its pin away; `None` if it is not known. Blocks on the disk.

@@ -16,6 +16,7 @@ use oci_spec::image::{ImageConfiguration, ImageManifest};
 use serde::Serialize;
 use sha2::{Digest as _, Sha256};
 use tokio::sync::OnceCell;
+use weightfs_fusefs::index::find::has_index;
 use weightfs_fusefs::{Artifact, ArtifactError, Platform};
 use weightfs_store::{Digest, DigestError, Reference, Registries, SourceError};
 
@@ -132,7 +133,7 @@ struct ImageLayer {
 }
 
 impl ImageLayer {
-    /// Whether no snapshotter of ours mounts it: it needs its blob.
+    /// Whether it can be mounted only by an index.
     fn is_compressed(&self) -> bool {
         let media_type = self.descriptor.media_type().to_string();
         media_type.ends_with("+gzip")
@@ -250,10 +251,14 @@ impl ImageParts {
     }
 
     /// Brings the blobs of layers that will be unpacked. What fails is tried again, and told,
-    /// when the layer's turn comes.
+    /// when the layer's turn comes. By an index, compressed layers may be lazy: then each waits for
+    /// its turn.
     async fn fetch_contents(&self, registries: &Arc<Registries>, containerd: &Containerd) {
         let wanted = self.layers.iter().zip(self.places());
-        let wanted = wanted.filter(|(layer, _)| layer.is_compressed());
+        let wanted: Vec<_> = wanted.filter(|(layer, _)| layer.is_compressed()).collect();
+        if wanted.is_empty() || has_index(registries, &self.artifact).await {
+            return;
+        }
         stream::iter(wanted)
             .for_each_concurrent(CONTENTS_AT_ONCE, |(layer, place)| async move {
                 if let Ok(false) = containerd.has_snapshot(&place.chain_id).await {

@@ -183,7 +183,7 @@ impl Snapshots {
 
     fn mounts_of(&self, record: &Record, ancestors: &[Arc<Record>]) -> Vec<Mount> {
         let lower = mounts::lower_directories(ancestors, &self.directories, &*self.mounter);
-        mounts::mounts(record, &lower, &self.directories, &self.overlay)
+        mounts::mounts(record, ancestors, &lower, &self.directories, &self.overlay)
     }
 }
 

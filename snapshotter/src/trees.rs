@@ -29,7 +29,8 @@ use weightfs_store::{
 };
 
 use crate::cache;
-use crate::indexes::Indexes;
+use crate::indexes::{BadIndex, Indexes};
+use crate::profiles;
 use crate::references::{Pin, References};
 
 pub use removed::Removed;
@@ -49,6 +50,9 @@ pub enum TreesError {
     /// The layers make no tree.
     #[error(transparent)]
     Tree(#[from] TreeError),
+    /// Its index is refused.
+    #[error(transparent)]
+    Index(#[from] BadIndex),
     /// What is to be left out can't be said so.
     #[error("files to leave out: {0}")]
     Exclude(#[from] ExcludeError),
@@ -134,6 +138,8 @@ pub struct TreeStats {
     pub cached: u64,
     /// Bytes fetched since they were opened.
     pub fetched: u64,
+    /// Chunks since then that were not what they should be, and were not served.
+    pub rejected: u64,
     /// The least that is known of one of them.
     pub trust: Trust,
 }
@@ -175,7 +181,7 @@ impl Opener {
         let must = given.is_some();
         // Looked for once, and only if a layer waits for it.
         let lookup = self.indexes.find(&self.registries, artifact, given).boxed().shared();
-        let layers = stream::iter(records.clone())
+        let opened = stream::iter(records.clone())
             .map(|record| {
                 let lookup = lookup.clone();
                 async move {
@@ -188,9 +194,25 @@ impl Opener {
                 }
             })
             .buffered(LAYERS_AT_ONCE)
-            .try_collect()
-            .await?;
+            .try_collect();
+        let layers = opened.await?;
+        if let Some(Ok(Some(index))) = lookup.peek() {
+            self.keep_profile(artifact, index).await;
+        }
         Ok(OpenTree::new(layers, TreeRecord::new(records, false)))
+    }
+
+    /// Keeps the profile of an index for the mounts of an artifact, unless there is one: what was
+    /// recorded or given here counts more.
+    async fn keep_profile(&self, artifact: &Artifact, index: &Index) {
+        let layers: Vec<_> = artifact.layers.iter().map(|layer| layer.digest).collect();
+        let Some(profile) = index.profile_of(artifact.manifest_digest, &layers) else { return };
+        let store = Arc::clone(&self.store);
+        let kept =
+            tokio::task::spawn_blocking(move || profiles::keep_unless_known(&store, &profile));
+        if let Ok(Err(error)) = kept.await {
+            warn!(%error, "the profile of an index is not kept");
+        }
     }
 
     /// Opens a layer, by what an index says of it where there is one. A layer of which enough is
@@ -198,7 +220,7 @@ impl Opener {
     async fn open_one(
         &self,
         record: &LayerRecord,
-        lookup: impl Future<Output = Option<Arc<Index>>> + Send,
+        lookup: impl Future<Output = Result<Option<Arc<Index>>, BadIndex>> + Send,
         must: bool,
         progress: &dyn Progress,
     ) -> Result<Arc<OpenLayer>, TreesError> {
@@ -211,17 +233,17 @@ impl Opener {
         let descriptor = &record.descriptor;
         let tar = !matches!(descriptor.content, LayerContent::Raw(_));
         if known || !tar || descriptor.compression != Compression::None {
-            let index = lookup.await;
+            let index = lookup.await?;
             return self.open_layer(record, index.as_deref(), progress).await;
         }
         let walk = pin!(self.open_layer(record, None, progress));
         match select(pin!(lookup), walk).await {
-            Either::Left((None, walk)) => walk.await,
+            Either::Left((Ok(None), walk)) => walk.await,
             // Not waited for any more, and dropped when this returns.
             Either::Left((index, _walk)) => {
-                self.open_layer(record, index.as_deref(), progress).await
+                self.open_layer(record, index?.as_deref(), progress).await
             }
-            Either::Right((walked, lookup)) => match lookup.await {
+            Either::Right((walked, lookup)) => match lookup.await? {
                 None => walked,
                 index => self.open_layer(record, index.as_deref(), progress).await,
             },
@@ -351,6 +373,7 @@ fn stats_of(layers: &[Arc<OpenLayer>]) -> TreeStats {
             size: sum.size + blob.size,
             cached: sum.cached + blob.cached,
             fetched: sum.fetched + blob.fetched,
+            rejected: sum.rejected + blob.rejected,
             trust: least(sum.trust, blob.trust),
         }
     })
@@ -368,7 +391,7 @@ pub fn layer_records(artifact: &Artifact) -> Vec<LayerRecord> {
 impl TreeStats {
     /// Numbers of no blob.
     pub const fn nothing() -> Self {
-        Self { size: 0, cached: 0, fetched: 0, trust: Trust::Verified }
+        Self { size: 0, cached: 0, fetched: 0, rejected: 0, trust: Trust::Verified }
     }
 }
 

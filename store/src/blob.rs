@@ -49,7 +49,7 @@ use crate::rank::Ranks;
 use crate::read_ahead::{Advice, ReadAhead};
 use crate::segment::{Segments, View};
 use crate::shared::{Entered, Shared, lock};
-use crate::store::{Background, FetchOptions, touch};
+use crate::store::{Background, FetchOptions, KeepDigests, touch};
 use crate::trust::Judgement;
 use crate::{BlobId, Layout, ReadError, Source};
 
@@ -171,8 +171,14 @@ impl Blob {
     /// A reader of `range`, which lies inside one segment, is expected: it is fetched when there
     /// is room, before anything in the background. Does not wait.
     pub fn expect(self: &Arc<Self>, range: &Range<u64>) {
-        if self.shared.fetch.prefetch
-            && let Some(place) = self.table.locate(range)
+        if self.shared.fetch.prefetch {
+            self.ask(range);
+        }
+    }
+
+    /// As [`Blob::expect`], also where nothing is to be fetched unasked: somebody has asked for it.
+    pub fn ask(self: &Arc<Self>, range: &Range<u64>) {
+        if let Some(place) = self.table.locate(range)
             && !self.presence.has_all(&place.chunks)
         {
             self.fetcher.plan(self, Priority::Profile, place.chunks);
@@ -412,6 +418,14 @@ impl Blob {
 
     pub(crate) fn budget(&self) -> &Budget {
         &self.shared.budget
+    }
+
+    /// Whether the digests of its chunks are kept when the whole was hashed.
+    pub(crate) fn keeps_digests(&self) -> bool {
+        match self.shared.keep_digests {
+            KeepDigests::Always => true,
+            KeepDigests::WhereLimited => self.shared.budget.is_limited(),
+        }
     }
 
     pub(crate) fn loose(&self) -> &LooseChunks {

@@ -116,17 +116,18 @@ impl ChunkDigests {
 
     /// Whether they are these.
     pub(crate) fn are(&self, digests: &[u8]) -> bool {
-        self.digests() == digests
+        self.all() == digests
     }
 
     /// What a chunk must hash to.
     pub(crate) fn get(&self, ChunkNo(chunk): ChunkNo) -> Option<Digest> {
         let at = usize::try_from(chunk).ok()?.checked_mul(DIGEST_BYTES)?;
-        let (digest, _) = self.digests().get(at..)?.split_first_chunk::<DIGEST_BYTES>()?;
+        let (digest, _) = self.all().get(at..)?.split_first_chunk::<DIGEST_BYTES>()?;
         Some(Digest::from_raw(*digest))
     }
 
-    fn digests(&self) -> &[u8] {
+    /// 32 bytes for each chunk.
+    pub(crate) fn all(&self) -> &[u8] {
         self.document.payload().get(HEAD_BYTES..).unwrap_or_default()
     }
 }

@@ -27,8 +27,8 @@ pub enum SourceError {
         what: String,
         /// The HTTP status code.
         status: u16,
-        /// Seconds that the server asks to wait (`Retry-After`), if it does.
-        retry_after: Option<u64>,
+        /// How long the server asks to be left alone (`Retry-After`), if it does.
+        retry_after: Option<Duration>,
     },
     /// Credentials are missing or were refused.
     #[error(
@@ -86,6 +86,14 @@ impl SourceError {
             | Self::NotFound { .. }
             | Self::NoRanges { .. }
             | Self::BadAnswer { .. } => false,
+        }
+    }
+
+    /// How long the source asks to be left alone.
+    pub(crate) fn asks_for_rest(&self) -> Option<Duration> {
+        match self {
+            Self::Status { retry_after, .. } if self.may_pass() => *retry_after,
+            _ => None,
         }
     }
 }

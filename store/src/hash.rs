@@ -63,9 +63,8 @@ pub(crate) struct RunningHash {
 #[derive(Debug, Default)]
 struct Pass {
     hasher: Sha256,
-    /// The digests of its chunks, 32 bytes for each, while they are in memory anyway. Only where
-    /// the cache is limited, and what is evicted will be fetched again: it is as much to hash as
-    /// the whole. So there is one for each chunk, or none.
+    /// The digests of its chunks, 32 bytes for each, while they are in memory anyway; only where
+    /// they are kept (`KeepDigests`). So there is one for each chunk, or none.
     chunks: Vec<u8>,
     era: Era,
 }
@@ -274,7 +273,7 @@ fn hash_ready(blob: &Arc<Blob>, pace: &mut Pace) -> Turn {
         match blob.chunk_bytes(ChunkNo(next)) {
             Ok(Some(bytes)) => {
                 pass.hasher.update(&*bytes);
-                if blob.budget().is_limited() {
+                if blob.keeps_digests() {
                     pass.chunks.extend_from_slice(Digest::of(&bytes).as_raw());
                 }
             }
@@ -288,6 +287,11 @@ fn hash_ready(blob: &Arc<Blob>, pace: &mut Pace) -> Turn {
         hash.next.store(next + 1, Ordering::Release);
     }
     Turn::Over
+}
+
+/// From now on the calling thread takes only what nobody else wants of a processor.
+pub fn give_way() {
+    Pace::new().follow(true);
 }
 
 /// How the calling thread gives way to others.

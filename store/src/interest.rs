@@ -9,7 +9,7 @@ use lru::LruCache;
 
 /// Bytes read from a segment that make it read for real: more than the headers of weight files
 /// and what the kernel reads around a first page fault (4 MiB), less than a tensor or two. Of a
-/// small segment, a quarter.
+/// small segment, a half: it may hold many small files, of which a few are wanted.
 const REAL_BYTES: u64 = 8 << 20;
 
 /// What a read counts for at the least if it must be fetched. Page faults all over a file are a
@@ -45,7 +45,7 @@ impl Interest {
         let State::LookedAt(before) = *state else { return false };
         let counts = if missed { bytes.max(MISS_BYTES) } else { bytes };
         let read = before.saturating_add(counts);
-        let real = read >= REAL_BYTES.min(len / 4);
+        let real = read >= REAL_BYTES.min(len / 2);
         *state = if real { State::Real } else { State::LookedAt(read) };
         real
     }
@@ -83,9 +83,10 @@ mod tests {
     }
 
     #[test]
-    fn a_quarter_of_a_small_segment_is_enough() {
+    fn half_of_a_small_segment_is_enough() {
         let mut interest = Interest::default();
         assert!(!interest.on_read(0, 4 * MIB, 4096, true));
+        assert!(!interest.on_read(0, 4 * MIB, MIB, true));
         assert!(interest.on_read(0, 4 * MIB, MIB, true));
     }
 }

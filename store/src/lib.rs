@@ -41,6 +41,7 @@ mod atomic {
 pub use blob::{Blob, BlobStats, Miss, Read, SegmentHold, Slice, Trust};
 pub use digest::{Digest, DigestError};
 pub use error::{OpenError, ReadError, SourceError};
+pub use hash::give_way;
 pub use layout::{CHUNK_BYTES, Layout, LayoutError};
 pub use oci_client::{ParseError, Reference};
 pub use registry::{
@@ -50,5 +51,5 @@ pub use registry::{
 pub use source::{ByteStream, Source, in_order};
 pub use store::{
     Amount, Background, BlobId, BlobUsage, CacheOptions, Checked, Evicted, FetchOptions, Form,
-    Ingest, Others, Pruned, Recheck, Store, StoreOptions, Usage, Verify, VerifyError,
+    Ingest, KeepDigests, Others, Pruned, Recheck, Store, StoreOptions, Usage, Verify, VerifyError,
 };

@@ -7,16 +7,22 @@
 
 mod auth;
 mod blob;
+mod body;
 mod clients;
 mod dragonfly;
 mod endpoints;
+mod files;
 mod health;
 mod host;
+mod hosts;
+mod link;
 mod push;
 mod reference;
 mod referrers;
+mod retry_after;
 mod target;
 
+use std::cmp::Reverse;
 use std::collections::BTreeMap;
 use std::num::NonZeroUsize;
 use std::path::PathBuf;
@@ -30,13 +36,15 @@ use oci_spec::image::MediaType;
 use reqwest::header::{ACCEPT, CONTENT_TYPE, HeaderMap, HeaderValue};
 use reqwest::{Response, StatusCode};
 use serde::{Deserialize, Serialize};
+use tokio::time::Instant;
 
 use self::blob::BlobSource;
 pub use self::dragonfly::Dragonfly;
 use self::host::Host;
+use self::hosts::Hosts;
 pub use self::reference::parse_reference;
 pub use self::referrers::Referrer;
-use crate::shared::lock;
+use crate::shared::{jittered, lock};
 use crate::{Digest, Source, SourceError};
 
 /// What the configuration says of one registry.
@@ -76,11 +84,12 @@ pub const MAX_MANIFEST_BYTES: u64 = 4 << 20;
 /// Registries that are remembered at the most, with connections and tokens.
 const MAX_HOSTS: NonZeroUsize = NonZeroUsize::new(256).unwrap();
 
-/// A connection that gives no byte for this long is dead, whatever the timeout allows.
-const MAX_SILENCE: Duration = Duration::from_secs(10);
+/// Tries of a request for something small, where the registry doesn't say when to come again.
+const MAX_TRIES: usize = 4;
 
-/// The same where another host can be asked: a few fail-overs fit into a read's deadline.
-const FAIL_OVER_AFTER: Duration = Duration::from_secs(3);
+/// How many timeouts a request for something small waits for others to end. When many models are
+/// mounted at once, most wait.
+const MAX_TIMEOUTS_IN_LINE: u32 = 4;
 
 /// The manifests that are understood, docker's older names among them.
 const DOCKER_MANIFEST: &str = "application/vnd.docker.distribution.manifest.v2+json";
@@ -118,11 +127,8 @@ impl Default for AccessOptions {
 #[derive(Debug)]
 pub struct Registries {
     options: AccessOptions,
-    hosts: Mutex<LruCache<String, Hosts>>,
+    hosts: Mutex<LruCache<String, Arc<Hosts>>>,
 }
-
-/// The hosts that answer for a registry, in the order in which they are asked.
-type Hosts = Arc<[Arc<Host>]>;
 
 impl Registries {
     /// # Errors
@@ -163,6 +169,18 @@ impl Registries {
         digest: Digest,
     ) -> Result<Manifest, SourceError> {
         self.get_manifest(from, &digest.to_string(), Some(digest)).await
+    }
+
+    /// The manifest under a tag of that repository.
+    ///
+    /// # Errors
+    /// As [`Registries::resolve`].
+    pub async fn tagged_manifest(
+        &self,
+        from: &Repository,
+        tag: &str,
+    ) -> Result<Manifest, SourceError> {
+        self.get_manifest(from, tag, None).await
     }
 
     /// A small blob (a config), whole and checked against its digest; refused over `limit` bytes.
@@ -218,15 +236,33 @@ impl Registries {
         headers: &HeaderMap,
     ) -> Result<(HeaderMap, Bytes), SourceError> {
         use backon::Retryable;
+        let unreachable = |message: String| {
+            Err(SourceError::Unreachable { source_name: asked.from.to_string(), message })
+        };
+        let hosts = self.hosts(&asked.from.registry)?;
+        let Some(_turn) = hosts.turn(self.options.timeout * MAX_TIMEOUTS_IN_LINE).await else {
+            return unreachable(format!(
+                "too many requests wait before the one for {}",
+                asked.what
+            ));
+        };
         let once = || self.get_small_once(asked, path, headers);
         let pauses = backon::ExponentialBuilder::new()
             .with_min_delay(Duration::from_millis(100))
-            .with_max_times(3)
+            .with_max_times(MAX_TRIES - 1)
             .with_jitter();
-        let tries = once.retry(pauses).when(SourceError::may_pass);
-        tokio::time::timeout(self.options.timeout, tries).await.unwrap_or_else(|_| {
-            let message = format!("no answer for {} within {:?}", asked.what, self.options.timeout);
-            Err(SourceError::Unreachable { source_name: asked.from.to_string(), message })
+        let end = Instant::now() + self.options.timeout;
+        // As often as the host asks for time, while there is some.
+        let after = |error: &SourceError, pause: Option<Duration>| match error.asks_for_rest() {
+            None => pause,
+            Some(rest) => {
+                let pause = jittered(rest).saturating_add(pause.unwrap_or_default());
+                (pause < end.saturating_duration_since(Instant::now())).then_some(pause)
+            }
+        };
+        let tries = once.retry(pauses).when(SourceError::may_pass).adjust(after);
+        tokio::time::timeout_at(end, tries).await.unwrap_or_else(|_| {
+            unreachable(format!("no answer for {} within {:?}", asked.what, self.options.timeout))
         })
     }
 
@@ -239,7 +275,11 @@ impl Registries {
     ) -> Result<(HeaderMap, Bytes), SourceError> {
         let hosts = self.hosts(&asked.from.registry)?;
         let mut failure = Failures::default();
-        for host in health::by_health(hosts.iter().filter(|host| asked.may_come_from(host))) {
+        for host in hosts.by_health(|host| asked.may_come_from(host)) {
+            if let Some(error) = host.rests(asked.from, &asked.what) {
+                failure.keep(error);
+                continue;
+            }
             let got = async {
                 let answer = host.get(asked.from, &asked.what, path, headers).await?;
                 let answer = asked.check_status(answer)?;
@@ -257,39 +297,38 @@ impl Registries {
         Err(failure.into_error(&asked.from.registry))
     }
 
-    fn hosts(&self, registry: &str) -> Result<Hosts, SourceError> {
-        let mut known = lock(&self.hosts);
-        if let Some(hosts) = known.get(registry) {
-            return Ok(Arc::clone(hosts));
+    /// The hosts that answer for a registry, by what its files say now.
+    fn hosts(&self, registry: &str) -> Result<Arc<Hosts>, SourceError> {
+        let known = lock(&self.hosts).get(registry).cloned();
+        if let Some(known) = known.as_ref().filter(|known| known.are_current()) {
+            return Ok(Arc::clone(known));
         }
+        let hosts = match (self.open_hosts(registry), known) {
+            (Ok(hosts), _) => Arc::new(hosts),
+            (Err(error), None) => return Err(error),
+            (Err(error), Some(known)) => {
+                tracing::warn!(%error, "the registry's hosts stay as they were");
+                known
+            }
+        };
+        lock(&self.hosts).put(registry.to_owned(), Arc::clone(&hosts));
+        Ok(hosts)
+    }
+
+    fn open_hosts(&self, registry: &str) -> Result<Hosts, SourceError> {
         let options = self.options.registries.get(registry);
         let found = endpoints::endpoints(registry, options, self.options.hosts_dir.as_deref());
-        let unusable =
-            |message| SourceError::Unreachable { source_name: registry.to_owned(), message };
-        let found = found.map_err(unusable)?;
-        let last = found.len().saturating_sub(1);
-        let AccessOptions { docker_config, dragonfly, timeout, .. } = &self.options;
-        let open = |(at, endpoint)| {
-            let silence = if at == last { MAX_SILENCE } else { FAIL_OVER_AFTER };
-            let silence = silence.min(*timeout);
-            Host::new(registry, endpoint, docker_config.clone(), *timeout, silence).map(Arc::new)
-        };
-        let hosts = found.into_iter().enumerate().map(open).collect::<Result<Vec<_>, _>>()?;
-        let through = dragonfly.iter().flat_map(|dragonfly| {
-            let silence = FAIL_OVER_AFTER.min(*timeout);
-            let hosts = hosts.iter().filter(|host| host.can().ranges);
-            hosts.map(move |host| host.through(dragonfly, silence).map_err(unusable))
-        });
-        let through = through.map(|host| host.map(Arc::new)).collect::<Result<Vec<_>, _>>()?;
-        let hosts: Hosts = through.into_iter().chain(hosts).collect();
-        known.put(registry.to_owned(), Arc::clone(&hosts));
-        Ok(hosts)
+        let found = found.map_err(|message| SourceError::Unreachable {
+            source_name: registry.to_owned(),
+            message,
+        })?;
+        Hosts::open(registry, found, &self.options)
     }
 
     /// The host of a registry that takes what is pushed.
     fn host_to_push(&self, registry: &str) -> Result<Arc<Host>, SourceError> {
         let hosts = self.hosts(registry)?;
-        let host = hosts.iter().rev().find(|host| host.can().push);
+        let host = hosts.in_order().iter().rev().find(|host| host.can().push);
         host.map(Arc::clone).ok_or_else(|| SourceError::Unreachable {
             source_name: registry.to_owned(),
             message: "hosts.toml names no host with the capability \"push\"".into(),
@@ -300,23 +339,45 @@ impl Registries {
 /// What went wrong at the hosts of a registry.
 #[derive(Debug, Default)]
 struct Failures {
-    last: Option<SourceError>,
+    best: Option<SourceError>,
 }
 
 impl Failures {
+    /// What a host answered.
     fn add(&mut self, host: &Host, error: SourceError) {
-        if error.may_pass() {
-            host.health().failed();
+        match (&error, error.asks_for_rest()) {
+            (SourceError::Status { status, .. }, Some(rest)) => {
+                host.health().asked_for_rest(*status, rest);
+            }
+            // It answers, though not with this.
+            (SourceError::NotFound { .. } | SourceError::NoRanges { .. }, _) => {
+                host.health().well();
+            }
+            _ => host.health().failed(),
         }
-        // What may pass is tried again; that counts more than another host's refusal.
-        let keep = self.last.as_ref().is_some_and(SourceError::may_pass) && !error.may_pass();
-        if !keep {
-            self.last = Some(error);
+        self.keep(error);
+    }
+
+    /// What is known without asking.
+    fn keep(&mut self, error: SourceError) {
+        let hope = |error: &SourceError| match error {
+            // It gives it, if only as a whole.
+            SourceError::NoRanges { .. } => 2,
+            // What may pass is tried again; that counts more than another host's refusal.
+            error if error.may_pass() => 1,
+            _ => 0,
+        };
+        let rank = |error: &SourceError| {
+            // Of hosts that ask for time, the one that is back first.
+            (hope(error), Reverse(error.asks_for_rest().unwrap_or_default()))
+        };
+        if self.best.as_ref().is_none_or(|best| rank(best) <= rank(&error)) {
+            self.best = Some(error);
         }
     }
 
     fn into_error(self, registry: &str) -> SourceError {
-        self.last.unwrap_or_else(|| SourceError::Unreachable {
+        self.best.unwrap_or_else(|| SourceError::Unreachable {
             source_name: registry.to_owned(),
             message: "hosts.toml names no host with the capability for it".into(),
         })

@@ -9,7 +9,7 @@ use std::sync::{
 use std::time::{Duration, Instant};
 
 use tokio::runtime::Handle;
-use tokio::sync::Notify;
+use tokio::sync::{Notify, watch};
 
 use crate::Blob;
 use crate::budget::Budget;
@@ -19,7 +19,7 @@ use crate::hash::Hashers;
 use crate::loose::LooseChunks;
 use crate::rank::Clock;
 use crate::segment::MappingBudget;
-use crate::store::{BlobId, FetchOptions, Verify};
+use crate::store::{BlobId, FetchOptions, KeepDigests, Verify};
 
 /// The longest deadline of a read: as good as none, and sums with it don't overflow.
 const MAX_DEADLINE: Duration = Duration::from_secs(24 * 60 * 60);
@@ -32,6 +32,12 @@ const MAX_WAIT: Duration = Duration::from_secs(60);
 
 /// The share of the cache that the read-ahead of one stream may take at the most.
 const READ_AHEAD_SHARE: u64 = 4;
+
+/// A time that many are told to wait, and a random quarter of it more: they shall not all come back
+/// at once.
+pub(crate) fn jittered(wait: Duration) -> Duration {
+    wait.saturating_add((wait / 4).mul_f64(fastrand::f64()))
+}
 
 /// A lock whose holder can't leave half a change behind: a panic in one holder does not take the
 /// others down.
@@ -64,6 +70,9 @@ pub(crate) struct Entered<'a>(#[expect(dead_code, reason = "held")] RwLockReadGu
 pub(crate) struct Shared {
     pub(crate) fetch: FetchOptions,
     pub(crate) verify: Verify,
+    pub(crate) keep_digests: KeepDigests,
+    /// Counts whole blobs that were found to hash to their digest.
+    pub(crate) verified: watch::Sender<u64>,
     pub(crate) runtime: Handle,
     pub(crate) disk: Arc<dyn Disk>,
     pub(crate) mappings: Arc<MappingBudget>,
@@ -100,7 +109,7 @@ struct Changes {
 impl Shared {
     pub(crate) fn new(
         fetch: FetchOptions,
-        verify: Verify,
+        (verify, keep_digests): (Verify, KeepDigests),
         disk: Arc<dyn Disk>,
         budget: Budget,
         epochs: Epochs,
@@ -117,6 +126,8 @@ impl Shared {
             hashers: Hashers::new(),
             fetch: FetchOptions { deadline, read_ahead_min, read_ahead_max, ..fetch },
             verify,
+            keep_digests,
+            verified: watch::Sender::default(),
             runtime,
             disk,
             mappings: Arc::default(),

@@ -35,6 +35,7 @@ use std::time::Duration;
 use nix::sys::statvfs::statvfs;
 use serde::{Deserialize, Serialize};
 use tokio::runtime::Handle;
+use tokio::sync::watch;
 
 pub use self::ingest::Ingest;
 pub use self::usage::{BlobUsage, Evicted, Pruned, Usage};
@@ -56,6 +57,9 @@ use crate::document::{self, Found, Kind};
 use crate::shared::{Epochs, Shared, lock};
 use crate::state::{Record, Verdict};
 use crate::{Blob, Digest, Layout, OpenError};
+
+/// Directory of the blobs, below the root.
+const BLOBS: &str = "blobs/sha256";
 
 /// The file that holds a blob's cuts.
 const LAYOUT: &str = "layout";
@@ -123,6 +127,16 @@ pub enum Verify {
     Strict,
 }
 
+/// Whether what a blob's chunks hash to is kept when the whole was hashed: it costs as much as
+/// that. They are compared when chunks are fetched again, and an index can be made of them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum KeepDigests {
+    /// Where the cache has a limit, and what goes will come again.
+    WhereLimited,
+    /// Of each blob.
+    Always,
+}
+
 /// An amount of disk space.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Amount {
@@ -178,6 +192,8 @@ pub struct StoreOptions {
     pub verify: Verify,
     /// What of an earlier run is hashed again.
     pub recheck: Recheck,
+    /// Which chunk digests are kept.
+    pub keep_digests: KeepDigests,
 }
 
 /// The owner of a state directory's blobs. When it is dropped, it records what is published and
@@ -214,11 +230,12 @@ impl Store {
         // Whoever changes the working directory later must not move the cache.
         let root = &std::path::absolute(root).map_err(at(root))?;
         let owner = Owner::take(root)?;
-        let blobs = root.join("blobs").join("sha256");
+        let blobs = root.join(BLOBS);
         make_dir(&blobs)?;
         let ingests = IngestArea::clean(root.join("ingest"))?;
         let pins = Pins::open(root.join("pins"))?;
-        let StoreOptions { fetch, cache, checkpoint_interval, verify, recheck } = options;
+        let StoreOptions { fetch, cache, checkpoint_interval, verify, recheck, keep_digests } =
+            options;
         let session = Session::begin(root, Arc::clone(&disk), boot)?;
         let doubt_before = match recheck {
             Recheck::Never => 0,
@@ -227,7 +244,8 @@ impl Store {
         };
         let epochs = Epochs { now: session.epoch(), doubt_before };
         let budget = budget(root, cache)?;
-        let shared = Shared::new(fetch, verify, disk, budget, epochs, boot, runtime);
+        let checks = (verify, keep_digests);
+        let shared = Shared::new(fetch, checks, disk, budget, epochs, boot, runtime);
         let shared = Arc::new(shared);
         let checkpointer = Checkpointer::start(Arc::clone(&shared), checkpoint_interval);
         let checkpointer = checkpointer.map_err(at(root))?;
@@ -377,15 +395,32 @@ impl Store {
 
     /// A document kept beside a blob; `None` if there is none or it is damaged.
     pub fn attachment(&self, id: BlobId, name: &str) -> Option<Vec<u8>> {
-        let path = self.catalog.dir(id).join(attachment_file(name)?);
-        match document::read(&path, Kind::Attachment) {
-            Found::Payload(bytes) => Some(bytes),
-            Found::Nothing => None,
-            Found::Damaged(damage) => {
-                tracing::warn!(path = %path.display(), damage, "document ignored");
-                None
-            }
-        }
+        read_attachment(&self.catalog.dir(id), name)
+    }
+
+    /// The same of the store in `root`, which somebody else may own: documents are replaced whole.
+    pub fn foreign_attachment(root: &Path, id: BlobId, name: &str) -> Option<Vec<u8>> {
+        read_attachment(&catalog::dir_of(&root.join(BLOBS), id), name)
+    }
+
+    /// What the chunks of a blob hash to, 32 bytes for each, segment after segment, with its cuts:
+    /// where they were made here, of bytes that together hash to the blob's digest. Those bytes
+    /// need not be here any more.
+    pub fn verified_digests(&self, id: BlobId) -> Option<(Layout, Vec<u8>)> {
+        let layout = self.layout(id)?;
+        let table = ChunkTable::new(layout.clone())?;
+        let digests = ChunkDigests::read(&self.catalog.dir(id), &table)?;
+        (digests.origin() == Origin::Whole).then(|| (layout, digests.all().to_vec()))
+    }
+
+    /// Changes each time a whole blob was found to hash to its digest.
+    pub fn verified(&self) -> watch::Receiver<u64> {
+        self.catalog.shared.verified.subscribe()
+    }
+
+    /// Whether anything is being fetched.
+    pub fn is_busy(&self) -> bool {
+        self.catalog.shared.scheduler.is_busy()
     }
 
     /// Makes what is published survive a restart: syncs data, then writes the records.
@@ -468,6 +503,18 @@ fn at(path: &Path) -> impl Fn(io::Error) -> OpenError + '_ {
 /// Makes a directory, and those above it, for the owner only.
 fn make_dir(path: &Path) -> Result<(), OpenError> {
     DirBuilder::new().recursive(true).mode(0o700).create(path).map_err(at(path))
+}
+
+fn read_attachment(dir: &Path, name: &str) -> Option<Vec<u8>> {
+    let path = dir.join(attachment_file(name)?);
+    match document::read(&path, Kind::Attachment) {
+        Found::Payload(bytes) => Some(bytes),
+        Found::Nothing => None,
+        Found::Damaged(damage) => {
+            tracing::warn!(path = %path.display(), damage, "document ignored");
+            None
+        }
+    }
 }
 
 fn attachment_file(name: &str) -> Option<String> {

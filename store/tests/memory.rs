@@ -12,8 +12,8 @@ use futures::future::BoxFuture;
 use futures::stream;
 use tokio::time::sleep;
 use weightfs_store::{
-    Amount, Background, Blob, BlobId, ByteStream, CacheOptions, Digest, FetchOptions, Form, Layout,
-    Read, Recheck, Source, SourceError, Store, StoreOptions, Verify,
+    Amount, Background, Blob, BlobId, ByteStream, CacheOptions, Digest, FetchOptions, Form,
+    KeepDigests, Layout, Read, Recheck, Source, SourceError, Store, StoreOptions, Verify,
 };
 
 const MIB: u64 = 1 << 20;
@@ -90,6 +90,7 @@ fn options() -> StoreOptions {
         checkpoint_interval: Duration::from_secs(5),
         verify: Verify::Background,
         recheck: Recheck::AfterCrash,
+        keep_digests: KeepDigests::WhereLimited,
     }
 }
 

@@ -73,6 +73,18 @@ pub struct CriOptions {
     pub snapshotter: &'static str,
     /// Image of the container that holds a pod's namespaces.
     pub sandbox_image: String,
+    /// What pods with a user namespace need besides.
+    pub user_namespaces: Option<UserNamespaces>,
+}
+
+/// A runtime that maps the owners of mounts (runc from 1.2 on, crun), and a network for pods: with a
+/// user namespace, a pod can't have the host's.
+#[derive(Debug, Clone)]
+pub struct UserNamespaces {
+    /// The runtime's program.
+    pub runtime: PathBuf,
+    /// Directory of CNI's plugins.
+    pub cni_plugins: PathBuf,
 }
 
 /// A running containerd.
@@ -348,7 +360,12 @@ fn config_text(dir: &Path, options: &ContainerdOptions) -> String {
         }
     }
     match &options.cri {
-        Some(cri) if of_2 => text += &cri_of_2(dir, cri),
+        Some(cri) if of_2 => {
+            text += &cri_of_2(dir, cri);
+            if let Some(namespaces) = &cri.user_namespaces {
+                text += &user_namespaces_of_2(dir, namespaces);
+            }
+        }
         Some(cri) => text += &cri_of_1(dir, cri),
         None => {}
     }
@@ -420,7 +437,11 @@ fn cri_of_1(dir: &Path, cri: &CriOptions) -> String {
 }
 
 fn cri_of_2(dir: &Path, cri: &CriOptions) -> String {
-    let dir = dir.display();
+    let plugins = match &cri.user_namespaces {
+        Some(namespaces) => namespaces.cni_plugins.clone(),
+        None => dir.join("cni"),
+    };
+    let (dir, plugins) = (dir.display(), plugins.display());
     format!(
         r#"[plugins."io.containerd.grpc.v1.cri"]
   stream_server_address = "127.0.0.1"
@@ -434,9 +455,36 @@ fn cri_of_2(dir: &Path, cri: &CriOptions) -> String {
   restrict_oom_score_adj = true
   disable_apparmor = true
 [plugins."io.containerd.cri.v1.runtime".cni]
-  bin_dirs = ["{dir}/cni"]
+  bin_dirs = ["{plugins}"]
   conf_dir = "{dir}/cni"
 "#,
         cri.snapshotter, cri.sandbox_image
+    )
+}
+
+fn user_namespaces_of_2(dir: &Path, UserNamespaces { runtime, .. }: &UserNamespaces) -> String {
+    let cni = dir.join("cni");
+    fs::create_dir(&cni).unwrap();
+    // A pair of devices with an address, and no way out.
+    let network = serde_json::json!({
+        "cniVersion": "1.0.0",
+        "name": "pods",
+        "plugins": [{
+            "type": "ptp",
+            "ipam": {
+                "type": "host-local",
+                "subnet": "10.88.0.0/24",
+                "dataDir": cni.join("addresses"),
+            },
+        }],
+    });
+    fs::write(cni.join("pods.conflist"), network.to_string()).unwrap();
+    format!(
+        r#"[plugins."io.containerd.cri.v1.runtime".containerd.runtimes.runc]
+  runtime_type = "io.containerd.runc.v2"
+[plugins."io.containerd.cri.v1.runtime".containerd.runtimes.runc.options]
+  BinaryName = "{}"
+"#,
+        runtime.display()
     )
 }

@@ -8,10 +8,11 @@ use k8s_cri::v1::image_service_client::ImageServiceClient;
 use k8s_cri::v1::runtime_service_client::RuntimeServiceClient;
 use k8s_cri::v1::{
     ContainerConfig, ContainerMetadata, ContainerState, ContainerStatusRequest,
-    CreateContainerRequest, ImageFsInfoRequest, ImageSpec, LinuxContainerConfig,
-    LinuxPodSandboxConfig, LinuxSandboxSecurityContext, ListImagesRequest, Mount, NamespaceMode,
-    NamespaceOption, PodSandboxConfig, PodSandboxMetadata, PullImageRequest, RemoveImageRequest,
-    RemovePodSandboxRequest, RunPodSandboxRequest, StartContainerRequest, StopPodSandboxRequest,
+    CreateContainerRequest, IdMapping, ImageFsInfoRequest, ImageSpec, LinuxContainerConfig,
+    LinuxContainerSecurityContext, LinuxPodSandboxConfig, LinuxSandboxSecurityContext,
+    ListImagesRequest, Mount, NamespaceMode, NamespaceOption, PodSandboxConfig, PodSandboxMetadata,
+    PullImageRequest, RemoveImageRequest, RemovePodSandboxRequest, RunPodSandboxRequest,
+    StartContainerRequest, StopPodSandboxRequest, UserNamespace,
 };
 use tokio::net::UnixStream;
 use tonic::Status;
@@ -98,7 +99,7 @@ impl Cri {
     /// # Errors
     /// What containerd answers.
     pub fn run(&self, reference: &str, name: &str, words: &[&str]) -> Result<Ended, Status> {
-        self.run_with(container(reference, name, words), name)
+        self.run_with(container(reference, name, words), pod(name, &self.logs, host_network()))
     }
 
     /// As [`Cri::run`], with an image that was pulled as a volume at `/models` (KEP-4639).
@@ -113,22 +114,45 @@ impl Cri {
         words: &[&str],
     ) -> Result<Ended, Status> {
         let mut container = container(reference, name, words);
-        container.mounts = vec![Mount {
-            container_path: "/models".to_owned(),
-            image: Some(spec(volume)),
-            readonly: true,
-            ..Mount::default()
-        }];
-        self.run_with(container, name)
+        container.mounts = vec![volume_at_models(volume)];
+        self.run_with(container, pod(name, &self.logs, host_network()))
     }
 
-    fn run_with(&self, container: ContainerConfig, name: &str) -> Result<Ended, Status> {
-        let pod = pod(name, &self.logs);
+    /// As [`Cri::run`], in a user namespace: user n in the pod is user `first + n` on the host. With a
+    /// volume, if one is given.
+    ///
+    /// # Errors
+    /// What containerd answers.
+    pub fn run_in_user_namespace(
+        &self,
+        first: u32,
+        reference: &str,
+        volume: Option<&str>,
+        name: &str,
+        words: &[&str],
+    ) -> Result<Ended, Status> {
+        let mut container = container(reference, name, words);
+        container.mounts = volume.map(volume_at_models).into_iter().collect();
+        let namespaces = NamespaceOption {
+            userns_options: Some(user_namespace(first)),
+            ..NamespaceOption::default()
+        };
+        container.linux = Some(LinuxContainerConfig {
+            security_context: Some(LinuxContainerSecurityContext {
+                namespace_options: Some(namespaces.clone()),
+                ..LinuxContainerSecurityContext::default()
+            }),
+            ..LinuxContainerConfig::default()
+        });
+        self.run_with(container, pod(name, &self.logs, namespaces))
+    }
+
+    fn run_with(&self, container: ContainerConfig, pod: PodSandboxConfig) -> Result<Ended, Status> {
         let request =
             RunPodSandboxRequest { config: Some(pod.clone()), runtime_handler: String::new() };
         let sandbox =
             block_on(self.runtime().run_pod_sandbox(request))?.into_inner().pod_sandbox_id;
-        let ended = self.run_in(&sandbox, pod, container, name);
+        let ended = self.run_in(&sandbox, pod, container);
         let pod_sandbox_id = sandbox.clone();
         block_on(self.runtime().stop_pod_sandbox(StopPodSandboxRequest { pod_sandbox_id }))?;
         let remove = RemovePodSandboxRequest { pod_sandbox_id: sandbox };
@@ -141,8 +165,8 @@ impl Cri {
         sandbox: &str,
         pod: PodSandboxConfig,
         container: ContainerConfig,
-        name: &str,
     ) -> Result<Ended, Status> {
+        let log = self.logs.join(&container.log_path);
         let request = CreateContainerRequest {
             pod_sandbox_id: sandbox.to_owned(),
             config: Some(container),
@@ -156,7 +180,7 @@ impl Cri {
             code = self.exit_code(&id);
             code.is_some()
         });
-        let log = fs::read_to_string(self.logs.join(log_name(name))).unwrap_or_default();
+        let log = fs::read_to_string(log).unwrap_or_default();
         Ok(Ended { code: code.unwrap_or_default(), output: without_columns(&log) })
     }
 
@@ -180,14 +204,26 @@ fn spec(reference: &str) -> ImageSpec {
     ImageSpec { image: reference.to_owned(), ..ImageSpec::default() }
 }
 
-fn log_name(name: &str) -> String {
-    format!("{name}.log")
+fn volume_at_models(volume: &str) -> Mount {
+    Mount {
+        container_path: "/models".to_owned(),
+        image: Some(spec(volume)),
+        readonly: true,
+        ..Mount::default()
+    }
 }
 
-/// A pod in the host's network, so that it needs no CNI plugin.
-fn pod(name: &str, logs: &Path) -> PodSandboxConfig {
-    let namespaces =
-        NamespaceOption { network: NamespaceMode::Node.into(), ..NamespaceOption::default() };
+/// The host's network, so that a pod needs no CNI plugin.
+fn host_network() -> NamespaceOption {
+    NamespaceOption { network: NamespaceMode::Node.into(), ..NamespaceOption::default() }
+}
+
+fn user_namespace(first: u32) -> UserNamespace {
+    let ids = vec![IdMapping { host_id: first, container_id: 0, length: 65536 }];
+    UserNamespace { mode: NamespaceMode::Pod.into(), uids: ids.clone(), gids: ids }
+}
+
+fn pod(name: &str, logs: &Path, namespaces: NamespaceOption) -> PodSandboxConfig {
     let security = LinuxSandboxSecurityContext {
         namespace_options: Some(namespaces),
         ..LinuxSandboxSecurityContext::default()
@@ -213,7 +249,7 @@ fn container(reference: &str, name: &str, words: &[&str]) -> ContainerConfig {
         metadata: Some(ContainerMetadata { name: name.to_owned(), attempt: 0 }),
         image: Some(spec(reference)),
         command: words.iter().map(|word| (*word).to_owned()).collect(),
-        log_path: log_name(name),
+        log_path: format!("{name}.log"),
         linux: Some(LinuxContainerConfig::default()),
         ..ContainerConfig::default()
     }

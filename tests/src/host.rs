@@ -2,8 +2,9 @@
 
 use std::path::Path;
 
+use crate::area::Area;
 use crate::bed::Bed;
-use crate::containerd::{Containerd, ContainerdOptions, CriOptions, Version};
+use crate::containerd::{Containerd, ContainerdOptions, CriOptions, UserNamespaces, Version};
 use crate::image::{busybox_layer, image};
 use crate::layer::{Attributes, Compression, Layer, LayerBuilder};
 use crate::proxy::Target;
@@ -69,6 +70,14 @@ impl Host {
         let daemon = bed.weightfs.serve_kept(&bed.area);
         let cri = cri(&bed);
         Self::start(bed, daemon, Some(cri), version)
+    }
+
+    /// Starts everything around containerd 2.1, with CRI, for pods with user namespaces.
+    pub fn with_user_namespaces(parts: impl FnOnce(&Area) -> UserNamespaces) -> Self {
+        let bed = Bed::new();
+        let daemon = bed.weightfs.serve(&bed.area);
+        let cri = CriOptions { user_namespaces: Some(parts(&bed.area)), ..cri(&bed) };
+        Self::start(bed, daemon, Some(cri), Version::V21)
     }
 
     /// Starts containerd beside a daemon, without CRI.
@@ -148,7 +157,8 @@ impl Host {
 
 fn cri(bed: &Bed) -> CriOptions {
     let small = image(&[busybox_layer(bed.area.path(), Compression::Plain)]);
-    CriOptions { snapshotter: SNAPSHOTTER, sandbox_image: bed.push(&small, "small") }
+    let sandbox_image = bed.push(&small, "small");
+    CriOptions { snapshotter: SNAPSHOTTER, sandbox_image, user_namespaces: None }
 }
 
 impl Default for Host {

@@ -3,121 +3,40 @@
 //! Invariant: a byte is counted when it is handed to the connection, so what a client asked for and
 //! then threw away counts too.
 
+mod answers;
 mod body;
+mod fault;
+mod referrers;
+mod signed;
 mod tokens;
 
-use std::convert::Infallible;
 use std::io;
 use std::net::SocketAddr;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use bytes::Bytes;
-use http_body_util::{BodyExt as _, Full};
+use http_body_util::BodyExt as _;
 use hyper::body::Incoming;
-use hyper::header::{
-    AUTHORIZATION, CONNECTION, CONTENT_RANGE, HeaderMap, LOCATION, RANGE, RETRY_AFTER,
-};
+use hyper::header::{AUTHORIZATION, CONNECTION, HeaderMap, RANGE};
 use hyper::service::service_fn;
-use hyper::{Method, Request, Response, StatusCode};
+use hyper::{Method, Request, Response};
 use hyper_util::rt::TokioIo;
+use rustls::ServerConfig;
+use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::watch;
 use tokio::task::{JoinHandle, JoinSet};
-use weightfs_store::Digest;
+use tokio_rustls::TlsAcceptor;
 
+pub use self::fault::{Fault, Target, Total};
+pub use self::referrers::Filters;
+pub use self::signed::Signatures;
+use crate::certificates::Certificates;
 use crate::remote::{Credentials, block_on, spawn};
 use body::{Body, Mishap};
+use referrers::{Referrers, pushes_to};
 use tokens::Gate;
-
-/// What a fault applies to.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Target {
-    /// Every request.
-    All,
-    /// Requests for manifests.
-    Manifests,
-    /// Requests for blobs.
-    Blobs,
-    /// Requests for that blob.
-    Blob(Digest),
-}
-
-impl Target {
-    fn matches(self, path: &str) -> bool {
-        match self {
-            Self::All => true,
-            Self::Manifests => path.contains("/manifests/"),
-            Self::Blobs => path.contains("/blobs/"),
-            Self::Blob(digest) => path.ends_with(&format!("/blobs/{digest}")),
-        }
-    }
-}
-
-/// What goes wrong.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Fault {
-    /// Takes the request and never answers, until healed.
-    Hang,
-    /// Sends that many bytes of the body, then nothing more until healed.
-    Stall {
-        /// Bytes of the body that still get through.
-        after: u64,
-    },
-    /// Sends that many bytes of the body, then closes the connection.
-    Cut {
-        /// Bytes of the body that still get through.
-        after: u64,
-    },
-    /// Answers with this status and no body.
-    Status(u16),
-    /// Answers with this status and asks to come again after so many seconds.
-    Busy {
-        /// 429 or 503.
-        status: u16,
-        /// What Retry-After says.
-        retry_after: u64,
-    },
-    /// Sends a byte each second.
-    Trickle,
-    /// Answers a ranged request with another range, so many bytes further, and says so.
-    Elsewhere {
-        /// How many bytes further.
-        by: u64,
-    },
-    /// Sends the bytes of another blob of the repository.
-    Other(Digest),
-    /// Flips the bits of the byte at that offset of the blob.
-    Corrupt {
-        /// The byte's offset in the whole blob.
-        at: u64,
-    },
-    /// Answers a ranged request with 200 and the whole blob.
-    IgnoreRange,
-    /// Answers with this manifest instead of the registry's.
-    Replace {
-        /// Its media type.
-        media_type: String,
-        /// Its bytes.
-        body: Bytes,
-    },
-    /// Redirects (307) to the same path at another host.
-    Redirect {
-        /// `host:port`; of one that speaks TLS, with `https://` before it.
-        to: String,
-    },
-    /// Answers with this status, no body, and Dragonfly's word for who failed (`backend`, `proxy`,
-    /// `dfdaemon`).
-    Dragonfly {
-        /// The status; dfdaemon says 200 where its registry is away.
-        status: u16,
-        /// What X-Dragonfly-Error-Type says.
-        failed: &'static str,
-    },
-    /// Answers only after this time, as a registry that is far away does.
-    Delay(Duration),
-}
 
 /// A request that came in, and what it got.
 #[derive(Debug, Clone)]
@@ -157,6 +76,10 @@ struct State {
     faults: watch::Sender<Vec<(Target, Fault)>>,
     seen: Mutex<Vec<Seen>>,
     gate: Mutex<Option<Gate>>,
+    tls: Option<Arc<ServerConfig>>,
+    /// Requests that were counted for bursts.
+    burst: AtomicUsize,
+    referrers: Mutex<Option<Referrers>>,
 }
 
 /// A running proxy.
@@ -171,13 +94,35 @@ type Answer = Result<Response<Body>, io::Error>;
 impl Proxy {
     /// Starts one in front of the registry at `host:port`.
     pub fn start(upstream: &str) -> Self {
-        let listener = block_on(TcpListener::bind("127.0.0.1:0")).unwrap();
+        Self::start_on("127.0.0.1:0", upstream, None)
+    }
+
+    /// Starts one on an address of this machine.
+    pub fn start_at(address: &str, upstream: &str) -> Self {
+        Self::start_on(address, upstream, None)
+    }
+
+    /// Starts one that speaks TLS, to everybody or to who shows a certificate.
+    pub fn start_tls(
+        upstream: &str,
+        certificates: &Certificates,
+        client_certificates: bool,
+    ) -> Self {
+        let config = certificates.server_config(client_certificates);
+        Self::start_on("127.0.0.1:0", upstream, Some(config))
+    }
+
+    fn start_on(address: &str, upstream: &str, tls: Option<Arc<ServerConfig>>) -> Self {
+        let listener = block_on(TcpListener::bind(address)).unwrap();
         let state = Arc::new(State {
             address: listener.local_addr().unwrap(),
             upstream: upstream.to_owned(),
             faults: watch::Sender::default(),
             seen: Mutex::default(),
             gate: Mutex::default(),
+            tls,
+            burst: AtomicUsize::new(0),
+            referrers: Mutex::default(),
         });
         let acceptor = Mutex::new(Some(accept_on(listener, &state)));
         Self { state, acceptor }
@@ -219,6 +164,16 @@ impl Proxy {
     /// From now on asks for bearer tokens, which its own `/token` gives for these credentials.
     pub fn require_tokens(&self, credentials: Credentials) {
         *self.state.gate.lock().unwrap() = Some(Gate::new(credentials));
+    }
+
+    /// From now on lists referrers, of those manifests that are pushed through it.
+    pub fn list_referrers(&self, filters: Filters) {
+        *self.state.referrers.lock().unwrap() = Some(Referrers::new(filters));
+    }
+
+    /// The same with tokens that live so long.
+    pub fn require_tokens_of(&self, credentials: Credentials, life: Duration) {
+        *self.state.gate.lock().unwrap() = Some(Gate::new(credentials).with_life(life));
     }
 
     /// Tokens given so far are worth nothing any more.
@@ -271,6 +226,18 @@ fn accept_on(listener: TcpListener, state: &Arc<State>) -> JoinHandle<()> {
 
 async fn serve(stream: TcpStream, state: Arc<State>) {
     let _ = stream.set_nodelay(true);
+    match state.tls.clone() {
+        None => serve_on(stream, state).await,
+        // An error is a client that does not like us, or that we are to refuse.
+        Some(config) => {
+            if let Ok(stream) = TlsAcceptor::from(config).accept(stream).await {
+                serve_on(stream, state).await;
+            }
+        }
+    }
+}
+
+async fn serve_on(stream: impl AsyncRead + AsyncWrite + Unpin + Send, state: Arc<State>) {
     let service = service_fn(|request| answer(request, Arc::clone(&state)));
     let http = hyper::server::conn::http1::Builder::new();
     // An error here is a client that went away, or a fault that did what it should.
@@ -284,7 +251,16 @@ async fn answer(request: Request<Incoming>, state: Arc<State>) -> Answer {
     if let Some(refusal) = refusal {
         return Ok(refusal);
     }
-    let response = match state.fault_for(&path) {
+    let listed = state.referrers.lock().unwrap().as_ref().and_then(|known| known.list(&request));
+    if let Some(listed) = listed {
+        return Ok(listed);
+    }
+    let fault = state.fault_for(&path);
+    if let Some(repository) = pushes_to(&request).filter(|_| fault.is_none()) {
+        return state.push_manifest(&repository, request).await;
+    }
+    let ranged = request.headers().contains_key(RANGE);
+    let response = match fault.clone() {
         Some(Fault::Hang) => {
             state.healed().await;
             state.forward(request, false).await?
@@ -293,37 +269,43 @@ async fn answer(request: Request<Incoming>, state: Arc<State>) -> Answer {
             tokio::time::sleep(time).await;
             state.forward(request, false).await?
         }
-        Some(Fault::Status(status)) => {
-            let status = StatusCode::from_u16(status).map_err(io::Error::other)?;
-            return simple(Response::builder().status(status), Bytes::new());
-        }
-        Some(Fault::Dragonfly { status, failed }) => {
-            let status = StatusCode::from_u16(status).map_err(io::Error::other)?;
-            let answer = Response::builder().status(status);
-            return simple(answer.header("x-dragonfly-error-type", failed), Bytes::new());
-        }
+        Some(Fault::Status(status)) => return answers::bare(status),
         Some(Fault::Busy { status, retry_after }) => {
-            let status = StatusCode::from_u16(status).map_err(io::Error::other)?;
-            let answer = Response::builder().status(status).header(RETRY_AFTER, retry_after);
-            return simple(answer, Bytes::new());
+            return answers::busy(status, retry_after, false);
         }
-        Some(Fault::Elsewhere { by }) => state.forward(elsewhere(request, by), false).await?,
-        Some(Fault::Other(digest)) => state.forward(of_blob(request, digest)?, false).await?,
-        Some(Fault::Replace { media_type, body }) => replaced(&media_type, body)?,
+        Some(Fault::Bursts { of, refused, dated }) if state.is_in_burst(of, refused) => {
+            return answers::busy(429, 1, dated);
+        }
+        Some(Fault::Dragonfly { status, failed }) => return answers::dragonfly(status, failed),
+        Some(Fault::Unsatisfiable) if ranged => return answers::bare(416),
+        Some(Fault::Unsigned(signatures)) if !signatures.honour(request.uri()) => {
+            return answers::bare(403);
+        }
         Some(Fault::Redirect { to }) => {
             let scheme = if to.starts_with("https://") { "" } else { "http://" };
-            let location = format!("{scheme}{to}{}", request.uri());
-            return simple(
-                Response::builder()
-                    .status(StatusCode::TEMPORARY_REDIRECT)
-                    .header(LOCATION, location),
-                Bytes::new(),
-            );
+            return answers::redirect(&format!("{scheme}{to}{}", request.uri()));
         }
+        Some(Fault::Sign { to, signatures }) => {
+            return answers::redirect(&format!("http://{to}{path}?{}", signatures.sign()));
+        }
+        Some(Fault::Elsewhere { by }) => {
+            state.forward(answers::elsewhere(request, by), false).await?
+        }
+        Some(Fault::Other(digest)) => {
+            state.forward(answers::of_blob(request, digest)?, false).await?
+        }
+        Some(Fault::Replace { media_type, body }) => answers::replaced(&media_type, body)?,
         Some(Fault::IgnoreRange) => state.forward(request, true).await?,
         _ => state.forward(request, false).await?,
     };
-    let mishap = Mishap::of(state.fault_for(&path), first_byte(&response));
+    let mishap = Mishap::of(state.fault_for(&path), answers::first_byte(&response));
+    let response = match fault {
+        Some(Fault::ContentRange(total)) => answers::with_total(response, total),
+        Some(Fault::NoLength) => answers::without_length(response, 0),
+        Some(Fault::TooMuch(more)) if ranged => answers::without_length(response, more),
+        Some(Fault::Compressed { transfer }) => answers::compressed(response, transfer),
+        _ => response,
+    };
     Ok(response.map(|inner| body::counted(inner, bytes, mishap, state)))
 }
 
@@ -346,11 +328,21 @@ impl State {
         faults.iter().find(|(target, _)| target.matches(path)).map(|(_, fault)| fault.clone())
     }
 
+    /// Counts a request, and says whether it is one of the first of its burst.
+    fn is_in_burst(&self, of: usize, refused: usize) -> bool {
+        self.burst.fetch_add(1, Ordering::Relaxed) % of < refused
+    }
+
     async fn healed(&self) {
         let _ = self.faults.subscribe().wait_for(Vec::is_empty).await;
     }
 
-    async fn forward(&self, mut request: Request<Incoming>, whole: bool) -> Answer {
+    async fn forward<B>(&self, mut request: Request<B>, whole: bool) -> Answer
+    where
+        B: hyper::body::Body + Send + 'static,
+        B::Data: Send,
+        B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
+    {
         let stream = TcpStream::connect(&self.upstream).await?;
         let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream))
             .await
@@ -367,49 +359,4 @@ impl State {
         response.headers_mut().remove(CONNECTION);
         Ok(response.map(|inner| inner.map_err(io::Error::other).boxed_unsync()))
     }
-}
-
-/// The same request for bytes that lie so many further.
-fn elsewhere(mut request: Request<Incoming>, by: u64) -> Request<Incoming> {
-    let range = request.headers().get(RANGE).and_then(|range| range.to_str().ok());
-    let shifted = range.and_then(|range| {
-        let (first, last) = range.strip_prefix("bytes=")?.split_once('-')?;
-        let (first, last) = (first.parse::<u64>().ok()?, last.parse::<u64>().ok()?);
-        format!("bytes={}-{}", first + by, last + by).parse().ok()
-    });
-    if let Some(shifted) = shifted {
-        request.headers_mut().insert(RANGE, shifted);
-    }
-    request
-}
-
-/// The same request for another blob.
-fn of_blob(mut request: Request<Incoming>, digest: Digest) -> io::Result<Request<Incoming>> {
-    let path = request.uri().path();
-    let (before, _) = path.rsplit_once('/').unwrap_or_default();
-    let uri = format!("{before}/{digest}");
-    *request.uri_mut() = uri.parse().map_err(io::Error::other)?;
-    Ok(request)
-}
-
-/// A ready answer.
-fn simple(builder: hyper::http::response::Builder, body: Bytes) -> Answer {
-    let body = Full::new(body).map_err(|never: Infallible| match never {}).boxed_unsync();
-    builder.body(body).map_err(io::Error::other)
-}
-
-fn replaced(media_type: &str, body: Bytes) -> Answer {
-    let digest = Digest::of(&body).to_string();
-    let builder = Response::builder()
-        .header("content-type", media_type)
-        .header("docker-content-digest", digest);
-    simple(builder, body)
-}
-
-/// The offset in the blob of the body's first byte.
-fn first_byte(response: &Response<Body>) -> u64 {
-    let range = response.headers().get(CONTENT_RANGE).and_then(|range| range.to_str().ok());
-    range
-        .and_then(|text| text.strip_prefix("bytes ")?.split('-').next()?.parse().ok())
-        .unwrap_or_default()
 }

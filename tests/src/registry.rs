@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use crate::area::Area;
+use crate::certificates::Certificates;
 use crate::process::{Service, run};
 use crate::remote::{Credentials, Remote};
 
@@ -25,7 +26,7 @@ pub struct Registry {
     service: Service,
     dir: PathBuf,
     remote: Remote,
-    ca_file: Option<PathBuf>,
+    certificates: Option<Certificates>,
 }
 
 impl Registry {
@@ -43,17 +44,17 @@ impl Registry {
     /// Starts one with its data in `dir`.
     pub fn start_in(area: &Area, dir: &Path, options: RegistryOptions) -> Self {
         let dir = dir.to_owned();
-        let ca_file = options.tls.then(|| make_certificates(&dir));
+        let certificates = options.tls.then(|| Certificates::make(&dir));
         let config = dir.join("config.yml");
-        fs::write(&config, config_text(&dir, &options)).unwrap();
+        fs::write(&config, config_text(&dir, &options, certificates.as_ref())).unwrap();
         let mut command = Command::new("docker-registry");
         command.arg("serve").arg(&config);
         let mut service = Service::start(area, "docker-registry", command).quiet();
         let port = service.wait_ready(|service| port_in(&service.log()));
         let remote = Remote::new(&format!("127.0.0.1:{port}"))
             .with_credentials(options.credentials)
-            .with_ca(ca_file.as_deref());
-        Self { service, dir, remote, ca_file }
+            .with_ca(certificates.as_ref().map(Certificates::authority).as_deref());
+        Self { service, dir, remote, certificates }
     }
 
     /// `127.0.0.1:port`.
@@ -67,13 +68,13 @@ impl Registry {
     }
 
     /// The certificate authority of a registry that speaks TLS.
-    pub fn ca_file(&self) -> Option<&Path> {
-        self.ca_file.as_deref()
+    pub fn ca_file(&self) -> Option<PathBuf> {
+        self.certificates.as_ref().map(Certificates::authority)
     }
 
     /// A client's certificate and its key, both in one PEM file, of a registry that speaks TLS.
     pub fn client_file(&self) -> Option<PathBuf> {
-        self.ca_file.as_ref().map(|ca| ca.with_file_name("client.pem"))
+        self.certificates.as_ref().map(Certificates::client)
     }
 
     /// The file that a blob is stored in, by its hex digest.
@@ -94,7 +95,11 @@ fn port_in(log: &str) -> Option<u16> {
     rest.split(|c: char| !c.is_ascii_digit()).next()?.parse().ok()
 }
 
-fn config_text(dir: &Path, options: &RegistryOptions) -> String {
+fn config_text(
+    dir: &Path,
+    options: &RegistryOptions,
+    certificates: Option<&Certificates>,
+) -> String {
     let mut text = format!(
         "version: 0.1\n\
          log: {{level: info, formatter: text, accesslog: {{disabled: true}}}}\n\
@@ -102,14 +107,16 @@ fn config_text(dir: &Path, options: &RegistryOptions) -> String {
          http:\n  addr: 127.0.0.1:0\n",
         dir.display()
     );
-    if options.tls {
+    if let Some(certificates) = certificates {
         let authorities = match options.client_certificates {
-            true => format!(", clientcas: [{}/ca.pem]", dir.display()),
+            true => format!(", clientcas: [{}]", certificates.authority().display()),
             false => String::new(),
         };
+        let (certificate, key) = certificates.server();
         text += &format!(
-            "  tls: {{certificate: {0}/cert.pem, key: {0}/key.pem{authorities}}}\n",
-            dir.display()
+            "  tls: {{certificate: {}, key: {}{authorities}}}\n",
+            certificate.display(),
+            key.display()
         );
     }
     if let Some(credentials) = &options.credentials {
@@ -122,38 +129,4 @@ fn config_text(dir: &Path, options: &RegistryOptions) -> String {
 fn htpasswd(credentials: &Credentials) -> String {
     // The registry knows bcrypt only; cost 4 is the quickest.
     run(Command::new("htpasswd").args(["-nbBC4", &credentials.user, &credentials.password])).ok()
-}
-
-/// A certificate authority and a certificate for 127.0.0.1; the path of the former.
-fn make_certificates(dir: &Path) -> PathBuf {
-    let openssl = |line: &str| {
-        run(Command::new("openssl").current_dir(dir).args(line.split(' '))).ok();
-    };
-    fs::write(dir.join("san.cnf"), "subjectAltName=IP:127.0.0.1\nbasicConstraints=CA:FALSE\n")
-        .unwrap();
-    fs::write(dir.join("client.cnf"), "extendedKeyUsage=clientAuth\nbasicConstraints=CA:FALSE\n")
-        .unwrap();
-    openssl(
-        "req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 2 -subj /CN=test-ca \
-         -keyout ca-key.pem -out ca.pem",
-    );
-    openssl(
-        "req -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -subj /CN=127.0.0.1 \
-         -keyout key.pem -out cert.csr",
-    );
-    openssl(
-        "x509 -req -in cert.csr -CA ca.pem -CAkey ca-key.pem -CAcreateserial -days 2 \
-         -extfile san.cnf -out cert.pem",
-    );
-    openssl(
-        "req -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -subj /CN=client \
-         -keyout client-key.pem -out client.csr",
-    );
-    openssl(
-        "x509 -req -in client.csr -CA ca.pem -CAkey ca-key.pem -CAcreateserial -days 2 \
-         -extfile client.cnf -out client-cert.pem",
-    );
-    let both = [fs::read(dir.join("client-cert.pem")), fs::read(dir.join("client-key.pem"))];
-    fs::write(dir.join("client.pem"), both.map(Result::unwrap).concat()).unwrap();
-    dir.join("ca.pem")
 }

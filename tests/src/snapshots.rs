@@ -33,13 +33,21 @@ pub fn labels(pairs: &[(&str, &str)]) -> Labels {
 pub struct Snapshots {
     client: SnapshotsClient<Channel>,
     snapshotter: String,
+    namespace: &'static str,
 }
 
 impl Snapshots {
     /// The service at that socket; containerd's own needs to know which snapshotter is meant.
     pub fn connect(socket: &Path, snapshotter: &str) -> Self {
         let channel = block_on(containerd_client::connect(socket)).unwrap();
-        Self { client: SnapshotsClient::new(channel), snapshotter: snapshotter.to_owned() }
+        let (client, snapshotter) = (SnapshotsClient::new(channel), snapshotter.to_owned());
+        Self { client, snapshotter, namespace: "default" }
+    }
+
+    /// The same in another namespace of containerd's.
+    #[must_use]
+    pub fn in_namespace(self, namespace: &'static str) -> Self {
+        Self { namespace, ..self }
     }
 
     /// Prepares an active snapshot.
@@ -62,7 +70,7 @@ impl Snapshots {
     ) -> Result<Vec<Mount>, Status> {
         let (snapshotter, key, parent) = self.names(key, parent);
         let request = PrepareSnapshotRequest { snapshotter, key, parent, labels };
-        Ok(block_on(self.client().prepare(named(request)))?.into_inner().mounts)
+        Ok(block_on(self.client().prepare(self.named(request)))?.into_inner().mounts)
     }
 
     /// Prepares a view.
@@ -72,7 +80,7 @@ impl Snapshots {
     pub fn view(&self, key: &str, parent: &str) -> Result<Vec<Mount>, Status> {
         let (snapshotter, key, parent) = self.names(key, parent);
         let request = ViewSnapshotRequest { snapshotter, key, parent, labels: Labels::new() };
-        Ok(block_on(self.client().view(named(request)))?.into_inner().mounts)
+        Ok(block_on(self.client().view(self.named(request)))?.into_inner().mounts)
     }
 
     /// The mounts of an active snapshot or a view.
@@ -82,7 +90,7 @@ impl Snapshots {
     pub fn mounts(&self, key: &str) -> Result<Vec<Mount>, Status> {
         let (snapshotter, key, _) = self.names(key, "");
         let request = MountsRequest { snapshotter, key };
-        Ok(block_on(self.client().mounts(named(request)))?.into_inner().mounts)
+        Ok(block_on(self.client().mounts(self.named(request)))?.into_inner().mounts)
     }
 
     /// Commits an active snapshot under a name.
@@ -90,14 +98,18 @@ impl Snapshots {
     /// # Errors
     /// What the service answers.
     pub fn commit(&self, name: &str, key: &str) -> Result<(), Status> {
+        self.commit_with(name, key, Labels::new())
+    }
+
+    /// Commits an active snapshot under a name, with labels.
+    ///
+    /// # Errors
+    /// What the service answers.
+    pub fn commit_with(&self, name: &str, key: &str, labels: Labels) -> Result<(), Status> {
         let (snapshotter, key, _) = self.names(key, "");
-        let request = CommitSnapshotRequest {
-            snapshotter,
-            name: name.to_owned(),
-            key,
-            ..CommitSnapshotRequest::default()
-        };
-        block_on(self.client().commit(named(request))).map(drop)
+        let name = name.to_owned();
+        let request = CommitSnapshotRequest { snapshotter, name, key, labels };
+        block_on(self.client().commit(self.named(request))).map(drop)
     }
 
     /// Removes a snapshot.
@@ -107,7 +119,7 @@ impl Snapshots {
     pub fn remove(&self, key: &str) -> Result<(), Status> {
         let (snapshotter, key, _) = self.names(key, "");
         let request = RemoveSnapshotRequest { snapshotter, key };
-        block_on(self.client().remove(named(request))).map(drop)
+        block_on(self.client().remove(self.named(request))).map(drop)
     }
 
     /// What is known of a snapshot.
@@ -117,7 +129,7 @@ impl Snapshots {
     pub fn stat(&self, key: &str) -> Result<Info, Status> {
         let (snapshotter, key, _) = self.names(key, "");
         let request = StatSnapshotRequest { snapshotter, key };
-        Ok(block_on(self.client().stat(named(request)))?.into_inner().info.unwrap_or_default())
+        Ok(block_on(self.client().stat(self.named(request)))?.into_inner().info.unwrap_or_default())
     }
 
     /// Changes a snapshot's labels; `paths` is the update mask.
@@ -129,7 +141,10 @@ impl Snapshots {
         let update_mask = (!paths.is_empty()).then_some(prost_types::FieldMask { paths });
         let snapshotter = self.snapshotter.clone();
         let request = UpdateSnapshotRequest { snapshotter, info: Some(info), update_mask };
-        Ok(block_on(self.client().update(named(request)))?.into_inner().info.unwrap_or_default())
+        Ok(block_on(self.client().update(self.named(request)))?
+            .into_inner()
+            .info
+            .unwrap_or_default())
     }
 
     /// Snapshots that match any of the filters, sorted by name.
@@ -140,7 +155,7 @@ impl Snapshots {
         let filters = filters.iter().map(|filter| (*filter).to_owned()).collect();
         let request = ListSnapshotsRequest { snapshotter: self.snapshotter.clone(), filters };
         block_on(async {
-            let mut stream = self.client().list(named(request)).await?.into_inner();
+            let mut stream = self.client().list(self.named(request)).await?.into_inner();
             let mut found = Vec::new();
             while let Some(part) = stream.message().await? {
                 found.extend(part.info);
@@ -157,7 +172,7 @@ impl Snapshots {
     pub fn usage(&self, key: &str) -> Result<UsageResponse, Status> {
         let (snapshotter, key, _) = self.names(key, "");
         let request = UsageRequest { snapshotter, key };
-        block_on(self.client().usage(named(request))).map(tonic::Response::into_inner)
+        block_on(self.client().usage(self.named(request))).map(tonic::Response::into_inner)
     }
 
     /// Removes what no snapshot needs.
@@ -166,11 +181,18 @@ impl Snapshots {
     /// What the service answers.
     pub fn cleanup(&self) -> Result<(), Status> {
         let request = CleanupRequest { snapshotter: self.snapshotter.clone() };
-        block_on(self.client().cleanup(named(request))).map(drop)
+        block_on(self.client().cleanup(self.named(request))).map(drop)
     }
 
     fn client(&self) -> SnapshotsClient<Channel> {
         self.client.clone()
+    }
+
+    /// Adds the namespace that containerd asks for.
+    fn named<T>(&self, message: T) -> Request<T> {
+        let mut request = Request::new(message);
+        request.metadata_mut().insert("containerd-namespace", self.namespace.parse().unwrap());
+        request
     }
 
     fn names(&self, key: &str, parent: &str) -> (String, String, String) {
@@ -183,13 +205,6 @@ pub fn assert_refused<T: std::fmt::Debug>(result: Result<T, Status>, code: Code)
     let status = result.expect_err("this should be refused");
     assert_eq!(status.code(), code, "{status:?}");
     status.message().to_owned()
-}
-
-/// Adds the namespace that containerd asks for.
-fn named<T>(message: T) -> Request<T> {
-    let mut request = Request::new(message);
-    request.metadata_mut().insert("containerd-namespace", "default".parse().unwrap());
-    request
 }
 
 /// A snapshot mounted somewhere, until this guard goes.

@@ -20,6 +20,7 @@ const VARIABLE: &str = "WEIGHTFS_BIN";
 pub struct Weightfs {
     binary: PathBuf,
     home: PathBuf,
+    environment: Vec<(&'static str, String)>,
 }
 
 impl Weightfs {
@@ -31,7 +32,7 @@ impl Weightfs {
         assert!(Path::new("/dev/fuse").exists(), "/dev/fuse is missing: run `modprobe fuse`");
         let home = tempfile::Builder::new().prefix("w").tempdir_in(area.path()).unwrap().keep();
         fs::create_dir(home.join("root")).unwrap();
-        let weightfs = Self { binary: binary(), home };
+        let weightfs = Self { binary: binary(), home, environment: vec![] };
         weightfs.configure("");
         weightfs
     }
@@ -80,7 +81,15 @@ impl Weightfs {
         for name in ["http_proxy", "https_proxy", "all_proxy"] {
             command.env_remove(name).env_remove(name.to_uppercase());
         }
+        command.envs(self.environment.iter().map(|(name, value)| (name, value)));
         command
+    }
+
+    /// With this variable in the environment of its commands.
+    #[must_use]
+    pub fn with_variable(mut self, name: &'static str, value: &str) -> Self {
+        self.environment.push((name, value.to_owned()));
+        self
     }
 
     /// Runs a command to its end.
@@ -148,7 +157,7 @@ impl Weightfs {
     /// The same state directory, run by another binary.
     #[must_use]
     pub fn with_binary(&self, binary: &Path) -> Self {
-        Self { binary: binary.to_owned(), home: self.home.clone() }
+        Self { binary: binary.to_owned(), ..self.clone() }
     }
 
     /// The daemon's command, not started.

@@ -288,7 +288,8 @@ fn cri_pulls_and_runs() {
     let image = image(&[busybox_layer(area.path(), Compression::Plain)]);
     image.push(registry.remote(), "t/busybox", "v1");
     let reference = registry.remote().reference("t/busybox", "v1");
-    let cri = CriOptions { snapshotter: "overlayfs", sandbox_image: reference.clone() };
+    let sandbox_image = reference.clone();
+    let cri = CriOptions { snapshotter: "overlayfs", sandbox_image, user_namespaces: None };
     let options = ContainerdOptions { cri: Some(cri), ..ContainerdOptions::default() };
     let containerd = Containerd::start(&area, &options);
     let cri = Cri::connect(&containerd, &area.dir("pods"));

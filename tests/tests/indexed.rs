@@ -6,14 +6,18 @@ use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
+use weightfs_fusefs::Listing;
+use weightfs_fusefs::index::{Index, LayerIndex};
 use weightfs_store::Digest;
 use weightfs_tests::image::image;
 use weightfs_tests::layer::{Attributes, Compression, LayerBuilder};
 use weightfs_tests::model::Part;
 use weightfs_tests::modelpack::{Dialect, Plan};
+use weightfs_tests::process::{Outcome, run};
+use weightfs_tests::remote::{OCI_INDEX, OCI_MANIFEST};
 use weightfs_tests::tree::{self, Scope};
 use weightfs_tests::weightfs::{Mounted, Weightfs};
-use weightfs_tests::{Artifact, Bed, Fault, Target};
+use weightfs_tests::{Artifact, Bed, Blob, Fault, Target};
 
 const MIB: u64 = 1 << 20;
 const WEIGHTS: &str = "w/a.safetensors";
@@ -22,6 +26,15 @@ const MODEL: &[Part] = &[
     Part { path: "w/b.safetensors", bytes: 3 << 20, mode: 0o644 },
     Part { path: "w/config.json", bytes: 517, mode: 0o644 },
 ];
+
+const STRICT: &str = "[cache]\nverify = \"strict\"";
+
+/// Tries to mount what is refused.
+fn mount_fails(bed: &Bed, weightfs: &Weightfs, reference: &str, more: &[String]) -> Outcome {
+    let mut command = weightfs.command(["mount", "--foreground", reference]);
+    command.args(more).arg(bed.mount_point()).arg("--config").arg(weightfs.config());
+    run(&mut command)
+}
 
 /// A model in one plain tar, with an index in the registry. It is made in a state directory of
 /// its own.
@@ -55,6 +68,13 @@ fn offset_in_tar(bed: &Bed, artifact: &Artifact, source: &Path) -> u64 {
     let tar = fs::read(bed.registry.stored(&artifact.layer_digest(0).hex())).unwrap();
     let head = read_at(&source.join(WEIGHTS), 0, 512).unwrap();
     tar.windows(512).position(|window| window == head).unwrap() as u64
+}
+
+/// Chunks that the daemon has refused, as it says itself.
+fn rejected(bed: &Bed) -> u64 {
+    let status: serde_json::Value =
+        serde_json::from_str(&bed.weightfs.run_here(&["status", "--json"]).ok()).unwrap();
+    status["models"][0]["rejected"].as_u64().unwrap()
 }
 
 /// The chunk at 5 MiB of the large file can't be read, the others can.
@@ -92,12 +112,16 @@ fn a_byte_that_is_flipped_on_the_way_is_never_served() {
     let (source, artifact, reference) = push_indexed(&bed, "models/flipped");
     let at = offset_in_tar(&bed, &artifact, &source) + 5 * MIB + 105;
     bed.proxy.fail(layer(&artifact), Fault::Corrupt { at });
+    let daemon = bed.weightfs.serve(&bed.area);
     let mounted = bed.mount(&reference);
     assert_that_one_chunk_fails(&mounted, &source);
     bed.proxy.heal();
     tree::assert_same(&source, mounted.dir(), Scope::ModelFiles);
-    assert!(mounted.log().contains("wrong chunk"), "{}", mounted.log());
+    assert!(daemon.log().contains("wrong chunk"), "{}", daemon.log());
+    assert!(rejected(&bed) > 0);
+    assert!(bed.weightfs.run_here(&["status"]).ok().contains("wrong chunk"));
     mounted.stop();
+    daemon.stop();
 }
 
 #[test]
@@ -111,9 +135,12 @@ fn a_byte_that_is_flipped_in_the_registrys_storage_is_never_served() {
     let mut byte = [0];
     file.read_exact_at(&mut byte, at).unwrap();
     file.write_all_at(&[byte[0] ^ 1], at).unwrap();
+    let daemon = bed.weightfs.serve(&bed.area);
     let mounted = bed.mount(&reference);
     assert_that_one_chunk_fails(&mounted, &source);
+    assert!(rejected(&bed) > 0);
     mounted.stop();
+    daemon.stop();
 }
 
 #[test]
@@ -132,10 +159,13 @@ fn a_byte_that_is_flipped_in_the_cache_is_fetched_again() {
     let file = File::options().write(true).open(segment).unwrap();
     file.write_all_at(&[byte[0] ^ 1], 5 * MIB + 105).unwrap();
     bed.proxy.forget();
+    let daemon = bed.weightfs.serve(&bed.area);
     let mounted = bed.mount(&reference);
     tree::assert_same(&source, mounted.dir(), Scope::ModelFiles);
     assert_eq!(bed.proxy.bytes(layer(&artifact)), MIB, "that chunk and no other");
+    assert_eq!(rejected(&bed), 1);
     mounted.stop();
+    daemon.stop();
 }
 
 #[test]
@@ -187,6 +217,10 @@ fn a_bad_index_is_refused_with_its_reason_and_the_mount_works() {
         let there = read_at(&mounted.dir().join(WEIGHTS), MIB, 10).unwrap();
         assert_eq!(there, read_at(&source.join(WEIGHTS), MIB, 10).unwrap());
         mounted.stop();
+        let strict = Weightfs::new(&bed.area);
+        strict.configure(STRICT);
+        let outcome = mount_fails(&bed, &strict, &reference, &more);
+        bed.assert_clean_failure(&outcome, &["cache.verify = \"strict\"", reason]);
     }
     bed.proxy.forget();
     let fresh = Weightfs::new(&bed.area);
@@ -196,10 +230,102 @@ fn a_bad_index_is_refused_with_its_reason_and_the_mount_works() {
     mounted.stop();
 }
 
+/// Pushes bytes as the only index of a manifest, under the tag of its referrers.
+fn push_as_index(bed: &Bed, artifact: &Artifact, name: &str, bytes: &[u8], size: Option<u64>) {
+    let subject = serde_json::to_vec(&artifact.manifest).unwrap();
+    let (config, index) = (Blob::from_bytes("{}"), Blob::from_bytes(bytes.to_vec()));
+    let kind = "application/vnd.weightfs.index.v1";
+    let carrier = serde_json::json!({
+        "schemaVersion": 2,
+        "mediaType": OCI_MANIFEST,
+        "artifactType": kind,
+        "config": {
+            "mediaType": "application/vnd.oci.empty.v1+json",
+            "digest": config.digest.to_string(),
+            "size": config.size,
+        },
+        "layers": [{
+            "mediaType": kind,
+            "digest": index.digest.to_string(),
+            "size": size.unwrap_or(index.size),
+        }],
+    });
+    let text = serde_json::to_vec(&carrier).unwrap();
+    let listed = serde_json::json!({
+        "schemaVersion": 2,
+        "mediaType": OCI_INDEX,
+        "manifests": [{
+            "mediaType": OCI_MANIFEST,
+            "digest": Digest::of(&text).to_string(),
+            "size": text.len(),
+            "artifactType": kind,
+        }],
+    });
+    let remote = bed.registry.remote();
+    let tag = format!("sha256-{}", Digest::of(&subject).hex());
+    Artifact { blobs: vec![config, index], manifest: carrier }.push(remote, name, "carrier");
+    Artifact { blobs: vec![], manifest: listed }.push(remote, name, &tag);
+}
+
+/// The same index with its last file twice, which then overlap.
+fn with_overlapping_files(index: &Index, manifest: Digest) -> Vec<u8> {
+    let layers = index.layers().iter().map(|layer| {
+        let mut entries = layer.listing.entries().to_vec();
+        entries.push(entries.last().unwrap().clone());
+        let listing = Listing::new(entries, layer.size).unwrap();
+        LayerIndex { listing, ..layer.clone() }
+    });
+    Index::new(manifest, layers.collect()).to_bytes().unwrap().to_vec()
+}
+
 #[test]
-fn a_bad_index_in_the_registry_is_passed_over() {
+fn bad_indexes_in_the_registry_are_refused_each_with_its_reason() {
     let bed = Bed::new();
-    let (source, artifact, reference) = push_indexed(&bed, "models/referred");
+    let (source, artifact, reference) = push(&bed, "models/referred");
+    let file = bed.area.path().join("index");
+    let arguments = ["index", &reference, "-o", file.to_str().unwrap()];
+    Weightfs::new(&bed.area).run_here(&arguments).ok();
+    let good = fs::read(&file).unwrap();
+    let manifest = Digest::of(&serde_json::to_vec(&artifact.manifest).unwrap());
+    let index = Index::parse(&good.clone().into(), manifest).unwrap();
+    let other = Index::new(Digest::of(b"other"), index.layers().to_vec()).to_bytes().unwrap();
+    let mut newer = good.clone();
+    newer[8] = 9;
+    let overlapping = with_overlapping_files(&index, manifest);
+    let cut = good[..good.len() / 2].to_vec();
+    for (what, bytes, size, reason) in [
+        ("bound to another manifest", other.to_vec(), None, "it is the index of"),
+        ("truncated", cut, None, "is cut"),
+        ("of an unknown version", newer, None, "it has version 9"),
+        ("larger than its bound", good.clone(), Some(2 << 30), "is over the limit"),
+        ("larger than it says", good.clone(), Some(100), "over the limit of 100 bytes"),
+        ("with overlapping extents", overlapping, None, "its files overlap"),
+    ] {
+        push_as_index(&bed, &artifact, "models/referred", &bytes, size);
+        let fresh = Weightfs::new(&bed.area);
+        bed.proxy.forget();
+        let mounted = fresh.mount(&bed.area, &reference, &bed.mount_point());
+        let log = mounted.log();
+        assert!(log.contains("index ignored") && log.contains(reason), "{what}: {log}");
+        assert!(bed.proxy.bytes(layer(&artifact)) > 0, "{what}: the tar is walked");
+        let there = read_at(&mounted.dir().join(WEIGHTS), MIB, 10).unwrap();
+        assert_eq!(there, read_at(&source.join(WEIGHTS), MIB, 10).unwrap());
+        mounted.stop();
+        let strict = Weightfs::new(&bed.area);
+        strict.configure(STRICT);
+        let outcome = mount_fails(&bed, &strict, &reference, &[]);
+        bed.assert_clean_failure(&outcome, &["cache.verify = \"strict\"", reason]);
+    }
+    push_as_index(&bed, &artifact, "models/referred", &good, None);
+    let strict = Weightfs::new(&bed.area);
+    strict.configure(STRICT);
+    strict.mount(&bed.area, &reference, &bed.mount_point()).stop();
+}
+
+#[test]
+fn an_index_that_was_changed_in_the_registry_is_refused() {
+    let bed = Bed::new();
+    let (source, artifact, reference) = push_indexed(&bed, "models/changed");
     let file = bed.area.path().join("index");
     let arguments = ["index", &reference, "--json", "-o", file.to_str().unwrap()];
     Weightfs::new(&bed.area).run_here(&arguments).ok();
@@ -223,9 +349,6 @@ fn what_policy_does_not_allow_is_not_looked_for() {
     let asked: Vec<_> = bed.proxy.seen().into_iter().map(|seen| seen.path).collect();
     assert!(!asked.iter().any(|path| path.contains("referrers")), "{asked:?}");
     mounted.stop();
-    bed.weightfs.configure("[verify]\nreferrers = \"signed\"");
-    let refused = bed.weightfs.run_here(&["ls", &reference]);
-    refused.assert_fails(1, &["verify.referrers", "same-repository"]);
 }
 
 #[test]

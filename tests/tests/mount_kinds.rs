@@ -1,8 +1,11 @@
 //! `weightfs mount` of artifacts that are not ModelPack: Docker Model Runner, ORAS, OCI images.
 
+use std::fs;
+use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 
 use tar::EntryType;
+use weightfs_tests::id_mapped::IdMapped;
 use weightfs_tests::image::{architecture, image, image_for, push_index};
 use weightfs_tests::layer::{Attributes, Compression, Layer, LayerBuilder};
 use weightfs_tests::model::{self, SMALL_MODEL};
@@ -28,6 +31,27 @@ fn oras_titles() {
         tree::read(dir).into_iter().map(|(path, entry)| (path, entry.kind)).collect()
     };
     assert_eq!(bytes(&source), bytes(mounted.dir()));
+    mounted.stop();
+}
+
+/// The volume of a pod with a user namespace.
+#[test]
+fn a_model_is_shown_with_other_owners() {
+    if !IdMapped::is_here() {
+        return eprintln!("left out: needs Linux 6.12");
+    }
+    let bed = Bed::new();
+    let source = bed.model(SMALL_MODEL);
+    let mounted = bed.mount(&bed.push(&bed.pack_raw(&source, Dialect::Cncf), "models/owners"));
+    let mapped = IdMapped::new(mounted.dir(), bed.mount_point(), 200_000).unwrap();
+    let file = Path::new("tokenizer.json");
+    let owner = |dir: &Path| fs::metadata(dir.join(file)).unwrap().uid();
+    assert_eq!((owner(mounted.dir()), owner(mapped.path())), (0, 200_000));
+    for _complete in [false, true] {
+        let read = fs::read(mapped.path().join(file)).unwrap();
+        assert!(read == fs::read(source.join(file)).unwrap());
+    }
+    drop(mapped);
     mounted.stop();
 }
 

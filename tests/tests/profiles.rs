@@ -106,6 +106,52 @@ fn a_recorded_load_is_known_at_the_next_mount() {
 }
 
 #[test]
+fn a_recorded_load_travels_in_the_index() {
+    let bed = Bed::new();
+    let artifact = bed.pack_raw(&bed.model(MODEL), Dialect::Cncf);
+    let reference = bed.push(&artifact, "models/recorded");
+    let index = |arguments: &[&str]| -> serde_json::Value {
+        let arguments = [&["index", &reference, "--json"], arguments].concat();
+        serde_json::from_str(&bed.weightfs.run_here(&arguments).ok()).unwrap()
+    };
+    let without = index(&[]);
+    assert_eq!(without["profiled"], 0);
+    load_with(&bed, &bed.weightfs, &reference, &["--record".to_owned()]);
+    let with = index(&[]);
+    assert_eq!(with["profiled"], LOAD.len() as u64 * MIB);
+    assert_ne!(with["index"], without["index"]);
+    assert_eq!(index(&[]), with, "nothing has changed since");
+
+    // There are two indexes now, one of them without a profile.
+    let elsewhere = fresh(&bed);
+    bed.proxy.forget();
+    let mounted = elsewhere.mount(&bed.area, &reference, &bed.mount_point());
+    assert_load_is_fetched(&bed, &artifact);
+    mounted.stop();
+}
+
+#[test]
+fn a_recorded_load_is_put_into_an_index_from_a_file() {
+    let bed = Bed::new();
+    let artifact = bed.pack_raw(&bed.model(MODEL), Dialect::Cncf);
+    let reference = bed.push(&artifact, "models/recorded");
+    let (profile, index) = (bed.area.path().join("profile"), bed.area.path().join("index"));
+    let record = [format!("--record={}", profile.display())];
+    load_with(&bed, &bed.weightfs, &reference, &record);
+    let elsewhere = fresh(&bed);
+    let [profile, file] = [&profile, &index].map(|path| path.to_str().unwrap());
+    elsewhere.run_here(&["index", &reference, "--profile", profile, "-o", file]).ok();
+    bed.proxy.forget();
+    let arguments = ["--index".to_owned(), file.to_owned()];
+    let mounted = elsewhere.mount_with(&bed.area, &reference, &bed.mount_point(), &arguments);
+    assert_load_is_fetched(&bed, &artifact);
+    mounted.stop();
+    let other = bed.push(&bed.pack_raw(&bed.model(&MODEL[..1]), Dialect::Cncf), "models/other");
+    let refused = elsewhere.run_here(&["index", &other, "--profile", profile, "-o", file]);
+    refused.assert_fails(1, &["was recorded of manifest"]);
+}
+
+#[test]
 fn a_recorded_load_is_not_fetched_where_prefetch_is_off() {
     let bed = Bed::new();
     let artifact = bed.pack_raw(&bed.model(MODEL), Dialect::Cncf);

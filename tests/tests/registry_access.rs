@@ -141,7 +141,8 @@ fn a_registry_with_its_own_authority_is_trusted_by_configuration() {
     };
     bed.weightfs.configure(&table(""));
     bed.assert_refused(&reference, &[bed.registry.address(), "certificate"]);
-    let ca_file = bed.registry.ca_file().unwrap().display();
+    let ca_file = bed.registry.ca_file().unwrap();
+    let ca_file = ca_file.display();
     bed.weightfs.configure(&table(&format!("ca_file = \"{ca_file}\"\n")));
     let mounted = bed.mount(&reference);
     tree::assert_same(&source, mounted.dir(), Scope::ModelFiles);
@@ -165,7 +166,8 @@ fn a_plain_registry_may_redirect_to_storage_that_speaks_tls() {
     let to = format!("https://{}", storage.address());
     bed.proxy.fail(Target::Blobs, Fault::Redirect { to });
     bed.assert_refused(&reference, &["certificate"]);
-    let ca_file = storage.ca_file().unwrap().display();
+    let ca_file = storage.ca_file().unwrap();
+    let ca_file = ca_file.display();
     let table = format!("[registry.\"{}\"]\nca_file = \"{ca_file}\"\n", bed.proxy.address());
     bed.weightfs.configure(&table);
     let mounted = bed.mount(&reference);

@@ -1,21 +1,23 @@
-//! Making the index of a layer: its bytes are read once, in order, and hashed on the way, as a
-//! whole and chunk by chunk, by a thread each.
+//! Making the index of a layer. What is known here of it is used; else its bytes are read once, in
+//! order, and hashed on the way, as a whole and chunk by chunk, by a thread each.
 //!
 //! Invariant: chunk digests are made only of bytes that hash to what the layer's digest promises.
 
 use std::sync::Arc;
+use std::thread;
+use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
 use futures::{StreamExt as _, stream};
 use sha2::{Digest as _, Sha256};
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, oneshot};
 use weightfs_store::blob::Read;
-use weightfs_store::{Blob, CHUNK_BYTES, Digest, Layout, Source};
+use weightfs_store::{Blob, CHUNK_BYTES, Digest, Form, Layout, Source, Store, Trust, give_way};
 
 use super::LayerIndex;
 use crate::artifact::{Compression, LayerDescriptor};
 use crate::layer::fetch::Remote;
-use crate::layer::{LayerError, OpenLayer, Progress};
+use crate::layer::{LayerError, OpenLayer, Progress, stored_points};
 
 /// Bytes of one request.
 const REQUEST_BYTES: u64 = 4 << 20;
@@ -24,40 +26,104 @@ const REQUESTS_AHEAD: usize = 8;
 /// Ranges that wait for a thread.
 const WAITING_RANGES: usize = 3;
 
-/// Makes the index of an open layer. A layer that is not compressed is read from `source`; a
-/// compressed one is in the store already, with what is known of its access `points`.
+/// What an index is made of.
+#[derive(Clone, Copy)]
+pub enum Reading<'a> {
+    /// Of what was verified here, on a thread that gives way to all others.
+    Local,
+    /// Of what was verified here; where that is not enough, of a source.
+    From {
+        /// The layer's blob.
+        source: &'a Arc<dyn Source>,
+        /// How long it may give nothing.
+        deadline: Duration,
+        /// Who is told how it goes.
+        progress: &'a dyn Progress,
+    },
+}
+
+impl std::fmt::Debug for Reading<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Local => f.write_str("Local"),
+            Self::From { source, deadline, .. } => {
+                f.debug_tuple("From").field(&source.name()).field(deadline).finish()
+            }
+        }
+    }
+}
+
+/// The digest of a layer's content, and those of its chunks.
+type Hashed = (Digest, Bytes);
+
+/// Makes the index of an open layer; a compressed one must be in the store. `None` if the layer was
+/// not verified here, and is not to be read elsewhere.
 ///
 /// # Errors
-/// A source that fails, bytes that don't hash to the layer's digest, a cache that can't be read.
+/// A source that fails, bytes that don't hash to the layer's digest.
 pub async fn layer_index(
+    store: &Arc<Store>,
     layer: &Arc<OpenLayer>,
-    source: Arc<dyn Source>,
-    points: Bytes,
-    deadline: std::time::Duration,
-    progress: &dyn Progress,
-) -> Result<LayerIndex, LayerError> {
+    reading: Reading<'_>,
+) -> Result<Option<LayerIndex>, LayerError> {
     let descriptor = &layer.descriptor;
-    let (content_digest, chunk_digests) = match descriptor.compression {
-        Compression::None => {
-            let remote = Remote { source, digest: descriptor.digest, deadline };
-            let layout = layer.listing.layout().clone();
-            stream_layer(&remote, descriptor, layout, progress).await?
+    let (known, open) = (Arc::clone(store), Arc::clone(layer));
+    let hashed = match (reading, descriptor.compression) {
+        (Reading::Local, _) => idle(move || verified(&known, &open.blob)).await,
+        (Reading::From { source, deadline, progress }, Compression::None) => {
+            match tokio::task::spawn_blocking(move || verified(&known, &open.blob)).await {
+                Ok(Some(hashed)) => Some(hashed),
+                Ok(None) | Err(_) => {
+                    let source = Arc::clone(source);
+                    let remote = Remote { source, digest: descriptor.digest, deadline };
+                    let layout = layer.listing.layout().clone();
+                    Some(stream_layer(&remote, descriptor, layout, progress).await?)
+                }
+            }
         }
-        Compression::Gzip | Compression::Zstd => {
-            let (digest, blob) = (descriptor.digest, Arc::clone(&layer.blob));
-            let hashed = tokio::task::spawn_blocking(move || hash_blob(&blob)).await;
-            hashed.ok().flatten().ok_or(LayerError::Stopped { digest })?
+        (Reading::From { .. }, Compression::Gzip | Compression::Zstd) => {
+            let hashed = tokio::task::spawn_blocking(move || hash_blob(&open.blob)).await;
+            let stopped = || LayerError::Stopped { digest: descriptor.digest };
+            Some(hashed.ok().flatten().ok_or_else(stopped)?)
         }
     };
-    Ok(LayerIndex {
+    Ok(hashed.map(|(content_digest, chunk_digests)| LayerIndex {
         digest: descriptor.digest,
         size: descriptor.size,
         compression: descriptor.compression,
         content_digest,
         listing: layer.listing.clone(),
         chunk_digests,
-        points,
-    })
+        points: stored_points(store, descriptor),
+    }))
+}
+
+/// What a blob that was verified hashes to: as it is known, or by reading it where all of it is here.
+fn verified(store: &Store, blob: &Arc<Blob>) -> Option<Hashed> {
+    let id = blob.id();
+    if id.form == Form::AsStored
+        && let Some((layout, digests)) = store.verified_digests(id)
+        && layout == *blob.layout()
+    {
+        return Some((id.digest, digests.into()));
+    }
+    let stats = blob.stats();
+    if stats.trust != Trust::Verified || stats.cached < stats.size {
+        return None;
+    }
+    hash_blob(blob).filter(|(whole, _)| id.form == Form::Decompressed || *whole == id.digest)
+}
+
+/// Runs something long where nobody else wants the processor.
+async fn idle<T: Send + 'static>(work: impl FnOnce() -> Option<T> + Send + 'static) -> Option<T> {
+    let (sender, done) = oneshot::channel();
+    let work = move || {
+        give_way();
+        // Nobody waits for it any more if this fails.
+        let _ = sender.send(work());
+    };
+    thread::Builder::new().name("weightfs-index".into()).spawn(work).ok()?;
+    done.await.ok().flatten()
 }
 
 async fn stream_layer(
@@ -65,7 +131,7 @@ async fn stream_layer(
     layer: &LayerDescriptor,
     layout: Layout,
     progress: &dyn Progress,
-) -> Result<(Digest, Bytes), LayerError> {
+) -> Result<Hashed, LayerError> {
     let digest = layer.digest;
     let (to_whole, mut for_whole) = mpsc::channel::<Vec<Bytes>>(WAITING_RANGES);
     let (to_chunks, mut for_chunks) = mpsc::channel::<Vec<Bytes>>(WAITING_RANGES);
@@ -118,7 +184,7 @@ async fn feed(
 }
 
 /// Hashes a blob that is all here; `None` if something of it can't be read.
-fn hash_blob(blob: &Arc<Blob>) -> Option<(Digest, Bytes)> {
+fn hash_blob(blob: &Arc<Blob>) -> Option<Hashed> {
     let mut whole = Sha256::new();
     let mut chunks = ChunkHashes::new(blob.layout().clone());
     for segment in (0..blob.layout().segments()).filter_map(|index| blob.layout().segment(index)) {
@@ -177,8 +243,6 @@ fn chunk_end(layout: &Layout, start: u64) -> u64 {
 
 #[cfg(test)]
 mod tests {
-    use std::time::Duration;
-
     use super::*;
     use crate::artifact::LayerContent;
     use crate::layer::Quiet;

@@ -2,7 +2,8 @@
 //! what refers to its manifest in the same repository.
 //!
 //! What is found there was put there by somebody who may push to the repository, like the artifact
-//! itself. One that can't be used is passed over with a warning: the artifact is usable without.
+//! itself; or it must be signed. One that can't be used is passed over with a warning: the artifact
+//! is usable without.
 
 use std::collections::BTreeMap;
 
@@ -10,7 +11,29 @@ use bytes::Bytes;
 use serde::Deserialize;
 use weightfs_store::{Digest, DigestError, Registries, Repository, SourceError};
 
-use super::{ANNOTATION, Index, MAX_INDEX_BYTES, MEDIA_TYPE};
+use super::signature::{self, PublicKey};
+use super::{ANNOTATION, Index, MAX_INDEX_BYTES, MEDIA_TYPE, PROFILE_ANNOTATION};
+use crate::artifact::Artifact;
+
+/// Which indexes are believed that refer to a manifest.
+#[derive(Debug, Clone)]
+pub enum Believe {
+    /// All in its repository.
+    SameRepository,
+    /// Those that one of these keys has signed.
+    Signed(Vec<PublicKey>),
+}
+
+/// What was found beside a manifest.
+#[derive(Debug, Clone)]
+pub enum Lookup {
+    /// An index that can be used.
+    Found(Found),
+    /// Indexes of which none can be used, and why not the last of them.
+    Refused(String),
+    /// None.
+    Nothing,
+}
 
 /// An index, and where it was found.
 #[derive(Debug, Clone)]
@@ -21,6 +44,8 @@ pub struct Found {
     pub digest: Digest,
     /// Its bytes.
     pub bytes: Bytes,
+    /// Digest of the manifest that carries it.
+    pub referrer: Digest,
 }
 
 #[derive(Deserialize)]
@@ -45,14 +70,28 @@ pub async fn annotated_index(
     repository: &Repository,
     manifest: &Bytes,
 ) -> Result<Option<Index>, String> {
-    let named = serde_json::from_slice::<Annotated>(manifest).unwrap_or_default();
-    let Some(digest) = named.annotations.unwrap_or_default().remove(ANNOTATION) else {
-        return Ok(None);
-    };
+    let Some(digest) = annotated(manifest) else { return Ok(None) };
     let digest: Digest = digest.parse().map_err(|error: DigestError| error.to_string())?;
     let bytes = registries.small_blob(repository, digest, MAX_INDEX_BYTES).await;
     let bytes = bytes.map_err(|error| error.to_string())?;
     Index::parse_bound(&bytes).map(Some).map_err(|error| error.to_string())
+}
+
+/// What a manifest says is the digest of its index, if it says so.
+pub fn annotated(manifest: &Bytes) -> Option<String> {
+    let named = serde_json::from_slice::<Annotated>(manifest).unwrap_or_default();
+    named.annotations.unwrap_or_default().remove(ANNOTATION)
+}
+
+/// Whether there is something that says to be the index of an artifact: usable or not, allowed or
+/// not. `false` where that can't be found out.
+pub async fn has_index(registries: &Registries, artifact: &Artifact) -> bool {
+    if annotated(&artifact.manifest).is_some() {
+        return true;
+    }
+    let (repository, manifest) = (&artifact.repository, artifact.manifest_digest);
+    let referrers = registries.referrers(repository, manifest, MEDIA_TYPE).await;
+    referrers.is_ok_and(|referrers| !referrers.is_empty())
 }
 
 /// What a manifest is annotated with.
@@ -61,7 +100,8 @@ struct Annotated {
     annotations: Option<BTreeMap<String, String>>,
 }
 
-/// The first usable index of `manifest` in that repository.
+/// The first usable index of `manifest` in that repository; those with a recorded profile come
+/// first.
 ///
 /// # Errors
 /// A registry that can't be reached or refuses. What it has of bad indexes is no error.
@@ -69,16 +109,21 @@ pub async fn find_index(
     registries: &Registries,
     repository: &Repository,
     manifest: Digest,
-) -> Result<Option<Found>, SourceError> {
-    for referrer in registries.referrers(repository, manifest, MEDIA_TYPE).await? {
-        match fetch(registries, repository, referrer.digest, manifest).await? {
-            Ok(found) => return Ok(Some(found)),
+    believe: &Believe,
+) -> Result<Lookup, SourceError> {
+    let mut referrers = registries.referrers(repository, manifest, MEDIA_TYPE).await?;
+    referrers.sort_by_key(|referrer| !referrer.annotations.contains_key(PROFILE_ANNOTATION));
+    let mut lookup = Lookup::Nothing;
+    for referrer in referrers {
+        match fetch(registries, repository, referrer.digest, manifest, believe).await? {
+            Ok(found) => return Ok(Lookup::Found(found)),
             Err(why) => {
                 tracing::warn!(%repository, %manifest, index = %referrer.digest, why, "index ignored");
+                lookup = Lookup::Refused(format!("{}: {why}", referrer.digest));
             }
         }
     }
-    Ok(None)
+    Ok(lookup)
 }
 
 /// The index that a referrer carries, or why it can't be used.
@@ -87,7 +132,13 @@ async fn fetch(
     repository: &Repository,
     referrer: Digest,
     manifest: Digest,
+    believe: &Believe,
 ) -> Result<Result<Found, String>, SourceError> {
+    if let Believe::Signed(keys) = believe
+        && let Err(why) = signature::check(registries, repository, referrer, keys).await?
+    {
+        return Ok(Err(why));
+    }
     let carrier = match registries.manifest(repository, referrer).await {
         Ok(carrier) => carrier,
         Err(error) if error.may_pass() => return Err(error),
@@ -106,7 +157,7 @@ async fn fetch(
     }
     match registries.small_blob(repository, layer.digest, layer.size).await {
         Ok(bytes) => Ok(match Index::parse(&bytes, manifest) {
-            Ok(index) => Ok(Found { index, digest: layer.digest, bytes }),
+            Ok(index) => Ok(Found { index, digest: layer.digest, bytes, referrer }),
             Err(error) => Err(error.to_string()),
         }),
         Err(error) if error.may_pass() => Err(error),

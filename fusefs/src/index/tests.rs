@@ -63,6 +63,47 @@ fn what_is_written_is_read() {
     assert_eq!(read.layer(Digest::of(b"tar")).unwrap().chunk_digests.len(), 7 * 32);
 }
 
+/// What `of` has, with a profile of a load that read its first layer.
+fn with_profile(index: Index, of: &[Digest]) -> Index {
+    let mut profile = [&b"WFPROF01"[..], manifest().as_raw()].concat();
+    for number in [0, 1, 1, 1, 0, 2] {
+        profile.extend_from_slice(&u32::to_le_bytes(number));
+    }
+    index.with_profile(&Profile::parse(&profile).unwrap(), of)
+}
+
+#[test]
+fn a_profile_is_found_by_the_digests_of_its_layers() {
+    let (raw, tar) = (Digest::of(b"raw"), Digest::of(b"tar"));
+    // The manifest has a layer twice; the index has it once.
+    let index = with_profile(sample(), &[tar, raw, tar]);
+    let bytes = index.to_bytes().unwrap();
+    let read = Index::parse(&bytes, manifest()).unwrap();
+    assert_eq!(read.to_bytes().unwrap(), bytes);
+    let other = Digest::of(b"model image");
+    let found = read.profile_of(other, &[raw, tar]).unwrap();
+    assert_eq!((found.manifest(), found.bytes()), (other, 3 * MIB));
+    assert_eq!(found, index.profile_of(other, &[raw, tar]).unwrap());
+    assert_eq!(read.profile_of(other, &[raw]).unwrap().bytes(), 2 * MIB);
+    assert_eq!(sample().profile_of(other, &[raw, tar]), None);
+}
+
+#[test]
+fn a_bad_profile_is_refused() {
+    let good = with_profile(sample(), &[Digest::of(b"raw"), Digest::of(b"tar")]);
+    let bytes = good.to_bytes().unwrap();
+    let at = bytes.len() - (8 + 32 + 2 * 12);
+    for (place, why) in [(at, "no profile of this version"), (at + 8, "it is of sha256:")] {
+        let mut bytes = bytes.to_vec();
+        bytes[place] ^= 1;
+        let error = Index::parse(&bytes.into(), manifest()).unwrap_err().to_string();
+        assert!(error.contains("its profile") && error.contains(why), "{error}");
+    }
+    for length in at..bytes.len() {
+        assert!(Index::parse(&bytes.slice(..length), manifest()).is_err(), "cut at {length}");
+    }
+}
+
 #[test]
 fn a_chunk_takes_at_most_40_bytes() {
     let large = Index::new(manifest(), vec![layer("raw", Listing::raw(4096 * MIB))]);
@@ -146,9 +187,11 @@ proptest! {
 
 #[test]
 fn fuzz_indexes_are_refused_or_consistent() {
-    let sample = sample().to_bytes().unwrap();
+    let layers = [Digest::of(b"raw"), Digest::of(b"tar")];
+    let [sample, profiled] =
+        [sample(), with_profile(sample(), &layers)].map(|index| index.to_bytes().unwrap());
     bolero::check!().for_each(|input: &[u8]| {
-        let bytes = Bytes::from(weightfs_fuzz::foreign(&[&sample], input));
+        let bytes = Bytes::from(weightfs_fuzz::foreign(&[&sample, &profiled], input));
         let Ok(index) = Index::parse_bound(&bytes) else { return };
         for layer in index.layers() {
             let chunks = chunks_of(layer.listing.layout());

@@ -20,6 +20,7 @@ use weightfs::control;
 use weightfs::indexes;
 use weightfs::owner;
 use weightfs::profiles;
+use weightfs::publish::Publisher;
 use weightfs::trees::TreesError;
 use weightfs_fusefs::session::detach;
 use weightfs_fusefs::{Filesystem, Misses, Recorder, Session, SpecialFiles, TreeNumber};
@@ -131,6 +132,7 @@ async fn serve_here(
     };
     downloads.finish();
     store.start_evicting();
+    let publisher = Publisher::start(config, &opener);
     if let Some(profile) = profiles::choose(&store, manifest, given)? {
         info!(bytes = profile.bytes(), "fetching in the order of an earlier load");
         profile.expect(&tree.layers);
@@ -166,6 +168,7 @@ async fn serve_here(
         }
     }
     line.finish();
+    drop(publisher);
     // Unmounting waits for the FUSE threads.
     tokio::task::spawn_blocking(move || session.unmount())
         .await?

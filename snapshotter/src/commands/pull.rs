@@ -6,8 +6,10 @@ use anyhow::Context as _;
 use futures::StreamExt as _;
 use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
 use serde_json::json;
+use weightfs::cache::Selection;
 use weightfs::cli::PullArgs;
 use weightfs::config::Config;
+use weightfs::profiles;
 use weightfs_proto::control::{PullProgress, Pulled, pull_event};
 
 use super::reach::Reach;
@@ -15,9 +17,13 @@ use super::size;
 
 /// Fetches files into the cache.
 pub async fn run(config: &Config, arguments: PullArgs) -> anyhow::Result<()> {
-    let PullArgs { reference, files, json } = arguments;
+    let PullArgs { reference, files, profile, json } = arguments;
+    let selection = match profile {
+        None => Selection::Files(files),
+        Some(file) => Selection::Profile(file.as_deref().map(profiles::read).transpose()?),
+    };
     let mut cache = Reach::create(config).await?;
-    let mut events = cache.pull(&reference, &files).await?;
+    let mut events = cache.pull(&reference, selection).await?;
     let mut bars = Bars::new();
     let mut result = None;
     while let Some(event) = events.next().await {

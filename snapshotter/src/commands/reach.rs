@@ -6,9 +6,8 @@ use std::sync::Arc;
 use anyhow::{Context as _, bail};
 use futures::StreamExt as _;
 use futures::stream::BoxStream;
-use glob::Pattern;
 use tonic::transport::Channel;
-use weightfs::cache::{Cache, Repair, Subject};
+use weightfs::cache::{Cache, Repair, Selection, Subject};
 use weightfs::config::Config;
 use weightfs::{control, owner};
 use weightfs_proto::control::control_client::ControlClient;
@@ -137,16 +136,23 @@ impl Reach {
     pub async fn pull(
         &mut self,
         reference: &Reference,
-        patterns: &[Pattern],
+        selection: Selection,
     ) -> anyhow::Result<BoxStream<'static, anyhow::Result<PullEvent>>> {
         match self {
             Self::Here(cache) => {
-                let events = cache.pull(reference.clone(), patterns.to_vec());
+                let events = cache.pull(reference.clone(), selection);
                 Ok(events.map(|event| event.map_err(anyhow::Error::from)).boxed())
             }
             Self::Daemon(daemon) => {
-                let files = patterns.iter().map(ToString::to_string).collect();
-                let request = PullRequest { reference: reference.whole(), files };
+                let (files, profile) = match selection {
+                    Selection::Files(patterns) => {
+                        (patterns.iter().map(ToString::to_string).collect(), None)
+                    }
+                    Selection::Profile(given) => {
+                        (vec![], Some(given.map(|profile| profile.encode()).unwrap_or_default()))
+                    }
+                };
+                let request = PullRequest { reference: reference.whole(), files, profile };
                 let events = daemon.pull(request).await.map_err(said)?.into_inner();
                 Ok(events.map(|event| event.map_err(said)).boxed())
             }

@@ -40,6 +40,7 @@ fn to_json(status: &StatusReply) -> serde_json::Value {
             "size": model.size,
             "cached": model.cached,
             "fetched": model.fetched,
+            "rejected": model.rejected,
             "trust": model.trust,
         })
     };
@@ -54,6 +55,7 @@ fn to_json(status: &StatusReply) -> serde_json::Value {
             "size": layer.size,
             "cached": layer.cached,
             "fetched": layer.fetched,
+            "rejected": layer.rejected,
             "trust": layer.trust,
         })
     };
@@ -81,6 +83,7 @@ fn print(status: &StatusReply) {
     for model in models {
         println!("{} on {}", model.reference, model.target);
         println!("  {} files, {}", model.files, cached(model.cached, model.size, &model.trust));
+        print!("{}", indented(&rejected(model.rejected)));
     }
     print!("{}", table(layers));
 }
@@ -116,7 +119,19 @@ fn row(layer: &Layer) -> String {
     let trust = if layer.trust.is_empty() { "-" } else { &layer.trust };
     let (bytes, mode) = (size(layer.size), &layer.mode);
     let line = format!("  {digest:<12.12}  {bytes:>10}  {here:>5}  {trust:<9}  {mode}\n");
-    line + &indented(&layer.reason) + &indented(advice(trust))
+    let rejected = indented(&rejected(layer.rejected));
+    line + &indented(&layer.reason) + &rejected + &indented(advice(trust))
+}
+
+/// What is said of chunks that were not what they should be.
+fn rejected(count: u64) -> String {
+    match count {
+        0 => String::new(),
+        1 => "1 wrong chunk was refused; see the daemon's log for where it came from".to_owned(),
+        _ => format!(
+            "{count} wrong chunks were refused; see the daemon's log for where they came from"
+        ),
+    }
 }
 
 /// A text below a row, in lines that fit.
@@ -181,7 +196,7 @@ mod tests {
             digest: String::new(),
             ..declined.clone()
         };
-        let poisoned = Layer { trust: "poisoned".to_owned(), ..lazy.clone() };
+        let poisoned = Layer { trust: "poisoned".to_owned(), rejected: 7, ..lazy.clone() };
         vec![lazy, declined, poisoned, unnamed]
     }
 
@@ -190,7 +205,9 @@ mod tests {
         let table = table(&layers());
         assert!(table.lines().all(|line| line.chars().count() <= WIDTH), "{table}");
         assert_eq!(table.matches("LAYER").count(), 2, "an image's layers stand together");
-        for text in ["lazy", "no-annotations", "disable_snapshot_annotations", "aabbccddeeff"] {
+        for text in
+            ["lazy", "no-annotations", "disable_snapshot_annotations", "aabbccddeeff", "7 wrong"]
+        {
             assert!(table.contains(text), "{text} in {table}");
         }
     }

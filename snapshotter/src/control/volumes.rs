@@ -79,10 +79,11 @@ fn code_of(error: &TreesError) -> Code {
         TreesError::Layer(LayerError::Store(_) | LayerError::Stopped { .. })
         | TreesError::Forgotten(_)
         | TreesError::OtherNumbers(_) => Code::Internal,
-        // It is there, and no model.
-        TreesError::Artifact(_) | TreesError::Layer(_) | TreesError::Tree(_) => {
-            Code::FailedPrecondition
-        }
+        // It is there, and no model, or one that is not to be believed.
+        TreesError::Artifact(_)
+        | TreesError::Layer(_)
+        | TreesError::Tree(_)
+        | TreesError::Index(_) => Code::FailedPrecondition,
     }
 }
 

@@ -3,7 +3,7 @@ use std::time::SystemTime;
 use proptest::prelude::*;
 
 use super::*;
-use crate::metadata::{Backing, Change, DirectoryId, Kind, Usage};
+use crate::metadata::{Backing, Change, Copies, DirectoryId, Kind, Usage};
 
 fn info(name: &str, labels: &[(&str, &str)]) -> SnapshotInfo {
     SnapshotInfo {
@@ -147,8 +147,8 @@ fn indexed_answers_equal_scanned_ones() {
         let mut info = info(name, &[(SNAPSHOT_REF, "sha256:1")]);
         info.kind = kind;
         info.parent = None;
-        let backing =
-            Backing::Directory { id: DirectoryId(1), usage: Usage::default(), reason: None };
+        let (id, usage) = (DirectoryId(1), Usage::default());
+        let backing = Backing::Directory { id, usage, reason: None, copies: Copies::Whole };
         index.apply(Change::Put(Record { info, backing }));
     }
     let reference = "labels.\"containerd.io/snapshot.ref\"==sha256:1";

@@ -84,6 +84,22 @@ impl fmt::Display for DirectoryId {
     }
 }
 
+/// What of a file lies in an upper directory once its owner or mode was changed there.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub enum Copies {
+    /// All of it: overlayfs's default.
+    #[default]
+    Whole,
+    /// Its attributes only (overlayfs's `metacopy`): its bytes are still those of the layers below.
+    Attributes,
+}
+
+impl Copies {
+    fn are_whole(&self) -> bool {
+        *self == Self::Whole
+    }
+}
+
 /// Where a snapshot's files are.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Backing {
@@ -95,6 +111,9 @@ pub enum Backing {
         usage: Usage,
         /// Why the layer is not lazy. `None` for what is no layer: containers and views.
         reason: Option<Reason>,
+        /// Which files it has.
+        #[serde(default, skip_serializing_if = "Copies::are_whole")]
+        copies: Copies,
     },
     /// In the FUSE mount, merged with the lazy layers below it.
     Lazy {

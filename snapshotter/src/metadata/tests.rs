@@ -24,7 +24,8 @@ fn record(name: &str, parent: Option<&str>, backing: Backing) -> Record {
 
 fn directory(id: u64) -> Backing {
     let usage = Usage { bytes: 4096, inodes: 1 };
-    Backing::Directory { id: DirectoryId(id), usage, reason: Some(Reason::NoLabels) }
+    let reason = Some(Reason::NoLabels);
+    Backing::Directory { id: DirectoryId(id), usage, reason, copies: Copies::Whole }
 }
 
 fn lazy(tree: u32) -> Backing {

@@ -157,8 +157,9 @@ impl Snapshots {
         let directory = self.directories.create(kind, lower.as_deref())?;
         let stored = self.metadata.change(|index| {
             new.check(index)?;
-            let backing =
-                Backing::Directory { id: directory.id(), usage: Usage::default(), reason };
+            let (id, usage) = (directory.id(), Usage::default());
+            let copies = mounts::copies(&new.key);
+            let backing = Backing::Directory { id, usage, reason, copies };
             let record = Record { info: new.into_info(kind), backing };
             let ancestors = index.ancestors(&record);
             Ok((Change::Put(record.clone()), (record, ancestors)))

@@ -11,7 +11,7 @@ use std::sync::Arc;
 
 use super::directories::Directories;
 use super::layer::LayerMounter;
-use crate::metadata::{Backing, Kind, Record};
+use crate::metadata::{Backing, Copies, Kind, Record};
 
 /// A mount for containerd to make.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -45,9 +45,17 @@ impl MountKind {
     }
 }
 
+/// The end of the keys under which containerd, all versions of it, changes the owners of an image's
+/// files for a user namespace, one after the other.
+const REMAP: &str = "-remap";
+
 /// Options that every overlay mount on this machine gets.
 #[derive(Debug, Clone, Default)]
-pub(super) struct OverlayOptions(Vec<String>);
+pub(super) struct OverlayOptions {
+    all: Vec<String>,
+    /// Those of a snapshot with [`Copies::Attributes`], and of all above it.
+    attributes: Option<&'static str>,
+}
 
 impl OverlayOptions {
     /// Asks the kernel what containerd's overlay snapshotter asks.
@@ -57,12 +65,27 @@ impl OverlayOptions {
         if Path::new("/sys/module/overlay/parameters/index").exists() {
             options.push("index=off".to_owned());
         }
+        let metacopy = Path::new("/sys/module/overlay/parameters/metacopy").exists();
+        let mut attributes = metacopy.then_some("metacopy=on");
         // Without rights outside its user namespace, overlay can't write trusted.* attributes.
         if in_user_namespace() {
             options.push("userxattr".to_owned());
+            attributes = None;
         }
-        OverlayOptions(options)
+        OverlayOptions { all: options, attributes }
     }
+}
+
+/// What of files lies in the upper directory of a new snapshot. A change of owner copies a file as a
+/// whole, and so fetches it: a model would be fetched, and be there twice, because a pod has a user
+/// namespace. Only for that, since programs that look for changes in the upper directory itself
+/// would take its files for empty (buildkit).
+pub(super) fn copies(key: &str) -> Copies {
+    if key.ends_with(REMAP) { Copies::Attributes } else { Copies::Whole }
+}
+
+fn copies_attributes(record: &Record) -> bool {
+    matches!(record.backing, Backing::Directory { copies: Copies::Attributes, .. })
 }
 
 fn in_user_namespace() -> bool {
@@ -106,6 +129,7 @@ pub(super) fn lower_directories(
 /// The mounts of an active snapshot or a view.
 pub(super) fn mounts(
     record: &Record,
+    ancestors: &[Arc<Record>],
     lower: &[PathBuf],
     directories: &Directories,
     overlay: &OverlayOptions,
@@ -116,7 +140,10 @@ pub(super) fn mounts(
         [] => bind(&directories.files(id), if active { "rw" } else { "ro" }),
         [only] if !active => bind(only, "ro"),
         _ => {
-            let mut options = overlay.0.clone();
+            let mut options = overlay.all.clone();
+            if copies_attributes(record) || ancestors.iter().any(|below| copies_attributes(below)) {
+                options.extend(overlay.attributes.map(str::to_owned));
+            }
             if active {
                 options.push(option("workdir", &directories.work(id)));
                 options.push(option("upperdir", &directories.files(id)));

@@ -1,6 +1,7 @@
 //! Waiting until all of a blob is here and judged, as a whole or chunk by chunk: what a strict
-//! read does, and a repair.
+//! read does, and a repair. Waiting until a part is here, of which nobody is a reader yet.
 
+use std::ops::Range;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -43,6 +44,27 @@ impl Blob {
                 None => self.judgement().await?,
             }
         }
+    }
+
+    /// Fetches what is missing of `range`, which lies inside one segment, and nothing beyond: nobody
+    /// reads it yet. Each chunk may take as long as a read.
+    ///
+    /// # Errors
+    /// When no source gives a chunk in time, or refuses it, or the cache has no room for it; when
+    /// the range is not inside one segment.
+    pub async fn fetch(self: &Arc<Self>, range: &Range<u64>) -> Result<(), ReadError> {
+        let place = self.table.locate(range).ok_or(ReadError::OutOfRange {
+            digest: self.id.digest,
+            start: range.start,
+            end: range.end,
+        })?;
+        self.ask(range);
+        let mut chunks = place.chunks;
+        while let Some(first) = self.presence.first_absent(&chunks) {
+            self.fetch_one(first).await?;
+            chunks.start = first;
+        }
+        Ok(())
     }
 
     /// Fetches what is missing, the first chunk as a reader would who waits for it: its failure

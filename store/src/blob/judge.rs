@@ -86,7 +86,10 @@ impl Blob {
             return settled;
         }
         match verdict {
-            Verdict::Verified => self.epoch.store(self.shared.epochs.now, Ordering::Release),
+            Verdict::Verified => {
+                self.epoch.store(self.shared.epochs.now, Ordering::Release);
+                self.shared.verified.send_modify(|count| *count += 1);
+            }
             Verdict::Poisoned { actual } => {
                 self.shared.loose.forget(self.id);
                 tracing::error!(

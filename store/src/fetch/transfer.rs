@@ -22,6 +22,7 @@ use super::race::Race;
 use super::room::{self, Gatherer, Room};
 use super::{Attempts, Failure, Outcome, Patience, Running, whole};
 use crate::chunk::{ChunkNo, Unfit};
+use crate::shared::jittered;
 use crate::source::Source;
 use crate::{Blob, Digest, SourceError};
 
@@ -221,7 +222,8 @@ impl Sources {
         }
         self.at = 0;
         // More than what is asked for, or all who were refused would come back at once.
-        Some(asked_to_wait(&error).saturating_add(pauses.next().unwrap_or(LONGEST_PAUSE)))
+        let rest = jittered(error.asks_for_rest().unwrap_or_default());
+        Some(rest.saturating_add(pauses.next().unwrap_or(LONGEST_PAUSE)))
     }
 
     /// Why no source is left.
@@ -230,13 +232,6 @@ impl Sources {
             || Failure::Expired { cause: "it has no source to fetch from".into() },
             Failure::Final,
         )
-    }
-}
-
-fn asked_to_wait(error: &SourceError) -> Duration {
-    match error {
-        SourceError::Status { retry_after: Some(seconds), .. } => Duration::from_secs(*seconds),
-        _ => Duration::ZERO,
     }
 }
 

@@ -1,31 +1,40 @@
 //! A blob of a repository as a source: single ranges by GET (distribution-spec, "Pulling blobs";
 //! RFC 9110, section 14).
 
+use std::collections::HashMap;
 use std::ops::Range;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use bytes::Bytes;
 use futures::future::BoxFuture;
-use futures::stream::{self, BoxStream, StreamExt};
-use reqwest::header::{CONTENT_ENCODING, CONTENT_RANGE, HeaderMap, HeaderValue, RANGE};
-use reqwest::{Response, StatusCode};
+use futures::stream::{self, StreamExt};
+use reqwest::header::{CONTENT_RANGE, HeaderMap, HeaderValue, RANGE};
+use reqwest::{Response, StatusCode, Url};
 use tokio::time::Instant;
 
-use super::host::{Host, failed_status, unreachable};
+use super::body::{Slow, body};
+use super::host::{Host, failed_status};
 use super::target::{Target, is_stale};
-use super::{Failures, Registries, Repository, dragonfly, health};
+use super::{Failures, Registries, Repository, dragonfly};
 use crate::shared::lock;
 use crate::source::{ByteStream, Source};
 use crate::{Digest, SourceError};
 
-/// How long a registry that gave the whole blob for a range is not asked for another one. Not for
-/// good: a proxy that caches has ranges as soon as it has the blob.
+/// How long what a host can't do is believed. Not for good: a proxy that caches has ranges as soon
+/// as it has the blob.
 const ASK_AGAIN: Duration = Duration::from_secs(60);
+
+/// A body that is cut after this much goes on where it was cut; one that is cut earlier is no
+/// progress, and its request is made again after a pause.
+const GO_ON_AFTER: u64 = 64 << 10;
 
 /// A blob of a repository.
 #[derive(Debug)]
-pub(super) struct BlobSource {
+pub(super) struct BlobSource(Arc<RemoteBlob>);
+
+/// What a body that goes on needs of it.
+#[derive(Debug)]
+struct RemoteBlob {
     registries: Arc<Registries>,
     from: Repository,
     name: String,
@@ -33,20 +42,35 @@ pub(super) struct BlobSource {
     path: String,
     size: u64,
     target: Target,
-    whole: Whole,
+    limits: Limits,
 }
 
-/// When the registry last gave the whole blob for a range.
-#[derive(Debug, Default)]
-struct Whole(Mutex<Option<Instant>>);
+/// What a host can't do for a blob.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Limit {
+    /// It gives the whole blob, whatever the range.
+    NoRanges,
+    /// It doesn't have the blob, but another host may.
+    Absent,
+}
 
-impl Whole {
-    fn note(&self) {
-        *lock(&self.0) = Some(Instant::now());
+/// What hosts, by the URL that they were asked at, could not do lately.
+#[derive(Debug, Default)]
+struct Limits(Mutex<HashMap<Url, (Limit, Instant)>>);
+
+impl Limits {
+    fn note(&self, asked: &Url, error: &SourceError) {
+        let limit = match error {
+            SourceError::NoRanges { .. } => Limit::NoRanges,
+            SourceError::NotFound { .. } => Limit::Absent,
+            _ => return,
+        };
+        lock(&self.0).insert(asked.clone(), (limit, Instant::now()));
     }
 
-    fn is_recent(&self) -> bool {
-        lock(&self.0).is_some_and(|noted| noted.elapsed() < ASK_AGAIN)
+    fn recent(&self, asked: &Url) -> Option<Limit> {
+        let (limit, noted) = *lock(&self.0).get(asked)?;
+        (noted.elapsed() < ASK_AGAIN).then_some(limit)
     }
 }
 
@@ -59,67 +83,125 @@ impl BlobSource {
     ) -> Self {
         let (name, what, path) =
             (from.to_string(), format!("blob {digest}"), format!("blobs/{digest}"));
-        Self {
-            registries,
-            from,
-            name,
-            what,
-            path,
-            size,
-            target: Target::default(),
-            whole: Whole::default(),
+        let (target, limits) = (Target::default(), Limits::default());
+        Self(Arc::new(RemoteBlob { registries, from, name, what, path, size, target, limits }))
+    }
+}
+
+/// A range that is being read.
+struct Reading {
+    blob: Arc<RemoteBlob>,
+    body: ByteStream,
+    rest: Range<u64>,
+    /// What came of this body.
+    came: u64,
+}
+
+/// The next bytes of a range. Where its body is cut, the next one begins.
+async fn next(
+    reading: Option<Reading>,
+) -> Option<(Result<bytes::Bytes, SourceError>, Option<Reading>)> {
+    let mut reading = reading?;
+    loop {
+        match reading.body.next().await? {
+            Ok(piece) => {
+                let len = piece.len() as u64;
+                reading.rest.start += len;
+                reading.came += len;
+                return Some((Ok(piece), Some(reading)));
+            }
+            Err(error) if error.may_pass() && reading.came >= GO_ON_AFTER => {
+                tracing::debug!(%error, "goes on at byte {}", reading.rest.start);
+                let Ok(body) = reading.blob.answer(&reading.rest).await else {
+                    return Some((Err(error), None));
+                };
+                (reading.body, reading.came) = (body, 0);
+            }
+            Err(error) => return Some((Err(error), None)),
         }
     }
+}
 
-    /// From the first host that gives it. One that fails is asked last for a while.
-    async fn get(&self, range: Range<u64>) -> Result<ByteStream, SourceError> {
+impl RemoteBlob {
+    async fn get(self: Arc<Self>, range: Range<u64>) -> Result<ByteStream, SourceError> {
         if range.is_empty() {
             return Ok(stream::empty().boxed());
         }
-        if range.start > 0 && self.whole.is_recent() {
-            return Err(self.no_ranges());
-        }
+        let body = self.answer(&range).await?;
+        let reading = Reading { blob: self, body, rest: range, came: 0 };
+        Ok(stream::unfold(Some(reading), next).boxed())
+    }
+
+    /// From the first host that gives it. One that fails is asked last for a while.
+    async fn answer(&self, range: &Range<u64>) -> Result<ByteStream, SourceError> {
         let hosts = self.registries.hosts(&self.from.registry)?;
+        let mut able = hosts.in_order().iter().rev().filter(|host| host.can().ranges);
+        let last = able.next();
+        let slow = if able.next().is_some() { Slow::GiveUp } else { Slow::Bear };
         let mut failures = Failures::default();
-        for host in health::by_health(hosts.iter().filter(|host| host.can().ranges)) {
-            match self.get_from(host, &range).await {
+        for host in hosts.by_health(|host| host.can().ranges) {
+            if let Some(error) = host.rests(&self.from, &self.what) {
+                failures.keep(error);
+                continue;
+            }
+            let asked = host.url(&self.from, &self.path)?;
+            if let Some(limit) = self.limits.recent(&asked).filter(|limit| match limit {
+                Limit::NoRanges => range.start > 0,
+                // What nobody has may yet come: the last one is asked each time.
+                Limit::Absent => !last.is_some_and(|last| Arc::ptr_eq(last, host)),
+            }) {
+                failures.keep(self.limited(limit));
+                continue;
+            }
+            match self.answer_from(host, &asked, range, slow).await {
                 Ok(body) => return Ok(body),
                 // Others would be asked for what it wants to be spared.
                 Err(error) if host.is_dragonfly() && error.is_complaint() => return Err(error),
-                Err(error) => failures.add(host, error),
+                Err(error) => {
+                    self.limits.note(&asked, &error);
+                    failures.add(host, error);
+                }
             }
         }
-        let error = failures.into_error(&self.from.registry);
-        if matches!(error, SourceError::NoRanges { .. }) {
-            self.whole.note();
-        }
-        Err(error)
+        Err(failures.into_error(&self.from.registry))
     }
 
-    async fn get_from(
+    async fn answer_from(
         &self,
         host: &Arc<Host>,
+        asked: &Url,
         range: &Range<u64>,
+        slow: Slow,
     ) -> Result<ByteStream, SourceError> {
-        let wanted = format!("bytes={}-{}", range.start, range.end - 1);
-        let wanted = HeaderValue::try_from(wanted).map_err(|error| self.bad(error.to_string()))?;
-        let mut headers = HeaderMap::from_iter([(RANGE, wanted)]);
+        let mut headers = HeaderMap::new();
+        // Everybody can give the whole, also who is confused by ranges.
+        if *range != (0..self.size) || host.is_dragonfly() {
+            let wanted = format!("bytes={}-{}", range.start, range.end - 1);
+            let wanted = HeaderValue::try_from(wanted);
+            headers.insert(RANGE, wanted.map_err(|error| self.bad(error.to_string()))?);
+        }
         if host.is_dragonfly() {
             let (name, value) = dragonfly::expectation(range);
             headers.insert(name, value);
         }
-        let answer = self.ask(host, &headers).await?;
+        let answer = self.ask(host, asked, &headers).await?;
         if host.is_dragonfly() {
             dragonfly::check(&self.from, &self.what, &answer)?;
         }
         self.check(&answer, range)?;
-        Ok(self.body(host, answer, range.end - range.start))
+        Ok(body(host, &self.from, answer, range.end - range.start, slow))
     }
 
-    /// Asks where the host sent us last, else the host.
-    async fn ask(&self, host: &Arc<Host>, headers: &HeaderMap) -> Result<Response, SourceError> {
-        let asked = host.url(&self.from, &self.path)?;
-        if let Some(url) = self.target.current(&asked) {
+    /// Asks where the host sent us last, else the host. A URL that its storage honours no more is
+    /// asked for again, once.
+    async fn ask(
+        &self,
+        host: &Arc<Host>,
+        asked: &Url,
+        headers: &HeaderMap,
+    ) -> Result<Response, SourceError> {
+        let mut again = true;
+        if let Some(url) = self.target.current(asked) {
             let answer = host.get_elsewhere(&self.from, &self.what, url.clone(), headers).await;
             let status = answer.as_ref().map(Response::status);
             if !status.is_ok_and(|status| status.is_success()) {
@@ -128,32 +210,41 @@ impl BlobSource {
             if !status.is_ok_and(is_stale) {
                 return answer;
             }
+            again = false;
         }
-        let answer = host.get(&self.from, &self.what, &self.path, headers).await?;
+        let mut answer = host.get(&self.from, &self.what, &self.path, headers).await?;
+        // A registry that remembers what it signed may hand out a URL that has ended meanwhile.
+        if again && is_stale(answer.status()) && answer.url().origin() != asked.origin() {
+            answer = host.get(&self.from, &self.what, &self.path, headers).await?;
+        }
         if answer.status().is_success() {
-            self.target.note(&asked, answer.url());
+            self.target.note(asked, answer.url());
         }
         Ok(answer)
     }
 
     /// Whether the answer's body begins with what was asked for.
     fn check(&self, answer: &Response, range: &Range<u64>) -> Result<(), SourceError> {
-        if let Some(encoding) = answer.headers().get(CONTENT_ENCODING)
-            && encoding != "identity"
-        {
-            return Err(self.bad(format!("it comes with Content-Encoding {encoding:?}")));
-        }
         match answer.status() {
             StatusCode::PARTIAL_CONTENT => self.check_partial(answer, range),
             StatusCode::OK => self.check_whole(answer, range),
-            StatusCode::RANGE_NOT_SATISFIABLE => Err(self.bad(format!(
-                "it is shorter than the {} bytes of its descriptor: range {}-{} is not there",
-                self.size,
-                range.start,
-                range.end - 1
-            ))),
+            StatusCode::RANGE_NOT_SATISFIABLE => Err(self.unsatisfiable(answer, range)),
             _ => Err(failed_status(&self.from, &self.what, answer)),
         }
+    }
+
+    /// Either the blob is shorter than its descriptor says, and the host says so, or the host can't
+    /// do ranges.
+    fn unsatisfiable(&self, answer: &Response, range: &Range<u64>) -> SourceError {
+        let header = answer.headers().get(CONTENT_RANGE).and_then(|value| value.to_str().ok());
+        let total = header.and_then(|text| text.trim().strip_prefix("bytes */")?.parse().ok());
+        if let Err(wrong) = self.check_size(total) {
+            return wrong;
+        }
+        if *range == (0..self.size) {
+            return self.bad("status 416 for a request without a range".into());
+        }
+        self.limited(Limit::NoRanges)
     }
 
     fn check_partial(&self, answer: &Response, range: &Range<u64>) -> Result<(), SourceError> {
@@ -182,7 +273,7 @@ impl BlobSource {
         if range.start == 0 {
             return Ok(());
         }
-        Err(self.no_ranges())
+        Err(self.limited(Limit::NoRanges))
     }
 
     fn check_size(&self, actual: Option<u64>) -> Result<(), SourceError> {
@@ -195,27 +286,12 @@ impl BlobSource {
         }
     }
 
-    fn body(&self, host: &Arc<Host>, answer: Response, wanted: u64) -> ByteStream {
-        let from = self.from.clone();
-        let pieces = answer
-            .bytes_stream()
-            .map(move |piece| piece.map_err(|error| unreachable(&from, error)));
-        let name = self.name.clone();
-        let pieces = exactly(pieces.boxed(), wanted, move |missing| SourceError::Unreachable {
-            source_name: name.clone(),
-            message: format!("the body ended {missing} bytes early"),
-        });
-        let host = Arc::clone(host);
-        let noted = pieces.inspect(move |piece| match piece {
-            Ok(_) => host.health().well(),
-            Err(_) => host.health().failed(),
-        });
-        noted.boxed()
-    }
-
-    fn no_ranges(&self) -> SourceError {
+    fn limited(&self, limit: Limit) -> SourceError {
         let (source_name, what) = (self.name.clone(), self.what.clone());
-        SourceError::NoRanges { source_name, what }
+        match limit {
+            Limit::NoRanges => SourceError::NoRanges { source_name, what },
+            Limit::Absent => SourceError::NotFound { source_name, what },
+        }
     }
 
     fn bad(&self, message: String) -> SourceError {
@@ -225,41 +301,16 @@ impl BlobSource {
 
 impl Source for BlobSource {
     fn name(&self) -> &str {
-        &self.name
+        &self.0.name
     }
 
     fn host(&self) -> &str {
-        &self.from.registry
+        &self.0.from.registry
     }
 
     fn fetch(&self, range: Range<u64>) -> BoxFuture<'_, Result<ByteStream, SourceError>> {
-        Box::pin(self.get(range))
+        Box::pin(Arc::clone(&self.0).get(range))
     }
-}
-
-/// The first `wanted` bytes of `pieces`, or what came of them and an error.
-fn exactly(
-    pieces: BoxStream<'static, Result<Bytes, SourceError>>,
-    wanted: u64,
-    cut: impl Fn(u64) -> SourceError + Send + 'static,
-) -> ByteStream {
-    /// What is still to come; `None` after an error.
-    type Rest = Option<(BoxStream<'static, Result<Bytes, SourceError>>, u64)>;
-    let start: Rest = Some((pieces, wanted));
-    stream::unfold((start, cut), async |(rest, cut)| {
-        let (mut pieces, left) = rest?;
-        match pieces.next().await {
-            Some(Ok(mut piece)) if left > 0 => {
-                piece.truncate(usize::try_from(left).unwrap_or(usize::MAX));
-                let left = left - piece.len() as u64;
-                Some((Ok(piece), (Some((pieces, left)), cut)))
-            }
-            Some(Err(error)) if left > 0 => Some((Err(error), (None, cut))),
-            None if left > 0 => Some((Err(cut(left)), (None, cut))),
-            _ => None,
-        }
-    })
-    .boxed()
 }
 
 /// A Content-Range (RFC 9110, section 14.4), with the total that it may leave out.
@@ -301,28 +352,6 @@ mod tests {
         for bad in ["bytes +0-9/100", "bytes 0-9/", "bytes 0-99999999999999999999/1"] {
             assert_eq!(parsed(bad), None, "{bad}");
         }
-    }
-
-    async fn collect(pieces: &[&'static [u8]], wanted: u64) -> (Vec<u8>, bool) {
-        let pieces: Vec<_> = pieces.iter().map(|piece| Ok(Bytes::from_static(piece))).collect();
-        let cut = |_| SourceError::NotFound { source_name: "".into(), what: "".into() };
-        let mut got = exactly(stream::iter(pieces).boxed(), wanted, cut);
-        let (mut bytes, mut failed) = (vec![], false);
-        while let Some(piece) = got.next().await {
-            match piece {
-                Ok(piece) => bytes.extend_from_slice(&piece),
-                Err(_) => failed = true,
-            }
-        }
-        (bytes, failed)
-    }
-
-    #[tokio::test]
-    async fn a_stream_gives_what_was_asked_for_or_an_error() {
-        assert_eq!(collect(&[b"abc", b"def"], 6).await, (b"abcdef".to_vec(), false));
-        assert_eq!(collect(&[b"abc", b"def"], 4).await, (b"abcd".to_vec(), false));
-        assert_eq!(collect(&[b"abc"], 4).await, (b"abc".to_vec(), true));
-        assert_eq!(collect(&[], 0).await, (vec![], false));
     }
 
     #[test]

@@ -3,14 +3,16 @@
 //! Reading the machine's certificates takes some 40 ms of a core: where a host speaks plain HTTP they
 //! are not read before something leads to TLS.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::OnceLock;
 use std::time::Duration;
 
+use reqwest::header::{ACCEPT_ENCODING, HeaderMap, HeaderValue};
 use reqwest::redirect::{Attempt, Policy};
-use reqwest::{Certificate, Client, ClientBuilder, Identity, Url};
+use reqwest::{Certificate, Client, ClientBuilder, Identity, Proxy, Url};
 
 use super::endpoints::Endpoint;
+use super::files;
 use super::host::{MAX_REDIRECTS, USER_AGENT, is_loopback, words};
 
 /// Idle connections that are kept; as many as a few busy blobs use at once.
@@ -18,6 +20,9 @@ const MAX_IDLE_CONNECTIONS: usize = 64;
 
 /// How long they are kept: shorter than the minute after which common proxies close them.
 const IDLE_CONNECTION: Duration = Duration::from_secs(50);
+
+/// Bytes are compared with digests as they come.
+const AS_IT_IS: HeaderValue = HeaderValue::from_static("identity");
 
 /// Largest PEM file that is read, in bytes.
 const MAX_PEM_BYTES: u64 = 4 << 20;
@@ -30,10 +35,35 @@ pub(super) struct Clients {
     builder: Builder,
 }
 
+/// How requests get there.
+#[derive(Debug)]
+enum Route {
+    /// By the proxies of the environment.
+    Environment,
+    /// By none: they can't reach what listens on our own loopback.
+    Direct,
+    /// By the one that the host's configuration names.
+    Proxy(Box<Proxy>),
+}
+
+impl Route {
+    fn to(endpoint: &Endpoint) -> Result<Self, String> {
+        match &endpoint.proxy {
+            // Without the error's text: the address may hold a password.
+            Some(url) => Proxy::all(url.clone())
+                .map(|proxy| Self::Proxy(Box::new(proxy)))
+                .map_err(|_| "its proxy can't be used".into()),
+            None if is_loopback(endpoint.api.authority()) => Ok(Self::Direct),
+            None => Ok(Self::Environment),
+        }
+    }
+}
+
 /// What both have in common.
 #[derive(Debug)]
 struct Builder {
-    loopback: bool,
+    route: Route,
+    dial_timeout: Duration,
     authorities: Vec<Certificate>,
     identity: Option<Identity>,
     skip_verify: bool,
@@ -53,7 +83,8 @@ impl Clients {
         let authorities = authorities.map(Certificate::from_pem_bundle).transpose();
         let identity = pem(&endpoint.identity)?.map(|pem| Identity::from_pem(&pem)).transpose();
         let builder = Builder {
-            loopback: is_loopback(endpoint.api.authority()),
+            route: Route::to(endpoint)?,
+            dial_timeout: endpoint.dial_timeout.unwrap_or(silence),
             authorities: authorities.map_err(no_tls)?.unwrap_or_default(),
             // The error's text could show a part of the key.
             identity: identity.map_err(|_| "the client's certificate and key can't be used")?,
@@ -97,16 +128,20 @@ impl Builder {
     fn common(&self) -> ClientBuilder {
         let builder = Client::builder()
             .user_agent(USER_AGENT)
+            .default_headers(HeaderMap::from_iter([(ACCEPT_ENCODING, AS_IT_IS)]))
             // One connection for each range: HTTP/2 would put them all through one window.
             .http1_only()
             .redirect(Policy::custom(stay))
             .referer(false)
-            .connect_timeout(self.silence)
+            .connect_timeout(self.dial_timeout)
             .read_timeout(self.silence)
             .pool_max_idle_per_host(MAX_IDLE_CONNECTIONS)
             .pool_idle_timeout(IDLE_CONNECTION);
-        // A proxy can't reach what listens on our own loopback.
-        if self.loopback { builder.no_proxy() } else { builder }
+        match &self.route {
+            Route::Environment => builder,
+            Route::Direct => builder.no_proxy(),
+            Route::Proxy(proxy) => builder.no_proxy().proxy(Proxy::clone(proxy)),
+        }
     }
 }
 
@@ -130,20 +165,11 @@ fn no_tls(error: reqwest::Error) -> String {
 pub(super) fn pem(files: &[PathBuf]) -> Result<Option<Vec<u8>>, String> {
     let mut whole: Option<Vec<u8>> = None;
     for path in files {
-        let bytes = read(path).map_err(|error| format!("{}: {error}", path.display()))?;
+        let bytes = files::read(path, MAX_PEM_BYTES)
+            .map_err(|error| format!("{}: {error}", path.display()))?;
         let whole = whole.get_or_insert_default();
         whole.extend_from_slice(&bytes);
         whole.push(b'\n');
     }
     Ok(whole)
-}
-
-fn read(path: &Path) -> std::io::Result<Vec<u8>> {
-    use std::io::Read as _;
-    let mut bytes = vec![];
-    std::fs::File::open(path)?.take(MAX_PEM_BYTES + 1).read_to_end(&mut bytes)?;
-    if bytes.len() as u64 > MAX_PEM_BYTES {
-        return Err(std::io::Error::other("it is larger than 4 MiB"));
-    }
-    Ok(bytes)
 }

@@ -91,6 +91,8 @@ impl Dragonfly {
             identity: vec![],
             skip_verify: false,
             headers,
+            dial_timeout: None,
+            proxy: None,
         })
     }
 }

@@ -1,21 +1,25 @@
-//! Which hosts answer for a registry, in which order: containerd's `hosts.toml`, read as it is
-//! (containerd, docs/hosts.md), so that one configuration serves both.
+//! Which hosts answer for a registry, in which order, as containerd's directories say: a hosts.toml
+//! each, or certificates as docker keeps them (containerd, docs/hosts.md). They are read as they are,
+//! so that one configuration serves both.
 //!
 //! Invariant: a file that can't be understood is an error that names it. Nothing is asked of a host
 //! that a file does not allow.
 
-use std::io::Read as _;
+mod certificates;
+mod hosts_toml;
+
+use std::io;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use reqwest::Url;
-use reqwest::header::{HeaderMap, HeaderName, HeaderValue};
-use serde::Deserialize;
-use toml::{Table, Value};
+use reqwest::header::HeaderMap;
 
 use super::RegistryOptions;
+use super::files::{self, Stamp};
 use super::host::is_loopback;
 
-/// Largest file that is read, in bytes.
+/// Largest hosts.toml that is read, in bytes.
 const MAX_FILE_BYTES: u64 = 1 << 20;
 
 /// Hosts of one registry at the most.
@@ -23,6 +27,10 @@ const MAX_ENDPOINTS: usize = 32;
 
 /// The directory for registries that have none of their own.
 const DEFAULT_DIRECTORY: &str = "_default";
+
+/// Docker Hub in references, and the host that answers for it.
+const HUB: &str = "docker.io";
+const HUB_API: &str = "registry-1.docker.io";
 
 /// A host that answers for a registry.
 #[derive(Debug, Clone)]
@@ -38,6 +46,18 @@ pub(super) struct Endpoint {
     pub(super) identity: Vec<PathBuf>,
     pub(super) skip_verify: bool,
     pub(super) headers: HeaderMap,
+    /// How long a connection may take.
+    pub(super) dial_timeout: Option<Duration>,
+    /// The proxy to use, whatever the environment says.
+    pub(super) proxy: Option<Url>,
+}
+
+/// The hosts of a registry, and the files that say so.
+#[derive(Debug)]
+pub(super) struct Found {
+    /// In the order in which they are asked: mirrors first, the registry itself last.
+    pub(super) endpoints: Vec<Endpoint>,
+    pub(super) stamp: Stamp,
 }
 
 /// What a host may be asked for.
@@ -59,57 +79,8 @@ impl Capabilities {
     pub(super) const RANGES: Self = Self { ranges: true, pull: false, resolve: false, push: false };
 }
 
-/// The fields of a host, and those of the registry itself at the top of the file.
-#[derive(Debug, Default, Deserialize)]
-#[serde(default)]
-struct HostTable {
-    capabilities: Option<Vec<String>>,
-    ca: Option<OneOrMany>,
-    client: Option<Clients>,
-    skip_verify: bool,
-    override_path: bool,
-    header: Table,
-}
-
-#[derive(Debug, Deserialize)]
-#[serde(untagged)]
-enum OneOrMany {
-    One(PathBuf),
-    Many(Vec<PathBuf>),
-}
-
-impl OneOrMany {
-    fn into_vec(self) -> Vec<PathBuf> {
-        match self {
-            Self::One(one) => vec![one],
-            Self::Many(many) => many,
-        }
-    }
-}
-
-#[derive(Debug, Deserialize)]
-#[serde(untagged)]
-enum Clients {
-    One(PathBuf),
-    Files(Vec<PathBuf>),
-    Pairs(Vec<Vec<PathBuf>>),
-}
-
-impl Clients {
-    /// The files of the first identity; one is all that a handshake can use.
-    fn into_first(self) -> Vec<PathBuf> {
-        let files = match self {
-            Self::One(file) => vec![file],
-            Self::Files(files) => files.into_iter().take(1).collect(),
-            Self::Pairs(pairs) => pairs.into_iter().next().unwrap_or_default(),
-        };
-        files.into_iter().filter(|file| !file.as_os_str().is_empty()).collect()
-    }
-}
-
-/// The hosts of a registry, in the order in which they are asked: its mirrors, and itself last.
-/// `options` is what our own configuration says of it; without, `dir` is containerd's directory of
-/// directories with hosts.toml.
+/// The hosts of a registry. `options` is what our own configuration says of it; without, `dir` is
+/// containerd's directory of directories.
 ///
 /// # Errors
 /// What is wrong, in words: a registry that is no host name, a file that can't be used.
@@ -117,20 +88,30 @@ pub(super) fn endpoints(
     registry: &str,
     options: Option<&RegistryOptions>,
     dir: Option<&Path>,
-) -> Result<Vec<Endpoint>, String> {
+) -> Result<Found, String> {
     let own = itself(registry, options).ok_or("not a host name")?;
-    let file = match (options, dir) {
-        (None, Some(dir)) => find(registry, dir)?,
+    let mut stamp = Stamp::default();
+    let dir = match (options, dir) {
+        (None, Some(dir)) => {
+            find(registry, dir, &mut stamp).map_err(|(path, e)| named(&path, &e))?
+        }
         _ => None,
     };
-    let Some((path, text)) = file else { return Ok(vec![own]) };
-    parse(&text, &path, own).map_err(|why| format!("{}: {why}", path.display()))
+    let endpoints = match dir {
+        None => vec![own],
+        Some(dir) => read(&dir, own)?,
+    };
+    for endpoint in &endpoints {
+        let files = endpoint.authorities.iter().chain(&endpoint.identity);
+        files.for_each(|file| stamp.note(file));
+    }
+    Ok(Found { endpoints, stamp })
 }
 
 /// The registry itself. Docker Hub's answers under another name than its references have.
 fn itself(registry: &str, options: Option<&RegistryOptions>) -> Option<Endpoint> {
     let address = match registry {
-        "docker.io" | "index.docker.io" => "registry-1.docker.io",
+        HUB | "index.docker.io" => HUB_API,
         other => other,
     };
     let plain = options.and_then(|options| options.plain_http);
@@ -149,154 +130,58 @@ fn itself(registry: &str, options: Option<&RegistryOptions>) -> Option<Endpoint>
         identity: vec![],
         skip_verify: false,
         headers: HeaderMap::new(),
+        dial_timeout: None,
+        proxy: None,
     })
 }
 
-/// The registry's hosts.toml, or the default one.
-fn find(registry: &str, dir: &Path) -> Result<Option<(PathBuf, String)>, String> {
+/// The directory of the registry, or the default one: the first that is there.
+fn find(
+    registry: &str,
+    dir: &Path,
+    stamp: &mut Stamp,
+) -> Result<Option<PathBuf>, (PathBuf, io::Error)> {
     // containerd writes host:port as host_port_, too, for file systems without colons.
     let underscored = registry.rsplit_once(':').map(|(host, port)| format!("{host}_{port}_"));
     let names = underscored.iter().map(String::as_str).chain([registry, DEFAULT_DIRECTORY]);
     for name in names.filter(|name| !name.contains('/') && *name != "..") {
-        let path = dir.join(name).join("hosts.toml");
-        match read(&path) {
-            Ok(text) => return Ok(Some((path, text))),
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
-            Err(error) => return Err(format!("{}: {error}", path.display())),
+        let path = dir.join(name);
+        stamp.note(&path);
+        match std::fs::metadata(&path) {
+            Ok(_) => {
+                stamp.note(&path.join(hosts_toml::NAME));
+                return Ok(Some(path));
+            }
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            Err(error) => return Err((path, error)),
         }
     }
     Ok(None)
 }
 
-fn read(path: &Path) -> std::io::Result<String> {
-    let mut text = String::new();
-    std::fs::File::open(path)?.take(MAX_FILE_BYTES + 1).read_to_string(&mut text)?;
-    if text.len() as u64 > MAX_FILE_BYTES {
-        return Err(std::io::Error::other("it is larger than 1 MiB"));
-    }
-    Ok(text)
-}
-
-fn parse(text: &str, path: &Path, own: Endpoint) -> Result<Vec<Endpoint>, String> {
-    let mut top: Table = text.parse().map_err(|error: toml::de::Error| string(&error))?;
-    let dir = path.parent().unwrap_or(Path::new("/"));
-    let hosts = match top.remove("host") {
-        None => Table::new(),
-        Some(Value::Table(hosts)) => hosts,
-        Some(_) => return Err("`host` is not a table".into()),
+/// What a directory says: its hosts.toml, or its certificates where it has none or an empty one.
+fn read(dir: &Path, own: Endpoint) -> Result<Vec<Endpoint>, String> {
+    let path = dir.join(hosts_toml::NAME);
+    let text = match files::read(&path, MAX_FILE_BYTES).map(String::from_utf8) {
+        Ok(Ok(text)) => text,
+        Ok(Err(_)) => return Err(format!("{}: it is not UTF-8", path.display())),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => String::new(),
+        Err(error) => return Err(named(&path, &error)),
     };
-    let server = match top.remove("server") {
-        None => own.api.clone(),
-        Some(Value::String(server)) => base(&server)?,
-        Some(_) => return Err("`server` is not a string".into()),
-    };
-    let server_table: HostTable = top.try_into().map_err(|error| string(&error))?;
-    let mut found = vec![];
-    for (name, table) in hosts.into_iter().take(MAX_ENDPOINTS - 1) {
-        let table: HostTable =
-            table.try_into().map_err(|error| format!("host {name:?}: {}", string(&error)))?;
-        found.push(endpoint(base(&name)?, table, dir)?);
+    if text.is_empty() {
+        let found = certificates::add(dir, own);
+        return found.map(|own| vec![own]).map_err(|error| named(dir, &error));
     }
-    found.push(endpoint(server, server_table, dir)?);
-    let itself = own.api.origin();
-    for endpoint in &mut found {
-        endpoint.mirror = endpoint.api.origin() != itself;
-    }
-    Ok(found)
+    hosts_toml::parse(&text, dir, own).map_err(|why| format!("{}: {why}", path.display()))
 }
 
-fn endpoint(base: Url, table: HostTable, dir: &Path) -> Result<Endpoint, String> {
-    let in_dir = |files: Vec<PathBuf>| files.into_iter().map(|file| dir.join(file)).collect();
-    Ok(Endpoint {
-        api: api(base, table.override_path)?,
-        mirror: true,
-        can: capabilities(table.capabilities.as_deref())?,
-        authorities: in_dir(table.ca.map(OneOrMany::into_vec).unwrap_or_default()),
-        identity: in_dir(table.client.map(Clients::into_first).unwrap_or_default()),
-        skip_verify: table.skip_verify,
-        headers: headers(&table.header)?,
-    })
-}
-
-/// A host's address; without a scheme it speaks TLS, except on loopback.
-fn base(text: &str) -> Result<Url, String> {
-    let whole = match text.contains("://") {
-        true => text.to_owned(),
-        false if is_loopback(text) => format!("http://{text}"),
-        false => format!("https://{text}"),
-    };
-    let url = Url::parse(&whole).map_err(|error| format!("host {text:?}: {error}"))?;
-    let plain = url.username().is_empty() && url.password().is_none() && url.query().is_none();
-    if !matches!(url.scheme(), "http" | "https") || !plain {
-        return Err(format!("host {text:?}: not http://host or https://host"));
-    }
-    Ok(url)
-}
-
-/// Where a host's repositories are: below /v2/ of its address, or of its address as it is.
-fn api(mut base: Url, override_path: bool) -> Result<Url, String> {
-    let path = base.path().trim_end_matches('/');
-    let path = match override_path || path.ends_with("/v2") {
-        true => format!("{path}/"),
-        false => format!("{path}/v2/"),
-    };
-    base.set_path(&path);
-    Ok(base)
-}
-
-fn capabilities(names: Option<&[String]>) -> Result<Capabilities, String> {
-    let Some(names) = names else { return Ok(Capabilities::ALL) };
-    let mut can = Capabilities { ranges: false, pull: false, resolve: false, push: false };
-    for name in names {
-        match name.to_ascii_lowercase().as_str() {
-            "pull" => (can.ranges, can.pull) = (true, true),
-            "resolve" => can.resolve = true,
-            "push" => can.push = true,
-            // Of containerd 2.1 and later; they go with pulling here.
-            "referrers" => {}
-            _ => return Err(format!("unknown capability {name:?}")),
-        }
-    }
-    Ok(can)
-}
-
-fn headers(table: &Table) -> Result<HeaderMap, String> {
-    let mut headers = HeaderMap::new();
-    for (name, value) in table {
-        let header = HeaderName::try_from(name).map_err(|error| format!("{name:?}: {error}"))?;
-        let values = match value {
-            Value::Array(values) => values.as_slice(),
-            one => std::slice::from_ref(one),
-        };
-        for value in values {
-            let text = value.as_str().ok_or_else(|| format!("header {name:?}: not a string"))?;
-            // The value may be a secret: it is not repeated.
-            let mut value = HeaderValue::try_from(text)
-                .map_err(|_| format!("header {name:?}: not a header's value"))?;
-            value.set_sensitive(true);
-            headers.append(header.clone(), value);
-        }
-    }
-    Ok(headers)
-}
-
-/// An error of the parser in one line, without the text around it, which may hold a secret.
-fn string(error: &toml::de::Error) -> String {
-    error.message().to_owned()
+fn named(path: &Path, error: &io::Error) -> String {
+    format!("{}: {error}", path.display())
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    fn parsed(text: &str) -> Result<Vec<Endpoint>, String> {
-        let own = itself("registry.example.com", None).unwrap();
-        parse(text, Path::new("/certs/registry.example.com/hosts.toml"), own)
-    }
-
-    fn apis(text: &str) -> Vec<String> {
-        parsed(text).unwrap().iter().map(|endpoint| endpoint.api.to_string()).collect()
-    }
 
     #[test]
     fn only_loopback_is_plain_by_itself() {
@@ -325,78 +210,6 @@ mod tests {
     }
 
     #[test]
-    fn mirrors_are_asked_in_the_order_of_the_file_and_the_registry_last() {
-        let text = r#"
-            server = "https://registry.example.com"
-            [host."https://z.example.com"]
-            capabilities = ["pull"]
-            [host."http://a.example.com:5000"]
-            skip_verify = true
-            [host."https://proxy.example.com/v2/hub"]
-            override_path = true
-            [host."https://old.example.com/sub"]
-        "#;
-        assert_eq!(
-            apis(text),
-            [
-                "https://z.example.com/v2/",
-                "http://a.example.com:5000/v2/",
-                "https://proxy.example.com/v2/hub/",
-                "https://old.example.com/sub/v2/",
-                "https://registry.example.com/v2/",
-            ]
-        );
-        let hosts = parsed(text).unwrap();
-        let pulls = Capabilities { ranges: true, pull: true, resolve: false, push: false };
-        assert_eq!(hosts[0].can, pulls);
-        assert!(hosts[1].skip_verify && !hosts[0].skip_verify);
-        assert_eq!(hosts.iter().filter(|host| host.mirror).count(), 4);
-    }
-
-    #[test]
-    fn files_are_relative_to_the_one_that_names_them() {
-        let of = |text: &str| {
-            let hosts = parsed(&format!("[host.\"https://m\"]\n{text}")).unwrap();
-            let host = hosts.into_iter().next().unwrap();
-            let names = host.authorities.iter().chain(&host.identity);
-            names.map(|file| file.display().to_string()).collect::<Vec<_>>()
-        };
-        assert_eq!(of("ca = \"ca.pem\""), ["/certs/registry.example.com/ca.pem"]);
-        assert_eq!(of("ca = [\"/a.pem\", \"/b.pem\"]"), ["/a.pem", "/b.pem"]);
-        assert_eq!(of("client = \"/both.pem\""), ["/both.pem"]);
-        assert_eq!(of("client = [\"/first.pem\", \"/second.pem\"]"), ["/first.pem"]);
-        assert_eq!(of("client = [[\"/c.pem\", \"/k.pem\"], [\"/x\", \"\"]]"), ["/c.pem", "/k.pem"]);
-        assert_eq!(of("client = [[\"/both.pem\", \"\"]]"), ["/both.pem"]);
-    }
-
-    #[test]
-    fn headers_are_kept_and_never_shown() {
-        let text = "[host.\"https://m\"]\n[host.\"https://m\".header]\n\
-            x-one = \"secret\"\nx-two = [\"a\", \"b\"]\n";
-        let hosts = parsed(text).unwrap();
-        assert_eq!(hosts[0].headers.get("x-one").unwrap(), "secret");
-        assert_eq!(hosts[0].headers.get_all("x-two").iter().count(), 2);
-        assert!(!format!("{hosts:?}").contains("secret"));
-    }
-
-    #[test]
-    fn what_makes_no_sense_is_named() {
-        for (text, named) in [
-            ("host = 1", "host"),
-            ("server = 1", "server"),
-            ("[host.\"ftp://m\"]", "ftp://m"),
-            ("[host.\"https://user:pw@m\"]", "not http"),
-            ("[host.\"https://m\"]\ncapabilities = [\"fly\"]", "fly"),
-            ("[host.\"https://m\"]\nskip_verify = 3", "https://m"),
-            ("[host.\"https://m\".header]\nx = 3", "x"),
-            ("= x", ""),
-        ] {
-            let error = parsed(text).unwrap_err();
-            assert!(error.contains(named), "{text}: {error}");
-        }
-    }
-
-    #[test]
     fn the_directory_of_a_registry_is_found_under_either_name() {
         let dir = tempfile::tempdir().unwrap();
         let put = |name: &str, mirror: &str| {
@@ -406,7 +219,7 @@ mod tests {
         };
         let first = |registry: &str| {
             let found = endpoints(registry, None, Some(dir.path())).unwrap();
-            found[0].api.host_str().unwrap().to_owned()
+            found.endpoints[0].api.host_str().unwrap().to_owned()
         };
         assert_eq!(first("a.example:5000"), "a.example");
         put("_default", "default.mirror");
@@ -415,27 +228,51 @@ mod tests {
         assert_eq!(first("a.example:5000"), "colon.mirror");
         put("a.example_5000_", "underscore.mirror");
         assert_eq!(first("a.example:5000"), "underscore.mirror");
+        put("[::1]:5000", "six.mirror");
+        assert_eq!(first("[::1]:5000"), "six.mirror");
+        std::fs::create_dir(dir.path().join("bare.example")).unwrap();
+        assert_eq!(
+            first("bare.example"),
+            "bare.example",
+            "a directory of its own holds, with nothing in it"
+        );
         let configured = RegistryOptions::default();
         let found = endpoints("a.example:5000", Some(&configured), Some(dir.path())).unwrap();
-        assert_eq!(found.len(), 1, "our own configuration of a registry holds");
-        assert!(
-            find("..", dir.path())
-                .unwrap()
-                .is_some_and(|(path, _)| path.ends_with("_default/hosts.toml"))
-        );
+        assert_eq!(found.endpoints.len(), 1, "our own configuration of a registry holds");
+        let above = find("..", dir.path(), &mut Stamp::default()).unwrap();
+        assert!(above.is_some_and(|path| path.ends_with("_default")));
     }
 
     #[test]
-    fn fuzz_hosts_files_are_refused_or_bounded() {
-        let samples: [&[u8]; 2] = [
-            b"server = \"https://r\"\n[host.\"https://m/v2\"]\ncapabilities = [\"pull\"]\n",
-            b"[host.m]\nca = \"x\"\nclient = [[\"a\", \"b\"]]\n[host.m.header]\nx = [\"y\"]\n",
-        ];
-        bolero::check!().for_each(|input: &[u8]| {
-            let bytes = weightfs_fuzz::foreign(&samples, input);
-            let Ok(hosts) = parsed(&String::from_utf8_lossy(&bytes)) else { return };
-            assert!((1..=MAX_ENDPOINTS).contains(&hosts.len()));
-            assert!(hosts.iter().all(|host| host.api.path().ends_with('/')));
-        });
+    fn a_change_of_what_a_registry_s_hosts_are_is_seen() {
+        let dir = tempfile::tempdir().unwrap();
+        let found = || endpoints("a.example", None, Some(dir.path())).unwrap();
+        let none = found();
+        let own = dir.path().join("a.example");
+        std::fs::create_dir(&own).unwrap();
+        assert!(!none.stamp.is_current(), "the directory came");
+        let empty = found();
+        std::fs::write(own.join("hosts.toml"), "ca = \"ca.pem\"\n").unwrap();
+        assert!(!empty.stamp.is_current(), "the file came");
+        let without_ca = found();
+        assert!(without_ca.stamp.is_current());
+        std::fs::write(own.join("ca.pem"), "").unwrap();
+        assert!(!without_ca.stamp.is_current(), "the authority came");
+    }
+
+    #[test]
+    fn without_a_file_a_directory_s_certificates_are_used() {
+        let dir = tempfile::tempdir().unwrap();
+        let own = dir.path().join("a.example");
+        std::fs::create_dir(&own).unwrap();
+        let names = ["b.crt", "a.crt", "me.cert", "me.key", "other.cert", "hosts.toml", "notes"];
+        names.iter().for_each(|name| std::fs::write(own.join(name), "").unwrap());
+        let found = endpoints("a.example", None, Some(dir.path())).unwrap().endpoints;
+        let files = |names: &[&str]| names.iter().map(|name| own.join(name)).collect::<Vec<_>>();
+        assert_eq!(found[0].authorities, files(&["a.crt", "b.crt"]));
+        assert_eq!(found[0].identity, files(&["me.cert", "me.key"]));
+        std::fs::remove_file(own.join("me.key")).unwrap();
+        let found = endpoints("a.example", None, Some(dir.path())).unwrap().endpoints;
+        assert_eq!(found[0].identity, files(&["me.cert"]), "with its key inside");
     }
 }

@@ -11,7 +11,7 @@ use std::sync::{Arc, Mutex, Once};
 use std::time::Duration;
 
 use lru::LruCache;
-use reqwest::header::{HeaderMap, LOCATION, RETRY_AFTER};
+use reqwest::header::{CONTENT_ENCODING, HeaderMap, LOCATION, TRANSFER_ENCODING};
 use reqwest::{Method, RequestBuilder, Response, StatusCode, Url};
 
 use super::Repository;
@@ -20,6 +20,7 @@ use super::clients::{Clients, pem};
 use super::dragonfly::Dragonfly;
 use super::endpoints::{Capabilities, Endpoint};
 use super::health::Health;
+use super::retry_after::retry_after;
 use crate::SourceError;
 use crate::shared::lock;
 
@@ -123,6 +124,13 @@ impl Host {
         &self.health
     }
 
+    /// Why not to ask it now: it wants to be left alone.
+    pub(super) fn rests(&self, from: &Repository, what: &str) -> Option<SourceError> {
+        let (status, left) = self.health.resting()?;
+        let (source_name, what) = (from.to_string(), what.to_owned());
+        Some(SourceError::Status { source_name, what, status, retry_after: Some(left) })
+    }
+
     /// Asks for `path` below the repository; authenticates, once, where the registry wants it.
     /// The answer may have any status but 401 and 403.
     pub(super) async fn get(
@@ -179,13 +187,17 @@ impl Host {
         };
         for _ in 0..MAX_REDIRECTS {
             if !is_redirect(answer.status()) {
-                return Ok(answer);
+                return plain(answer).map_err(|encoding| bad(&format!("it comes {encoding}")));
             }
             let place = answer.headers().get(LOCATION).and_then(|value| value.to_str().ok());
             let place = place.and_then(|place| answer.url().join(place).ok());
             let place = place.ok_or_else(|| bad("it redirects to nowhere"))?;
-            if answer.url().scheme() == "https" && place.scheme() != "https" {
-                return Err(bad("the registry redirects from https to plain http"));
+            match (answer.url().scheme(), place.scheme()) {
+                (_, "https") | ("http", "http") => {}
+                ("https", "http") => {
+                    return Err(bad("the registry redirects from https to plain http"));
+                }
+                _ => return Err(bad("it redirects to something else than http or https")),
             }
             answer = self.send_elsewhere(from, place, headers).await?;
         }
@@ -282,6 +294,27 @@ fn is_redirect(status: StatusCode) -> bool {
     matches!(status.as_u16(), 301 | 302 | 303 | 307 | 308)
 }
 
+/// Bytes are compared with digests as they come. So they must come as they are: compressing them
+/// on the way is nothing that we asked for.
+fn plain(answer: Response) -> Result<Response, String> {
+    let list = |name, harmless: &[&str]| {
+        let values = answer.headers().get_all(name).iter();
+        let all: Vec<_> = values.map(|value| value.to_str().unwrap_or("?")).collect();
+        let mut codings = all.iter().flat_map(|value| value.split(',')).map(str::trim);
+        let bad = codings.find(|coding| {
+            !coding.is_empty() && !harmless.iter().any(|known| coding.eq_ignore_ascii_case(known))
+        });
+        bad.map(str::to_owned)
+    };
+    let content = list(CONTENT_ENCODING, &["identity"]);
+    let transfer = list(TRANSFER_ENCODING, &["identity", "chunked"]);
+    match (content, transfer) {
+        (None, None) => Ok(answer),
+        (Some(coding), _) => Err(format!("with Content-Encoding {coding:?}")),
+        (None, Some(coding)) => Err(format!("with Transfer-Encoding {coding:?}")),
+    }
+}
+
 fn authorized(request: RequestBuilder, authorization: &Authorization) -> RequestBuilder {
     match authorization {
         Authorization::None => request,
@@ -296,8 +329,7 @@ pub(super) fn failed_status(from: &Repository, what: &str, answer: &Response) ->
     if answer.status() == StatusCode::NOT_FOUND {
         return SourceError::NotFound { source_name, what };
     }
-    let retry_after = answer.headers().get(RETRY_AFTER);
-    let retry_after = retry_after.and_then(|value| value.to_str().ok()?.trim().parse().ok());
+    let retry_after = retry_after(answer.headers());
     SourceError::Status { source_name, what, status: answer.status().as_u16(), retry_after }
 }
 

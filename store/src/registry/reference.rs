@@ -2,7 +2,12 @@
 //! core to build, in every process: too long for a command that does nothing else for so long.
 //! So references of the usual form are read here, and all others by the library.
 //!
-//! Invariant: what is read here is what the library would read (see the tests).
+//! The library knows no addresses of IPv6 (`[::1]:5000/repository`), which are read here, too.
+//!
+//! Invariant: what is read here is what the library would read (see the tests), of an address what it
+//! would read of a name.
+
+use std::net::Ipv6Addr;
 
 use oci_client::{ParseError, Reference};
 
@@ -34,7 +39,7 @@ fn usual(text: &str) -> Option<Reference> {
         Some((name, tag)) => (name, Some(tag)),
         None => (rest, None),
     };
-    let sound = is_registry(registry)
+    let sound = (is_registry(registry) || is_ipv6(registry))
         && name.len() <= MAX_NAME_BYTES
         && name.split('/').all(is_component)
         && tag.is_none_or(is_tag)
@@ -66,6 +71,16 @@ fn is_registry(text: &str) -> bool {
         && port.is_none_or(number)
         && (host.contains('.') || port.is_some())
         && !host.ends_with("docker.io")
+}
+
+/// An address of IPv6 in brackets, maybe with a port.
+fn is_ipv6(text: &str) -> bool {
+    let inside = text.strip_prefix('[').and_then(|rest| rest.split_once(']'));
+    inside.is_some_and(|(address, rest)| {
+        let port = rest.strip_prefix(':');
+        let number = |port: &str| port.parse::<u16>().is_ok_and(|port| port > 0);
+        address.parse::<Ipv6Addr>().is_ok() && port.map_or(rest.is_empty(), number)
+    })
 }
 
 /// Lower-case letters and digits, with single separators between them.
@@ -120,15 +135,35 @@ mod tests {
     }
 
     #[test]
+    fn addresses_of_ipv6_are_registries() {
+        for text in ["[::1]:5000/models/a:v1", "[2001:db8::7]/m", "[fe80::1]:443/a/b"] {
+            let reference = parse_reference(text).unwrap();
+            assert_eq!(reference.registry(), text.split_once('/').unwrap().0);
+            assert!(reference.whole().starts_with(text), "{}", reference.whole());
+        }
+        for text in
+            ["[::1]:/m", "[::1]:0/m", "[::1]5000/m", "[::g]/m", "::1/m", "[1.2.3.4]/m", "[]/m"]
+        {
+            assert!(parse_reference(text).is_err(), "{text}");
+        }
+    }
+
+    #[test]
     fn fuzz_references_are_read_as_the_library_reads_them() {
         let digest = format!("a.b:1/c-d/e:f@{DIGEST}");
-        let samples = [b"localhost:5000/models/a.b:v1", digest.as_bytes()];
+        let samples = [b"localhost:5000/models/a.b:v1", &b"[::1]:5000/a/b"[..], digest.as_bytes()];
         bolero::check!().for_each(|input: &[u8]| {
             let bytes = weightfs_fuzz::foreign(&samples, input);
             let Ok(text) = std::str::from_utf8(&bytes) else { return };
             if let Some(reference) = usual(text) {
                 assert!(!reference.repository().is_empty());
-                assert_eq!(text.parse(), Ok(reference), "{text}");
+                let named = text.replacen(reference.registry(), "a.b:1", 1);
+                let text = if text.starts_with('[') { named.as_str() } else { text };
+                let read: Reference = text.parse().unwrap();
+                assert_eq!(read.repository(), reference.repository(), "{text}");
+                assert_eq!(read.tag(), reference.tag(), "{text}");
+                assert_eq!(read.digest(), reference.digest(), "{text}");
+                assert!(text == named || read.registry() == reference.registry(), "{text}");
             }
         });
     }

@@ -2,6 +2,8 @@
 //! Referrers"). Registries without that API keep a list under a tag made of the digest ("Referrers
 //! Tag Schema"); whoever pushes a referrer there adds it to the list.
 
+use std::collections::BTreeMap;
+
 use bytes::Bytes;
 use futures::future::join;
 use reqwest::header::CONTENT_TYPE;
@@ -11,11 +13,15 @@ use serde_json::Value;
 
 use super::auth::Right;
 use super::host::failed_status;
+use super::link::next_page;
 use super::{Asked, MAX_MANIFEST_BYTES, Registries, Repository, manifest_headers};
 use crate::{Digest, SourceError};
 
 /// Referrers of a manifest that are looked at, at the most.
 const MAX_REFERRERS: usize = 1000;
+
+/// Pages of a list that are asked for, at the most.
+const MAX_PAGES: usize = 20;
 
 /// With this header a registry says that it lists the manifest among the subject's referrers.
 const OCI_SUBJECT: &str = "OCI-Subject";
@@ -38,6 +44,9 @@ pub struct Referrer {
     /// What it is; "" if it doesn't say.
     #[serde(default)]
     pub artifact_type: String,
+    /// The annotations of the manifest.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub annotations: BTreeMap<String, String>,
 }
 
 /// An image index as it is kept under a tag: what is not understood is kept as it is.
@@ -67,13 +76,35 @@ impl Registries {
         let headers = manifest_headers();
         let listed = self.get_small(&asked, &path, &headers);
         let list = match join(listed, self.tagged(of, subject)).await {
-            (Ok((_, bytes)), _) => parse(&asked, &bytes)?,
-            (Err(SourceError::NotFound { .. }), tagged) => tagged?,
+            (Ok((headers, bytes)), _) => {
+                let first = parse(&asked, &bytes)?.manifests;
+                self.further_pages(&asked, subject, first, next_page(&headers)).await?
+            }
+            // Some that know no such path say so of its form.
+            (Err(error), tagged) if knows_no_referrers(&error) => tagged?.manifests,
             (Err(error), _) => return Err(error),
         };
-        let referrers = list.manifests.into_iter().take(MAX_REFERRERS);
+        let referrers = list.into_iter().take(MAX_REFERRERS);
         let known = referrers.filter_map(|value| serde_json::from_value::<Referrer>(value).ok());
         Ok(known.filter(|referrer| referrer.artifact_type == artifact_type).collect())
+    }
+
+    /// A list that begins with `list` and goes on at `next`.
+    async fn further_pages(
+        &self,
+        asked: &Asked<'_>,
+        subject: Digest,
+        mut list: Vec<Value>,
+        mut next: Option<String>,
+    ) -> Result<Vec<Value>, SourceError> {
+        for _ in 1..MAX_PAGES {
+            let Some(query) = next.filter(|_| list.len() < MAX_REFERRERS) else { break };
+            let path = format!("referrers/{subject}?{query}");
+            let (headers, bytes) = self.get_small(asked, &path, &manifest_headers()).await?;
+            list.extend(parse(asked, &bytes)?.manifests);
+            next = next_page(&headers);
+        }
+        Ok(list)
     }
 
     /// The list under the subject's tag; an empty one if there is none.
@@ -87,8 +118,9 @@ impl Registries {
         }
     }
 
-    /// Pushes `content` as an artifact of that type that refers to `subject`, and sees to it that
-    /// it is found. The digest of the manifest that carries it.
+    /// Pushes `content` as an artifact of that type, with these annotations, that refers to
+    /// `subject`, and sees to it that it is found. The digest of the manifest that carries it; the
+    /// same content gives the same manifest.
     ///
     /// # Errors
     /// When the registry can't be reached or refuses.
@@ -97,12 +129,13 @@ impl Registries {
         to: &Repository,
         subject: &Referrer,
         artifact_type: &str,
+        annotations: &BTreeMap<String, String>,
         content: &Bytes,
     ) -> Result<Digest, SourceError> {
         let config = self.push_blob(to, &Bytes::from_static(EMPTY_BYTES)).await?;
         let blob = self.push_blob(to, content).await?;
         let Referrer { media_type, digest: subject, size, .. } = subject;
-        let manifest = serde_json::json!({
+        let mut manifest = serde_json::json!({
             "schemaVersion": 2,
             "mediaType": MANIFEST,
             "artifactType": artifact_type,
@@ -110,13 +143,20 @@ impl Registries {
             "layers": [{"mediaType": artifact_type, "digest": blob, "size": content.len()}],
             "subject": {"mediaType": media_type, "digest": subject, "size": size},
         });
+        if !annotations.is_empty() {
+            manifest["annotations"] = serde_json::json!(annotations);
+        }
         let manifest = Bytes::from(manifest.to_string());
         let digest = Digest::of(&manifest);
         if !self.put_manifest(to, &digest.to_string(), MANIFEST, &manifest).await? {
-            let media_type = MANIFEST.to_owned();
-            let size = manifest.len() as u64;
-            let artifact_type = artifact_type.to_owned();
-            self.list(to, *subject, &Referrer { media_type, digest, size, artifact_type }).await?;
+            let referrer = Referrer {
+                media_type: MANIFEST.to_owned(),
+                digest,
+                size: manifest.len() as u64,
+                artifact_type: artifact_type.to_owned(),
+                annotations: annotations.clone(),
+            };
+            self.list(to, *subject, &referrer).await?;
         }
         Ok(digest)
     }
@@ -171,6 +211,15 @@ fn asked(of: &Repository, subject: Digest) -> Asked<'_> {
     let what = format!("referrers of {subject}");
     // A list has no digest: who gives it must be trusted for what it names.
     Asked { from: of, what, limit: MAX_MANIFEST_BYTES, checked: false }
+}
+
+/// Whether an answer means that there is no such API.
+fn knows_no_referrers(error: &SourceError) -> bool {
+    match error {
+        SourceError::NotFound { .. } => true,
+        SourceError::Status { status, .. } => matches!(status, 400 | 405 | 406 | 501),
+        _ => false,
+    }
 }
 
 fn parse(asked: &Asked<'_>, bytes: &[u8]) -> Result<List, SourceError> {

@@ -8,6 +8,9 @@ use std::fmt;
 use std::sync::Mutex;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+use jiff::Timestamp;
+use jiff::civil::Date;
+use jiff::tz::TimeZone;
 use reqwest::{StatusCode, Url};
 use tokio::time::Instant;
 
@@ -74,22 +77,38 @@ pub(super) fn is_stale(status: StatusCode) -> bool {
 
 /// How long a URL holds, by what its signature says.
 fn lifetime(url: &Url, now: SystemTime) -> Duration {
-    let of = |(name, value): (std::borrow::Cow<'_, str>, std::borrow::Cow<'_, str>)| {
-        let name = name.to_ascii_lowercase();
-        match &*name {
-            // AWS Signature Version 4, Google Cloud Storage V4, Alibaba Cloud OSS V4: seconds.
-            "x-amz-expires" | "x-goog-expires" | "x-oss-expires" => {
-                value.parse().ok().map(Duration::from_secs)
-            }
-            // AWS Signature Version 2, CloudFront and others: seconds since 1970.
-            "expires" => {
-                let end = UNIX_EPOCH.checked_add(Duration::from_secs(value.parse().ok()?))?;
-                Some(end.duration_since(now).unwrap_or_default())
-            }
-            _ => None,
+    let (mut spans, mut ends, mut signed_at) = (vec![], vec![], None);
+    for (name, value) in url.query_pairs() {
+        match &*name.to_ascii_lowercase() {
+            // AWS Signature Version 4, Google Cloud Storage V4, Alibaba Cloud OSS V4: for so many
+            // seconds since so and so.
+            "x-amz-expires" | "x-goog-expires" | "x-oss-expires" => spans.extend(seconds(&value)),
+            "x-amz-date" | "x-goog-date" | "x-oss-date" => signed_at = date(&value),
+            // AWS Signature Version 2, CloudFront, Google Cloud Storage V2 and others: seconds
+            // since 1970.
+            "expires" => ends.extend(seconds(&value).and_then(|end| UNIX_EPOCH.checked_add(end))),
+            // Azure Storage (shared access signatures, "signedExpiry").
+            "se" => ends.extend(date(&value)),
+            _ => {}
         }
-    };
-    url.query_pairs().filter_map(of).chain([MAX_AGE]).min().unwrap_or(MAX_AGE)
+    }
+    // A registry may hand out what it signed a while ago. Where our clock is behind, that tells
+    // nothing, and what is left is no more than the whole.
+    let signed = |span: &Duration| signed_at?.checked_add(*span);
+    ends.extend(spans.iter().filter_map(signed));
+    let left = ends.into_iter().map(|end| end.duration_since(now).unwrap_or_default());
+    left.chain(spans).fold(MAX_AGE, Duration::min)
+}
+
+fn seconds(text: &str) -> Option<Duration> {
+    text.parse().ok().map(Duration::from_secs)
+}
+
+/// A time of ISO 8601, in its long or its short form; a day alone is its beginning.
+fn date(text: &str) -> Option<SystemTime> {
+    let time = text.parse::<Timestamp>().ok();
+    let day = || text.parse::<Date>().ok()?.to_zoned_datetime(TimeZone::UTC).ok();
+    time.or_else(|| Some(day()?.timestamp()))?.try_into().ok()
 }
 
 #[cfg(test)]
@@ -111,6 +130,19 @@ mod tests {
         assert_eq!(seconds("X-Amz-Expires=604800"), 600);
         assert_eq!(seconds(""), 600);
         assert_eq!(seconds("Expires=99999999999999999999&X-Amz-Expires=-1"), 600);
+        // 1,000,000 s after 1970 is 1970-01-12T13:46:40Z.
+        assert_eq!(seconds("X-Amz-Date=19700112T134610Z&X-Amz-Expires=90"), 60);
+        assert_eq!(seconds("X-Goog-Expires=90&X-Goog-Date=19700112T134510Z"), 0);
+        assert_eq!(
+            seconds("X-Amz-Date=19700112T150000Z&X-Amz-Expires=90"),
+            90,
+            "our clock is behind"
+        );
+        assert_eq!(seconds("X-Amz-Date=yesterday&X-Amz-Expires=90"), 90);
+        assert_eq!(seconds("sv=2024&se=1970-01-12T13%3A48%3A00Z&sig=f"), 80);
+        assert_eq!(seconds("se=1970-01-12T13%3A48Z"), 80);
+        assert_eq!(seconds("se=1970-01-12"), 0);
+        assert_eq!(seconds("se=1970-01-13"), 600);
     }
 
     #[tokio::test(start_paused = true)]
@@ -139,12 +171,24 @@ mod tests {
 
     #[test]
     fn fuzz_lifetimes_are_bounded() {
-        let samples: [&[u8]; 2] = [b"X-Amz-Expires=90", b"Expires=1000030&se=2"];
+        let samples: [&[u8]; 3] = [
+            b"X-Amz-Date=19700112T134610Z&X-Amz-Expires=90",
+            b"Expires=1000030&se=1970-01-12T13:48:00Z",
+            b"https://user:pw@[::1]:1/x?se=1970-01-13",
+        ];
         bolero::check!().for_each(|input: &[u8]| {
             let bytes = weightfs_fuzz::foreign(&samples, input);
-            let text = format!("https://s/x?{}", String::from_utf8_lossy(&bytes));
-            let Ok(url) = text.parse() else { return };
-            assert!(lifetime(&url, SystemTime::now()) <= MAX_AGE);
+            let text = String::from_utf8_lossy(&bytes);
+            let base = url("https://registry/v2/a/blobs/b");
+            // As it comes: the text of a Location.
+            for text in [&*text, &format!("?{text}")] {
+                let Ok(place) = base.join(text) else { continue };
+                assert!(lifetime(&place, SystemTime::now()) <= MAX_AGE);
+                let target = Target::default();
+                target.note(&base, &place);
+                let kept = target.current(&base);
+                assert!(kept.is_none_or(|kept| kept == place && kept.origin() != base.origin()));
+            }
         });
     }
 }

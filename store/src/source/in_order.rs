@@ -58,7 +58,7 @@ impl InOrder {
         let cursor = match place.take() {
             Some(cursor) if cursor.position <= range.start => cursor,
             _ => {
-                let body = self.source.fetch(0..self.size).await?;
+                let body = self.source.fetch(0..self.size).await.map_err(not_even_whole)?;
                 Cursor { body, rest: Bytes::new(), position: 0 }
             }
         };
@@ -79,6 +79,17 @@ impl Source for InOrder {
 
     fn fetch(&self, range: Range<u64>) -> BoxFuture<'_, Result<ByteStream, SourceError>> {
         Box::pin(self.read(range))
+    }
+}
+
+/// Whoever hears that there are no ranges fetches the whole; that is what was tried.
+fn not_even_whole(error: SourceError) -> SourceError {
+    match error {
+        SourceError::NoRanges { source_name, what } => {
+            let message = "it is given neither in ranges nor as a whole".into();
+            SourceError::BadAnswer { source_name, what, message }
+        }
+        other => other,
     }
 }
 

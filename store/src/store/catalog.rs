@@ -81,8 +81,7 @@ impl Catalog {
 
     /// Where a blob's files are.
     pub(super) fn dir(&self, id: BlobId) -> PathBuf {
-        let name = directory_name(id);
-        self.root.join(name.get(..2).unwrap_or_default()).join(name)
+        dir_of(&self.root, id)
     }
 
     /// All blobs that have a directory.
@@ -135,6 +134,12 @@ impl Catalog {
 pub(crate) fn touch(dir: &Path) {
     let layout = fs::File::options().write(true).open(dir.join(LAYOUT));
     let _ = layout.and_then(|layout| layout.set_modified(SystemTime::now()));
+}
+
+/// Where a blob's files are, below the directory of all.
+pub(super) fn dir_of(root: &Path, id: BlobId) -> PathBuf {
+    let name = directory_name(id);
+    root.join(name.get(..2).unwrap_or_default()).join(name)
 }
 
 /// The name of a blob's directory.

@@ -18,8 +18,8 @@ use tempfile::TempDir;
 use crate::disk::{Disk, Durability, LocalDisk};
 use crate::shared::lock;
 use crate::{
-    Amount, Background, Blob, BlobId, ByteStream, CacheOptions, Digest, FetchOptions, Form, Layout,
-    Read, Recheck, Source, SourceError, Store, StoreOptions, Trust,
+    Amount, Background, Blob, BlobId, ByteStream, CacheOptions, Digest, FetchOptions, Form,
+    KeepDigests, Layout, Read, Recheck, Source, SourceError, Store, StoreOptions, Trust,
 };
 
 const MIB: u64 = 1 << 20;
@@ -263,6 +263,7 @@ fn options() -> StoreOptions {
         cache: CacheOptions { limit: Some(Amount::Bytes(30 * MIB)), min_free: Amount::Bytes(0) },
         checkpoint_interval: Duration::from_millis(1),
         recheck: Recheck::AfterCrash,
+        keep_digests: KeepDigests::WhereLimited,
         verify: crate::Verify::Background,
     }
 }

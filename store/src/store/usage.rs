@@ -156,6 +156,14 @@ impl Store {
         }
     }
 
+    /// What is known of a blob's bytes. Looks at its record only, if it is not open.
+    pub fn trust(&self, id: BlobId) -> Trust {
+        match self.catalog.opened(id) {
+            Some(blob) => blob.stats().trust,
+            None => self.recorded(id).2,
+        }
+    }
+
     /// Keeps a blob from being evicted, from now on and after restarts. It need not be here yet.
     ///
     /// # Errors

@@ -7,8 +7,8 @@ use std::path::Path;
 use std::sync::Arc;
 
 use weightfs_store::{
-    Blob, Checked, Digest, Layout, Others, Read, ReadError, Recheck, SourceError, Store,
-    StoreOptions, Trust, Verify,
+    Blob, Checked, Digest, KeepDigests, Layout, Others, Read, ReadError, Recheck, SourceError,
+    Store, StoreOptions, Trust, Verify,
 };
 
 use super::restart::find;
@@ -103,6 +103,46 @@ async fn a_chunk_that_nobody_has_fails_its_readers_and_no_others() {
     assert_eq!(blob.stats().cached, 3 * MIB);
     source.clear_faults();
     assert_eq!(*read(&blob, MIB..2 * MIB).await.unwrap(), data[1 << 20..2 << 20], "not for good");
+}
+
+#[tokio::test]
+async fn whichever_chunk_is_flipped_it_alone_is_not_served() {
+    for at in 0..5 {
+        let dir = tempfile::tempdir().unwrap();
+        let store = open(dir.path());
+        let data = noise(4 * MIB + 9, 29);
+        let (blob, [source]) = indexed(&store, &data, ["test"]);
+        source.fail([const { Fault::Flip(0) }; 100].map(|_| Fault::Flip(at * MIB + 5)));
+        for chunk in 0..5 {
+            let range = chunk * MIB..(chunk * MIB + MIB).min(4 * MIB + 9);
+            let bytes = &data[range.start as usize..range.end as usize];
+            match read(&blob, range).await {
+                Ok(slice) => assert!(chunk != at && *slice == *bytes, "{chunk} with {at} flipped"),
+                Err(error) => assert_eq!(chunk, at, "{error}"),
+            }
+        }
+        assert!(blob.stats().rejected > 0, "it is counted");
+    }
+}
+
+#[tokio::test]
+async fn digests_are_kept_of_each_blob_where_that_is_asked_for() {
+    let dir = tempfile::tempdir().unwrap();
+    let always = StoreOptions { keep_digests: KeepDigests::Always, ..options() };
+    let store = Store::open(dir.path(), always).unwrap();
+    let data = noise(3 * MIB + 1, 31);
+    let (blob, _) = blob_of(&store, &data);
+    let mut verified = store.verified();
+    assert_eq!(store.verified_digests(id(&data)), None);
+    blob.complete().await.unwrap();
+    verified.changed().await.unwrap();
+    assert_eq!(judged(&blob).await, Trust::Verified);
+    let known = store.verified_digests(id(&data)).unwrap();
+    assert_eq!(known, (blob.layout().clone(), digests(&data)));
+    // Those of an index are not.
+    let other = noise(MIB, 33);
+    let _indexed = indexed(&store, &other, []);
+    assert_eq!(store.verified_digests(id(&other)), None);
 }
 
 #[tokio::test]

@@ -12,6 +12,7 @@ mod kill;
 mod line;
 mod model;
 mod outages;
+mod quirks;
 mod registry;
 mod restart;
 mod scheduling;
@@ -25,8 +26,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use weightfs_store::{
-    Amount, Background, Blob, BlobId, CacheOptions, Digest, FetchOptions, Form, Layout, Read,
-    ReadError, Recheck, Slice, Store, StoreOptions, Trust, Verify,
+    Amount, Background, Blob, BlobId, CacheOptions, Digest, FetchOptions, Form, KeepDigests,
+    Layout, Read, ReadError, Recheck, Slice, Store, StoreOptions, Trust, Verify,
 };
 
 use source::TestSource;
@@ -69,6 +70,7 @@ fn options() -> StoreOptions {
         checkpoint_interval: Duration::from_secs(5),
         verify: Verify::Background,
         recheck: Recheck::AfterCrash,
+        keep_digests: KeepDigests::WhereLimited,
     }
 }
 

@@ -45,6 +45,9 @@ fn asked(request: &Request) -> Range<usize> {
 }
 
 fn partial(data: &[u8], request: &Request) -> Reply {
+    if request.header("range").is_empty() {
+        return Reply::new(200, data);
+    }
     let range = asked(request);
     let content_range = format!("bytes {}-{}/{}", range.start, range.end - 1, data.len());
     Reply::new(206, &data[range]).with("Content-Range", content_range)
@@ -179,7 +182,9 @@ async fn a_layer_that_is_not_as_long_as_its_descriptor_says_is_told_with_both_le
     let ranged = Server::start({
         let data = data.clone();
         move |request| match asked(request) {
-            range if range.start >= data.len() => Reply::new(416, ""),
+            range if range.start >= data.len() => {
+                Reply::new(416, "").with("Content-Range", format!("bytes */{}", data.len()))
+            }
             range => {
                 let end = range.end.min(data.len());
                 let value = format!("bytes {}-{}/{}", range.start, end - 1, data.len());
@@ -192,6 +197,7 @@ async fn a_layer_that_is_not_as_long_as_its_descriptor_says_is_told_with_both_le
     for (server, size, range) in [
         (&ranged, 2000, 0..10),
         (&ranged, 2000, 900..1100),
+        (&ranged, 2000, 1500..1600),
         (&ranged, 999, 0..10),
         (&whole, 2000, 0..10),
         (&whole, 999, 0..999),
@@ -201,8 +207,6 @@ async fn a_layer_that_is_not_as_long_as_its_descriptor_says_is_told_with_both_le
         let text = error.to_string();
         assert!(text.contains("1000") && text.contains(&size.to_string()), "{text}");
     }
-    let error = fetch(&ranged, 2000, 1500..1600).await.unwrap_err();
-    assert!(error.to_string().contains("shorter than the 2000 bytes"), "{error}");
 }
 
 #[tokio::test]
@@ -230,7 +234,9 @@ async fn another_range_than_the_one_asked_for_is_refused() {
 async fn a_busy_server_s_wish_is_handed_on() {
     let server = Server::start(|_| Reply::new(429, "").with("Retry-After", 7)).await;
     match fetch(&server, 10, 0..1).await.unwrap_err() {
-        SourceError::Status { status: 429, retry_after: Some(7), .. } => {}
+        SourceError::Status { status: 429, retry_after: Some(rest), .. } => {
+            assert_eq!(rest, Duration::from_secs(7));
+        }
         other => panic!("{other:?}"),
     }
 }

@@ -1,10 +1,13 @@
 //! An HTTP server that answers as a test tells it.
 
 use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::watch;
 use tokio::task::JoinHandle;
 
 /// What was asked.
@@ -43,7 +46,33 @@ pub enum Ending {
     Cut(usize),
     /// Never: nothing is answered at all.
     Silence,
+    /// With its Content-Length, when the gate opens.
+    Held(Gate),
+    /// So many bytes a tenth of a second.
+    Trickle(usize),
 }
+
+/// Keeps answers back until it is opened.
+#[derive(Debug, Clone, Default)]
+pub struct Gate(Arc<watch::Sender<bool>>);
+
+impl Gate {
+    pub fn open(&self) {
+        self.0.send_replace(true);
+    }
+
+    async fn wait(&self) {
+        let _ = self.0.subscribe().wait_for(|open| *open).await;
+    }
+}
+
+impl PartialEq for Gate {
+    fn eq(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.0, &other.0)
+    }
+}
+
+impl Eq for Gate {}
 
 impl Reply {
     pub fn new(status: u16, body: impl Into<Vec<u8>>) -> Self {
@@ -71,7 +100,7 @@ impl Reply {
                 head.push_str(&format!("Content-Length: {}\r\n", body.len()));
                 body = &body[..body.len() - bytes];
             }
-            Ending::Whole | Ending::Silence => {
+            Ending::Whole | Ending::Silence | Ending::Held(_) | Ending::Trickle(_) => {
                 head.push_str(&format!("Content-Length: {}\r\n", body.len()));
             }
         }
@@ -86,21 +115,40 @@ pub struct Server {
     /// `127.0.0.1:port`.
     pub address: String,
     requests: Arc<Mutex<Vec<Request>>>,
+    held: Arc<Held>,
     task: JoinHandle<()>,
+}
+
+/// Requests that wait at a gate.
+#[derive(Debug, Default)]
+struct Held {
+    now: AtomicUsize,
+    most: AtomicUsize,
 }
 
 impl Server {
     pub async fn start(handler: impl Fn(&Request) -> Reply + Send + Sync + 'static) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap().to_string();
-        let requests = Arc::new(Mutex::new(vec![]));
+        let (requests, held) = (Arc::new(Mutex::new(vec![])), Arc::<Held>::default());
+        let count = Arc::clone(&held);
         let (handler, log): (Arc<Handler>, _) = (Arc::new(handler), requests.clone());
         let task = tokio::spawn(async move {
             while let Ok((connection, _)) = listener.accept().await {
-                tokio::spawn(answer(connection, handler.clone(), log.clone()));
+                tokio::spawn(answer(connection, handler.clone(), log.clone(), count.clone()));
             }
         });
-        Self { address, requests, task }
+        Self { address, requests, held, task }
+    }
+
+    /// Requests that wait at a gate now.
+    pub fn held(&self) -> usize {
+        self.held.now.load(Ordering::SeqCst)
+    }
+
+    /// The most that ever waited at the same time.
+    pub fn most_held(&self) -> usize {
+        self.held.most.load(Ordering::SeqCst)
     }
 
     /// What was asked since the last call.
@@ -115,7 +163,12 @@ impl Drop for Server {
     }
 }
 
-async fn answer(mut connection: TcpStream, handler: Arc<Handler>, log: Arc<Mutex<Vec<Request>>>) {
+async fn answer(
+    mut connection: TcpStream,
+    handler: Arc<Handler>,
+    log: Arc<Mutex<Vec<Request>>>,
+    held: Arc<Held>,
+) {
     let mut head = vec![];
     while !head.ends_with(b"\r\n\r\n") {
         let Ok(byte) = connection.read_u8().await else { return };
@@ -134,7 +187,25 @@ async fn answer(mut connection: TcpStream, handler: Arc<Handler>, log: Arc<Mutex
         let _ = connection.read_u8().await;
         return;
     }
-    // A client that goes away in the middle is a test's business.
-    let _ = connection.write_all(&reply.encode()).await;
+    if let Ending::Held(gate) = &reply.ending {
+        let now = held.now.fetch_add(1, Ordering::SeqCst) + 1;
+        held.most.fetch_max(now, Ordering::SeqCst);
+        gate.wait().await;
+        held.now.fetch_sub(1, Ordering::SeqCst);
+    }
+    let bytes = reply.encode();
+    let piece = match reply.ending {
+        Ending::Trickle(piece) => piece,
+        _ => bytes.len(),
+    };
+    for piece in bytes.chunks(piece) {
+        // A client that goes away in the middle is a test's business.
+        if connection.write_all(piece).await.is_err() {
+            return;
+        }
+        if matches!(reply.ending, Ending::Trickle(_)) {
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        }
+    }
     let _ = connection.shutdown().await;
 }

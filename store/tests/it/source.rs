@@ -158,6 +158,7 @@ pub fn unreachable(name: &str) -> SourceError {
 
 pub fn status(status: u16, retry_after: Option<u64>) -> SourceError {
     let (source_name, what) = ("test".to_owned(), "blob".to_owned());
+    let retry_after = retry_after.map(Duration::from_secs);
     SourceError::Status { source_name, what, status, retry_after }
 }
 

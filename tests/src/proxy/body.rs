@@ -11,7 +11,8 @@ use http_body_util::combinators::UnsyncBoxBody;
 use http_body_util::{BodyExt as _, StreamBody};
 use hyper::body::Frame;
 
-use super::{Fault, State};
+use super::State;
+use super::fault::Fault;
 
 pub(super) type Body = UnsyncBoxBody<Bytes, io::Error>;
 

@@ -1,5 +1,7 @@
 //! Bearer tokens, asked for and given as registries do (distribution, "Token Authentication").
 
+use std::time::{Duration, Instant};
+
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use bytes::Bytes;
@@ -9,8 +11,9 @@ use hyper::http::response::Builder;
 use hyper::{Request, Response, StatusCode};
 use weightfs_store::Digest;
 
+use super::State;
+use super::answers::simple;
 use super::body::Body;
-use super::{State, simple};
 use crate::remote::Credentials;
 
 /// Lets nobody through who has no valid token.
@@ -18,12 +21,22 @@ use crate::remote::Credentials;
 pub(super) struct Gate {
     basic: String,
     generation: u64,
+    life: Duration,
+    begun: Instant,
 }
+
+/// How long tokens live where nobody says otherwise.
+const LIFE: Duration = Duration::from_secs(300);
 
 impl Gate {
     pub(super) fn new(credentials: Credentials) -> Self {
         let pair = format!("{}:{}", credentials.user, credentials.password);
-        Self { basic: format!("Basic {}", STANDARD.encode(pair)), generation: 1 }
+        let basic = format!("Basic {}", STANDARD.encode(pair));
+        Self { basic, generation: 1, life: LIFE, begun: Instant::now() }
+    }
+
+    pub(super) fn with_life(self, life: Duration) -> Self {
+        Self { life, ..self }
     }
 
     pub(super) fn expire(&mut self) {
@@ -40,7 +53,10 @@ impl Gate {
         if request.uri().path() == "/token" {
             return Some(self.token(given));
         }
-        if given == Some(&format!("Bearer {}", self.value())) {
+        if given
+            .and_then(|given| given.strip_prefix("Bearer "))
+            .is_some_and(|token| self.knows(token))
+        {
             return None;
         }
         let repository =
@@ -58,12 +74,21 @@ impl Gate {
         if given != Some(&self.basic) {
             return refused(Response::builder());
         }
-        let text = serde_json::json!({ "token": self.value(), "expires_in": 300 }).to_string();
+        let token = format!("{}.{}", self.secret(), self.begun.elapsed().as_millis());
+        let life = self.life.as_secs();
+        let text = serde_json::json!({ "token": token, "expires_in": life }).to_string();
         let builder = Response::builder().header("content-type", "application/json");
         simple(builder, Bytes::from(text)).unwrap()
     }
 
-    fn value(&self) -> String {
+    /// Whether it was given here, and lives.
+    fn knows(&self, token: &str) -> bool {
+        let Some((secret, given)) = token.split_once('.') else { return false };
+        let given = given.parse().ok().map(Duration::from_millis);
+        secret == self.secret() && given.is_some_and(|at| self.begun.elapsed() < at + self.life)
+    }
+
+    fn secret(&self) -> String {
         Digest::of(&self.generation.to_be_bytes()).hex()
     }
 }

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use bytes::{Buf as _, Bytes};
 use futures::future::BoxFuture;
 use futures::stream::{self, StreamExt as _};
-use weightfs_store::{ByteStream, Source, SourceError};
+use weightfs_store::{ByteStream, Source, SourceError, in_order};
 
 use super::decoder::Decoder;
 use super::points::Points;
@@ -36,8 +36,16 @@ impl InflatedSource {
         let outside = || self.bad("no access point covers it");
         let span = self.points.span(&range).ok_or_else(outside)?;
         let decoder = span.decoder().map_err(|error| self.bad(&error.to_string()))?;
+        let body = match self.compressed.fetch(span.blob.clone()).await {
+            // The host gives all or nothing, and whoever begins at the start takes all.
+            Err(SourceError::NoRanges { .. }) if range.start == 0 => {
+                let whole = in_order(Arc::clone(&self.compressed), self.points.blob_bytes());
+                whole.fetch(span.blob.clone()).await?
+            }
+            answer => answer?,
+        };
         let inflating = Inflating {
-            body: self.compressed.fetch(span.blob.clone()).await?,
+            body,
             decoder,
             pending: Bytes::new(),
             skip: range.start - span.content(),

@@ -10,9 +10,10 @@ mod figures;
 mod images;
 mod lab;
 mod loaders;
-mod node;
+mod polling;
 mod read;
 mod report;
+mod restart;
 mod start;
 mod throttle;
 mod usage;
@@ -31,7 +32,7 @@ use weightfs_tests::containerd::{Containerd, ContainerdOptions, Version};
 use crate::figures::Figures;
 use crate::lab::Lab;
 use crate::loaders::Loaders;
-use crate::node::Polled;
+use crate::polling::Polled;
 
 /// What the environment asks for.
 #[derive(Debug, Clone)]
@@ -93,12 +94,13 @@ pub(crate) struct Bench {
 
 type Section = fn(&Bench, &mut Figures);
 
-const SECTIONS: [(&str, Section); 6] = [
+const SECTIONS: [(&str, Section); 7] = [
     ("cold", cold::measure),
     ("images", images::measure),
     ("warm", warm::measure),
     ("loaders", loaders::measure),
-    ("node", node::measure),
+    ("polling", polling::measure),
+    ("restart", restart::measure),
     ("start", start::measure),
 ];
 

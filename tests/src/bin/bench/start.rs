@@ -11,7 +11,7 @@ use futures::{StreamExt as _, stream};
 use tokio::runtime::Runtime;
 use weightfs_store::{
     Amount, Background, Blob, BlobId, ByteStream, CHUNK_BYTES, CacheOptions, Digest, FetchOptions,
-    Form, Layout, Read, Recheck, Source, SourceError, Store, StoreOptions, Verify,
+    Form, KeepDigests, Layout, Read, Recheck, Source, SourceError, Store, StoreOptions, Verify,
 };
 
 use crate::Bench;
@@ -73,6 +73,7 @@ fn open(dir: &Path) -> Arc<Store> {
         checkpoint_interval: Duration::from_millis(250),
         verify: Verify::Background,
         recheck: Recheck::AfterCrash,
+        keep_digests: KeepDigests::WhereLimited,
     };
     Store::open(dir, options).expect("the store opens")
 }

@@ -3,7 +3,7 @@ use std::io::Write as _;
 use super::*;
 use crate::artifact::Compression;
 use crate::layer::spans::Collector;
-use crate::testing::MemorySource;
+use crate::testing::{Fault, MemorySource};
 
 /// Text that compresses, and is nowhere the same.
 fn text(len: usize) -> Vec<u8> {
@@ -81,6 +81,26 @@ async fn any_part_of_a_gzip_stream_is_read_from_the_point_before_it() {
     assert_spans_are_right(gzip(&content), Compression::Gzip, &content).await;
 }
 
+/// Of small layers: of large ones points are further apart.
+#[tokio::test]
+async fn a_chunk_costs_little_more_than_itself() {
+    let content = text(8 << 20);
+    let blob = gzip(&content);
+    let (_, stored) = inflate(&blob, Compression::Gzip, 1 << 20).unwrap();
+    let sizes = (blob.len() as u64, content.len() as u64);
+    let points = Points::parse(&stored, Compression::Gzip, sizes.0, sizes.1).unwrap();
+    let memory = MemorySource::new(blob);
+    let source = InflatedSource::new(Arc::clone(&memory) as _, Arc::new(points));
+    let chunks = 8;
+    for chunk in 0..chunks {
+        let range = chunk * (1 << 20)..(chunk + 1) * (1 << 20);
+        let expected = &content[range.start as usize..range.end as usize];
+        assert!(read(&source, range).await.unwrap() == expected);
+    }
+    let asked: u64 = memory.requests().iter().map(|range| range.end - range.start).sum();
+    assert!(asked * 2 < sizes.0 * 3, "{asked} of {} bytes, chunk by chunk", sizes.0);
+}
+
 #[tokio::test]
 async fn spans_go_across_members() {
     let content = text(11 << 20);
@@ -93,6 +113,21 @@ async fn any_part_of_zstd_frames_is_read_from_the_frame_that_has_it() {
     let content = text(11 << 20);
     let frames = content.chunks(700_000).flat_map(|part| zstd::encode_all(part, 1).unwrap());
     assert_spans_are_right(frames.collect(), Compression::Zstd, &content).await;
+}
+
+#[tokio::test]
+async fn a_host_without_ranges_is_read_from_the_start_to_the_end() {
+    let content = text(5 << 20);
+    let blob = gzip(&content);
+    let (_, points) = inflate(&blob, Compression::Gzip, 100_000).unwrap();
+    let sizes = (blob.len() as u64, content.len() as u64);
+    let points = Points::parse(&points, Compression::Gzip, sizes.0, sizes.1).unwrap();
+    let memory = MemorySource::new(blob);
+    memory.fail_always(Fault::NoRanges);
+    let source = InflatedSource::new(memory, Arc::new(points));
+    assert!(read(&source, 0..sizes.1).await.unwrap() == content);
+    let error = read(&source, 4_000_000..4_000_001).await.unwrap_err();
+    assert!(matches!(error, SourceError::NoRanges { .. }), "so that all is fetched: {error}");
 }
 
 #[test]
