@@ -17,9 +17,11 @@ export BOLERO_RANDOM_SEED ?= 1
 TEST_TIMEOUT ?= 1500
 BENCH_TIMEOUT ?= $(if $(QUICK),300,3600)
 # A quick benchmark asserts no time: it takes what the tests have built.
-BENCH_PROFILE := $(if $(QUICK),dev,release)
-BENCH_DIR := $(TARGET)/$(if $(QUICK),debug,release)
+BENCH_PROFILE := $(if $(QUICK),dev,dist)
+BENCH_DIR := $(TARGET)/$(if $(QUICK),debug,dist)
 SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
+# Tests of the program as it is installed, not as it is debugged: they report times.
+RELEASED := WEIGHTFS_BIN=$(TARGET)/dist/weightfs
 # sudo resets PATH and HOME, and with them the toolchain.
 AS_ROOT := $(if $(SUDO),$(SUDO) --preserve-env env PATH="$$PATH" HOME="$$HOME",)
 export CARGO_TARGET_DIR := $(TARGET)
@@ -29,8 +31,8 @@ export CARGO_TARGET_DIR := $(TARGET)
 help: ## Say what there is
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-build: deps ## Build the release binary: target/release/weightfs
-	$(CARGO) build --release --locked -p weightfs
+build: deps ## Build the program as it is installed: target/dist/weightfs
+	$(CARGO) build --profile dist --locked -p weightfs
 
 deb: deps $(CARGO_DEB) ## Build the Debian package: target/deb/weightfs_*.deb
 	packaging/deb/build "$$(packaging/release-build)" $(CARGO_DEB)
@@ -43,8 +45,10 @@ image: deps ## Build the container image: target/image, an OCI layout
 reproducible: deps ## Build the release binary twice, in two places: the same bytes?
 	packaging/reproducible $(TARGET)/reproducible
 
-demo: deps ## A lazy mount and container beside a pull (MODEL_DIR=...)
+demo: deps ## A lazy mount and containers beside a pull (MODEL_DIR=...)
 	packaging/deps demo
+	packaging/containerd-package 1.7 $(TARGET)/containerd17 || true
+	packaging/containerd-package 2.1 $(TARGET)/containerd21 || true
 	$(CARGO) build --release --locked -p weightfs -p weightfs-tests --bins
 	$(AS_ROOT) $(TARGET)/release/demo
 
@@ -95,12 +99,14 @@ soak-contract: deps ## Random snapshot calls, restarts and kills against a model
 	    $(CARGO) test --locked -p weightfs --test contract -- --nocapture random
 
 soak-daemon: test-deps ## Kill the daemon under load, pull and remove (ROUNDS=50 PULLS=200)
-	$(CARGO) build --locked -p weightfs --bins
+	$(CARGO) build --profile dist --locked -p weightfs
 	$(CARGO) test --locked -p weightfs-tests --test takeover --test pulls --no-run
-	$(AS_ROOT) env WEIGHTFS_ROUNDS=$(or $(ROUNDS),50) timeout --kill-after=30 $(TEST_TIMEOUT) \
-	    $(CARGO) test --locked -p weightfs-tests --test takeover -- --nocapture kills another
-	$(AS_ROOT) env WEIGHTFS_PULLS=$(or $(PULLS),200) timeout --kill-after=30 $(TEST_TIMEOUT) \
-	    $(CARGO) test --locked -p weightfs-tests --test pulls -- --nocapture removals
+	$(AS_ROOT) env $(RELEASED) WEIGHTFS_ROUNDS=$(or $(ROUNDS),50) timeout --kill-after=30 \
+	    $(TEST_TIMEOUT) $(CARGO) test --locked -p weightfs-tests --test takeover -- \
+	    --nocapture kills another
+	$(AS_ROOT) env $(RELEASED) WEIGHTFS_PULLS=$(or $(PULLS),200) timeout --kill-after=30 \
+	    $(TEST_TIMEOUT) $(CARGO) test --locked -p weightfs-tests --test pulls -- \
+	    --nocapture removals
 
 bench: test-deps ## Measure it beside a pull (QUICK=1, ROUNDS=n, LOADERS=all)
 	if [ "$(LOADERS)" = all ]; then packaging/loaders-env $(TARGET)/loaders-env; fi

@@ -340,6 +340,9 @@ pub struct ImageArgs {
     /// Tag of the image [default: the artifact's tag with `-image`]
     #[arg(long, value_name = "TAG")]
     pub tag: Option<String>,
+    /// First make and push the artifact's index, if it has none: see `weightfs index`
+    #[arg(long)]
+    pub index: bool,
     /// Print JSON
     #[arg(long)]
     pub json: bool,

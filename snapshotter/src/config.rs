@@ -14,8 +14,9 @@ use toml::{Table, Value};
 use weightfs_fusefs::index::find::Believe;
 use weightfs_fusefs::index::signature::{KeyError, PublicKey};
 use weightfs_store::{
-    AccessOptions, Amount, Background, CacheOptions, Dragonfly, FetchOptions, KeepDigests, Recheck,
-    Registries, RegistryOptions, SourceError, StoreOptions, Verify,
+    AccessOptions, Amount, Background, CacheOptions, CredentialOptions, CredentialSource,
+    Dragonfly, FetchOptions, KeepDigests, PluginOptions, Recheck, Registries, RegistryOptions,
+    SourceError, StoreOptions, Verify,
 };
 
 use crate::indexes::{IndexPolicy, Indexes};
@@ -84,9 +85,27 @@ const KEYS: &[(&str, &str)] = &[
     ),
     ("fetch.prefetch", "Fetch the headers, tokenizers and next shards that a loader will read."),
     (
+        "credentials.sources",
+        "Where credentials are looked for, in this order: what the kubelet tells the CRI proxy (\"pull-secrets\"), credentials.file (\"file\"), docker's config.json with its helpers (\"docker\"), and the kubelet's plugins (\"kubelet-plugins\").",
+    ),
+    (
         "credentials.docker_config",
         "Directory of docker's config.json. Unset: $DOCKER_CONFIG, else ~/.docker.",
     ),
+    (
+        "credentials.file",
+        "A file in the format of docker's config.json, root's and with mode 0600. Unset: none.",
+    ),
+    (
+        "credentials.plugin_config",
+        "The kubelet's --image-credential-provider-config. Unset: its plugins are not asked.",
+    ),
+    ("credentials.plugin_dir", "The kubelet's --image-credential-provider-bin-dir."),
+    (
+        "cri.address",
+        "Unix socket for the kubelet's --image-service-endpoint: all goes on to containerd, and the pull secrets are remembered (in memory) for lazy reads. Unset: none.",
+    ),
+    ("cri.containerd", "containerd's socket, which answers what comes to cri.address."),
     (
         "mirrors.hosts_dir",
         "containerd's directory of hosts.toml files, for registries that have no table here.",
@@ -104,10 +123,11 @@ const KEYS: &[(&str, &str)] = &[
 ];
 
 /// The tables, in the order in which they are printed; those of registries follow.
-const SECTIONS: [&str; 10] = [
+const SECTIONS: [&str; 11] = [
     "snapshotter",
     "control",
     "containerd",
+    "cri",
     "cache",
     "verify",
     "index",
@@ -129,6 +149,8 @@ pub struct Config {
     pub control: ControlConfig,
     /// containerd.
     pub containerd: ContainerdConfig,
+    /// The image service for the kubelet.
+    pub cri: CriConfig,
     /// The cache.
     pub cache: CacheConfig,
     /// What is believed.
@@ -182,6 +204,16 @@ pub struct ContainerdConfig {
     pub config: PathBuf,
     /// Its program: a path, or a name to look for in `PATH`.
     pub program: PathBuf,
+}
+
+/// `[cri]`
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct CriConfig {
+    /// Its socket.
+    pub address: Option<PathBuf>,
+    /// Who answers.
+    pub containerd: PathBuf,
 }
 
 /// `[cache]`
@@ -297,11 +329,19 @@ pub struct FetchConfig {
 }
 
 /// `[credentials]`
-#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct CredentialsConfig {
+    /// The order in which sources are asked.
+    pub sources: Vec<CredentialSource>,
     /// Directory of docker's config.json.
     pub docker_config: Option<PathBuf>,
+    /// A file in the same format.
+    pub file: Option<PathBuf>,
+    /// The kubelet's configuration of its plugins.
+    pub plugin_config: Option<PathBuf>,
+    /// Where its plugins are.
+    pub plugin_dir: PathBuf,
 }
 
 /// `[dragonfly]`
@@ -339,6 +379,7 @@ impl Default for Config {
             snapshotter: SnapshotterConfig::default(),
             control: ControlConfig::default(),
             containerd: ContainerdConfig::default(),
+            cri: CriConfig::default(),
             cache: CacheConfig::default(),
             verify: VerifyConfig::default(),
             index: IndexConfig::default(),
@@ -366,6 +407,25 @@ impl Default for ControlConfig {
 impl Default for ContainerdConfig {
     fn default() -> Self {
         Self { config: "/etc/containerd/config.toml".into(), program: "containerd".into() }
+    }
+}
+
+impl Default for CriConfig {
+    fn default() -> Self {
+        Self { address: None, containerd: "/run/containerd/containerd.sock".into() }
+    }
+}
+
+impl Default for CredentialsConfig {
+    fn default() -> Self {
+        Self {
+            sources: CredentialSource::ALL.to_vec(),
+            docker_config: None,
+            file: None,
+            plugin_config: None,
+            // Where distributions of Kubernetes put it.
+            plugin_dir: "/usr/libexec/kubernetes/image-credential-provider-plugins".into(),
+        }
     }
 }
 
@@ -533,6 +593,9 @@ impl Config {
         if fetch.read_ahead_min > fetch.read_ahead_max {
             return bad("fetch.read_ahead_min", "must not be larger than fetch.read_ahead_max");
         }
+        if self.cri.address.as_deref() == Some(&*self.cri.containerd) {
+            return bad("cri.address", "must not be containerd's own socket");
+        }
         Ok(())
     }
 
@@ -596,10 +659,17 @@ impl Config {
         Registries::new(AccessOptions {
             registries: registries.collect(),
             hosts_dir: Some(self.mirrors.hosts_dir.clone()),
-            docker_config: self.credentials.docker_config.clone(),
+            credentials: self.credential_options(),
             dragonfly: self.dragonfly.daemon().transpose().map_err(unusable)?,
             timeout: self.fetch.deadline,
         })
+    }
+
+    fn credential_options(&self) -> CredentialOptions {
+        let CredentialsConfig { sources, docker_config, file, plugin_config, plugin_dir } =
+            self.credentials.clone();
+        let plugins = plugin_config.map(|config| PluginOptions { config, directory: plugin_dir });
+        CredentialOptions { sources, docker_config, file, plugins }
     }
 
     /// The whole configuration as commented TOML; read again, it gives the same.
@@ -700,7 +770,10 @@ mod tests {
             deadline = "1m 5s"
             request_size = "4MiB"
             [credentials]
+            sources = ["docker", "file"]
             docker_config = "/root/.docker"
+            [cri]
+            address = "/run/weightfs/cri.sock"
             [registry."127.0.0.1:5000"]
             plain_http = true
         "#;
@@ -751,6 +824,8 @@ mod tests {
             ("[cache]\nlimit = '10MiB'", "`cache.limit` must be 64MiB or more"),
             ("[cache]\nlimit = '0%'", "`cache.limit`"),
             ("[cache]\nmin_free = '101%'", "no percentage"),
+            ("[cri]\naddress = '/run/containerd/containerd.sock'", "`cri.address`"),
+            ("[credentials]\nsources = ['keychain']", "line 2"),
             ("[fetch]\nread_ahead_min = '1GiB'", "`fetch.read_ahead_min`"),
             ("[verify]\nreferrers = 'signed'", "`verify.keys` must name a public key"),
             ("root = 3", "line 1"),

@@ -1,4 +1,4 @@
-//! The daemon: one store, one mount, two sockets. It puts the parts together and takes them
+//! The daemon: one store, one mount, two sockets, and a third one for the kubelet if it is wanted. It puts the parts together and takes them
 //! apart in the right order, and does nothing else.
 //!
 //! Order of a start: the directory's lock, the metadata, the mount, what was mounted before, and
@@ -26,12 +26,13 @@ use tokio::sync::watch;
 use tracing::{info, warn};
 use weightfs_fusefs::Misses;
 use weightfs_fusefs::index::signature::KeyError;
-use weightfs_store::{OpenError, SourceError, Store};
+use weightfs_store::{OpenError, PullSecrets, SourceError, Store};
 
 use crate::cache::Cache;
 use crate::config::Config;
 use crate::containerd;
 use crate::control::{self, ControlService};
+use crate::cri;
 use crate::handover::{Inherited, Keeper, Name};
 use crate::images::ImageLayers;
 use crate::metadata::{LazySnapshot, Metadata, MetadataError};
@@ -164,6 +165,23 @@ impl Parts {
     }
 }
 
+/// containerd's CRI for the kubelet.
+#[derive(Debug)]
+struct CriProxy {
+    socket: UnixListener,
+    containerd: PathBuf,
+    secrets: Arc<PullSecrets>,
+}
+
+impl CriProxy {
+    /// Serves until `shutdown`; without one, there is nothing to be done.
+    async fn serve(proxy: Option<Self>, shutdown: impl Future<Output = ()>) {
+        if let Some(Self { socket, containerd, secrets }) = proxy {
+            cri::serve(socket, containerd, secrets, shutdown).await;
+        }
+    }
+}
+
 /// A daemon whose parts are in place.
 #[derive(Debug)]
 pub struct Daemon {
@@ -173,6 +191,7 @@ pub struct Daemon {
     control: ControlService,
     snapshotter_socket: UnixListener,
     control_socket: UnixListener,
+    cri: Option<CriProxy>,
     announcement: Announcement,
     keeper: Keeper,
     publisher: Option<Publisher>,
@@ -194,6 +213,7 @@ impl Daemon {
         // What was not restored is used by nobody.
         store.start_evicting();
         let Parts { metadata, trees, models, layers, opener, .. } = parts;
+        let secrets = Arc::clone(opener.registries.pull_secrets());
         let publisher = Publisher::start(config, &opener);
         let cache = Cache::new(opener, &config.root);
         let snapshots = Snapshots::open(&config.root, Arc::clone(&metadata), layers)?;
@@ -201,6 +221,14 @@ impl Daemon {
         let snapshotter_address = config.snapshotter.address.clone();
         let snapshotter_socket = listen(Name::Snapshotter, &snapshotter_address)?;
         let control_socket = listen(Name::Control, &config.control.address)?;
+        let cri = match &config.cri.address {
+            Some(address) => {
+                let (socket, containerd) =
+                    (listen(Name::Cri, address)?, config.cri.containerd.clone());
+                Some(CriProxy { socket, containerd, secrets })
+            }
+            None => None,
+        };
         let announcement = Announcement::new(&config.root, &config.control.address)
             .map_err(|source| OpenError::Io { path: config.root.clone(), source })?;
         let root = config.root.clone();
@@ -222,6 +250,7 @@ impl Daemon {
             control,
             snapshotter_socket,
             control_socket,
+            cri,
             announcement,
             keeper,
             publisher,
@@ -254,6 +283,7 @@ impl Daemon {
         let snapshotter = containerd::serve_alone(snapshots, self.snapshotter_socket, wait());
         let mut snapshotter = snapshotter.map_err(DaemonError::Thread)?;
         let mut controller = tokio::spawn(control::serve(control, self.control_socket, wait()));
+        let cri = tokio::spawn(CriProxy::serve(self.cri, wait()));
         keeper.tell_ready();
         tokio::spawn(doctor::warn_at_start(self.config));
         let (result, running) = tokio::select! {
@@ -267,7 +297,7 @@ impl Daemon {
         keeper.tell_stopping();
         drop((stopping, self.publisher));
         if running {
-            let servers = futures::future::join(&mut snapshotter, &mut controller);
+            let servers = futures::future::join3(&mut snapshotter, &mut controller, cri);
             if tokio::time::timeout(SHUTDOWN_DEADLINE, servers).await.is_err() {
                 warn!("connections did not end in time and are cut off");
             }
@@ -311,6 +341,9 @@ where
 
 fn opener(config: &Config, store: Arc<Store>) -> Result<Opener, DaemonError> {
     let registries = config.registries()?;
+    if config.cri.address.is_some() {
+        registries.pull_secrets().feed();
+    }
     let references = References::new(&config.root);
     let indexes = config.indexes()?;
     Ok(Opener { registries, store, references, indexes, deadline: config.fetch.deadline })

@@ -33,10 +33,12 @@ pub enum Name {
     Snapshotter,
     /// The listening socket for the command line.
     Control,
+    /// The listening socket for the kubelet.
+    Cri,
 }
 
 impl Name {
-    const ALL: [Self; 4] = [Self::Mount, Self::Ledger, Self::Snapshotter, Self::Control];
+    const ALL: [Self; 5] = [Self::Mount, Self::Ledger, Self::Snapshotter, Self::Control, Self::Cri];
 
     /// Also `FileDescriptorName=` in the socket units.
     const fn as_str(self) -> &'static str {
@@ -45,6 +47,7 @@ impl Name {
             Self::Ledger => "ledger",
             Self::Snapshotter => "snapshotter",
             Self::Control => "control",
+            Self::Cri => "cri",
         }
     }
 }

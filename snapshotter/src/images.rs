@@ -14,7 +14,7 @@ use tonic::async_trait;
 use tracing::{error, info, warn};
 use weightfs_fusefs::index::Index;
 use weightfs_fusefs::{Artifact, Compression, LayerContent, LayerDescriptor, Quiet, TreeNumber};
-use weightfs_store::{Digest, Reference, parse_reference};
+use weightfs_store::{Digest, Reference, Repository, parse_reference};
 
 use crate::metadata::{LazySnapshot, Metadata, Usage};
 use crate::profiles;
@@ -25,6 +25,9 @@ use crate::trees::{LayerRecord, OpenTree, Opener, TreeRecord, Trees};
 /// Manifests that are remembered: containerd asks for each layer of an image in turn.
 const MANIFESTS: NonZeroUsize = NonZeroUsize::new(64).unwrap();
 
+/// Manifests of repositories.
+type Manifests = LruCache<(Repository, Digest), Arc<Artifact>>;
+
 /// Mounts the layers that can be lazy.
 #[derive(Debug)]
 pub struct ImageLayers {
@@ -32,7 +35,8 @@ pub struct ImageLayers {
     trees: Arc<Trees>,
     metadata: Arc<Metadata>,
     min_layer_bytes: u64,
-    manifests: Mutex<LruCache<Digest, Arc<Artifact>>>,
+    /// By repository, too: who may read one may not have the right to another.
+    manifests: Mutex<Manifests>,
 }
 
 impl ImageLayers {
@@ -178,13 +182,14 @@ impl ImageLayers {
         reference: &Reference,
         manifest: Digest,
     ) -> Result<Arc<Artifact>, Reason> {
-        if let Some(artifact) = self.manifests().get(&manifest) {
+        let key = (Repository::of(reference), manifest);
+        if let Some(artifact) = self.manifests().get(&key) {
             return Ok(Arc::clone(artifact));
         }
         let pinned = reference.clone_with_digest(manifest.to_string());
         let artifact = self.opener.resolve(&pinned).await?;
         let artifact = Arc::new(artifact);
-        self.manifests().put(manifest, Arc::clone(&artifact));
+        self.manifests().put(key, Arc::clone(&artifact));
         Ok(artifact)
     }
 
@@ -216,7 +221,7 @@ impl ImageLayers {
         }
     }
 
-    fn manifests(&self) -> std::sync::MutexGuard<'_, LruCache<Digest, Arc<Artifact>>> {
+    fn manifests(&self) -> std::sync::MutexGuard<'_, Manifests> {
         self.manifests.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

@@ -16,9 +16,9 @@ use serde::{Deserialize, Serialize};
 use tokio::time::{Instant, timeout};
 use tracing::warn;
 use weightfs_fusefs::Artifact;
-use weightfs_fusefs::index::find::{Believe, Lookup, annotated_index, find_index};
+use weightfs_fusefs::index::find::{Believe, Lookup, annotated_index, find_index, subject_of};
 use weightfs_fusefs::index::{Index, MAX_INDEX_BYTES};
-use weightfs_store::{Digest, Registries, Verify};
+use weightfs_store::{Digest, Registries, SourceError, Verify};
 
 /// How long a registry may take to find an index and to give it.
 const LOOKUP_DEADLINE: Duration = Duration::from_secs(30);
@@ -116,8 +116,7 @@ impl Indexes {
                 self.refused(*manifest_digest, why)?;
             }
         }
-        let Some(believe) = &self.believe else { return Ok(None) };
-        match find_index(registries, repository, *manifest_digest, believe).await {
+        match self.beside(registries, artifact).await {
             Ok(Lookup::Found(found)) => Ok(Some(Arc::new(found.index))),
             Ok(Lookup::Refused(why)) => self.refused(*manifest_digest, why).map(|()| None),
             Ok(Lookup::Nothing) => Ok(None),
@@ -125,6 +124,22 @@ impl Indexes {
                 warn!(manifest = %manifest_digest, %error, "no index can be looked for");
                 Ok(None)
             }
+        }
+    }
+
+    /// What the registry has beside an artifact, as far as the policy allows to believe it.
+    ///
+    /// # Errors
+    /// A registry that can't be reached or refuses.
+    pub async fn beside(
+        &self,
+        registries: &Registries,
+        artifact: &Artifact,
+    ) -> Result<Lookup, SourceError> {
+        let (repository, manifest) = (&artifact.repository, subject_of(artifact));
+        match &self.believe {
+            Some(believe) => find_index(registries, repository, manifest, believe).await,
+            None => Ok(Lookup::Nothing),
         }
     }
 

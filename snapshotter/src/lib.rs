@@ -8,6 +8,7 @@ pub mod client;
 pub mod config;
 pub mod containerd;
 pub mod control;
+pub mod cri;
 pub mod csi;
 pub mod daemon;
 pub mod filter;

@@ -9,6 +9,7 @@ use std::sync::Arc;
 use serde::Serialize;
 use sha2::{Digest as _, Sha256};
 use weightfs_fusefs::artifact::model_image::{ImageLayer, ModelImage, rank};
+use weightfs_fusefs::index::find::Lookup;
 use weightfs_fusefs::{
     Artifact, ArtifactKind, Base, Compression, NodeId, NodeKind, OpenLayer, Progress, Tree,
     TreeError,
@@ -55,6 +56,9 @@ pub enum ModelImageError {
     /// A layer can't be read.
     #[error(transparent)]
     Read(#[from] ReadError),
+    /// The registry does not say whether there is an index.
+    #[error("looking for the artifact's index: {0}")]
+    Index(#[source] SourceError),
     /// The registry did not take it.
     #[error("pushing the image: {0}")]
     Push(#[from] SourceError),
@@ -69,6 +73,8 @@ pub struct Pushed {
     pub digest: Digest,
     /// The artifact's manifest.
     pub artifact: Digest,
+    /// The artifact's index, which the image names; its chunks are compared with that.
+    pub index: Option<Digest>,
     /// Layers that are mounted lazily.
     pub lazy_layers: usize,
     /// All layers.
@@ -97,7 +103,12 @@ pub async fn push(
         (None, None) => return Err(ModelImageError::NoTag(reference.to_string())),
     };
     let layers = opener.open(&artifact, progress).await?.layers;
-    let image = make(&artifact, &layers).await?;
+    let beside = opener.indexes.beside(&opener.registries, &artifact);
+    let index = match beside.await.map_err(ModelImageError::Index)? {
+        Lookup::Found(found) => Some(found.digest),
+        Lookup::Refused(_) | Lookup::Nothing => None,
+    };
+    let image = make(&artifact, index, &layers).await?;
     let digest = upload(opener, &artifact.repository, &tag, &image).await?;
     let Repository { registry, name } = &artifact.repository;
     let documents = image.configs.iter().chain(&image.manifests).chain([&image.index]);
@@ -105,6 +116,7 @@ pub async fn push(
         reference: format!("{registry}/{name}:{tag}"),
         digest,
         artifact: artifact.manifest_digest,
+        index,
         lazy_layers: layers.iter().filter(|layer| is_lazy(layer)).count(),
         layers: layers.len(),
         bytes: documents.map(|document| document.len() as u64).sum(),
@@ -113,6 +125,7 @@ pub async fn push(
 
 async fn make(
     artifact: &Artifact,
+    index: Option<Digest>,
     layers: &[Arc<OpenLayer>],
 ) -> Result<ModelImage, ModelImageError> {
     let mut ordered = layers.to_vec();
@@ -128,7 +141,7 @@ async fn make(
         let diff_id = diff_id(layer).await?;
         image_layers.push(ImageLayer { layer: &layer.descriptor, diff_id });
     }
-    ModelImage::new(artifact.manifest_digest, &image_layers)
+    ModelImage::new(artifact.manifest_digest, index, &image_layers)
         .map_err(|(digest, why)| ModelImageError::Layer { digest, why })
 }
 

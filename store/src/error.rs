@@ -71,6 +71,11 @@ pub enum SourceError {
 }
 
 impl SourceError {
+    /// Whether a reader who has time should wait: another try may do, or credentials that are new.
+    pub(crate) fn may_be_mended(&self) -> bool {
+        self.may_pass() || matches!(self, Self::Unauthorized { .. })
+    }
+
     /// Whether the host says that it is asked too much.
     pub fn is_complaint(&self) -> bool {
         matches!(self, Self::Status { status: 429 | 503, .. })

@@ -43,10 +43,11 @@ pub use digest::{Digest, DigestError};
 pub use error::{OpenError, ReadError, SourceError};
 pub use hash::give_way;
 pub use layout::{CHUNK_BYTES, Layout, LayoutError};
-pub use oci_client::{ParseError, Reference};
+pub use oci_spec::distribution::{ParseError, Reference};
 pub use registry::{
-    AccessOptions, Dragonfly, MAX_MANIFEST_BYTES, Manifest, Registries, RegistryOptions,
-    Repository, parse_reference,
+    AccessOptions, CredentialOptions, CredentialSource, Credentials, Dragonfly, MAX_MANIFEST_BYTES,
+    Manifest, Noted, PluginOptions, PullSecrets, Registries, RegistryOptions, Repository, Secret,
+    parse_reference,
 };
 pub use source::{ByteStream, Source, in_order};
 pub use store::{

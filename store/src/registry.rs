@@ -9,6 +9,7 @@ mod auth;
 mod blob;
 mod body;
 mod clients;
+mod credentials;
 mod dragonfly;
 mod endpoints;
 mod files;
@@ -31,7 +32,7 @@ use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
 use lru::LruCache;
-use oci_client::Reference;
+use oci_spec::distribution::Reference;
 use oci_spec::image::MediaType;
 use reqwest::header::{ACCEPT, CONTENT_TYPE, HeaderMap, HeaderValue};
 use reqwest::{Response, StatusCode};
@@ -39,6 +40,10 @@ use serde::{Deserialize, Serialize};
 use tokio::time::Instant;
 
 use self::blob::BlobSource;
+use self::credentials::Sources;
+pub use self::credentials::{
+    CredentialOptions, CredentialSource, Credentials, Noted, PluginOptions, PullSecrets, Secret,
+};
 pub use self::dragonfly::Dragonfly;
 use self::host::Host;
 use self::hosts::Hosts;
@@ -102,8 +107,8 @@ pub struct AccessOptions {
     pub registries: BTreeMap<String, RegistryOptions>,
     /// containerd's directory with a hosts.toml for each registry, for those not in `registries`.
     pub hosts_dir: Option<PathBuf>,
-    /// The directory with docker's config.json. Unset: `$DOCKER_CONFIG`, else `~/.docker`.
-    pub docker_config: Option<PathBuf>,
+    /// Where credentials come from.
+    pub credentials: CredentialOptions,
     /// Dragonfly's daemon on this node, through which blobs are fetched first.
     pub dragonfly: Option<Dragonfly>,
     /// Bounds a request for a manifest or a small blob, with its authentication; a connection that
@@ -116,7 +121,7 @@ impl Default for AccessOptions {
         Self {
             registries: BTreeMap::new(),
             hosts_dir: None,
-            docker_config: None,
+            credentials: CredentialOptions::default(),
             dragonfly: None,
             timeout: Duration::from_secs(30),
         }
@@ -127,6 +132,7 @@ impl Default for AccessOptions {
 #[derive(Debug)]
 pub struct Registries {
     options: AccessOptions,
+    credentials: Arc<Sources>,
     hosts: Mutex<LruCache<String, Arc<Hosts>>>,
 }
 
@@ -135,12 +141,17 @@ impl Registries {
     /// When a registry's CA file can't be used.
     pub fn new(options: AccessOptions) -> Result<Arc<Self>, SourceError> {
         let hosts = Mutex::new(LruCache::new(MAX_HOSTS));
-        let docker_config = options.docker_config.or_else(default_config);
-        let registries = Self { options: AccessOptions { docker_config, ..options }, hosts };
+        let credentials = Arc::new(Sources::new(options.credentials.clone()));
+        let registries = Self { options, credentials, hosts };
         for registry in registries.options.registries.keys() {
             registries.hosts(registry)?;
         }
         Ok(Arc::new(registries))
+    }
+
+    /// Where to note what is told of credentials while images are pulled.
+    pub fn pull_secrets(&self) -> &Arc<PullSecrets> {
+        self.credentials.pull_secrets()
     }
 
     /// The manifest that a reference (tag or digest) names.
@@ -322,7 +333,7 @@ impl Registries {
             source_name: registry.to_owned(),
             message,
         })?;
-        Hosts::open(registry, found, &self.options)
+        Hosts::open(registry, found, &self.options, &self.credentials)
     }
 
     /// The host of a registry that takes what is pushed.
@@ -470,12 +481,6 @@ fn media_type(headers: &HeaderMap, manifest: &[u8]) -> String {
     }
     let own = serde_json::from_slice::<Typed>(manifest).ok().and_then(|typed| typed.media_type);
     own.unwrap_or(given)
-}
-
-/// Where docker keeps its configuration.
-fn default_config() -> Option<PathBuf> {
-    let home = || std::env::home_dir().map(|home| home.join(".docker"));
-    std::env::var_os("DOCKER_CONFIG").map(PathBuf::from).or_else(home)
 }
 
 fn string(error: impl ToString) -> String {

@@ -1,5 +1,6 @@
 //! What a kubelet asks of containerd, as far as tests need it: pull, run, log, remove.
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 
@@ -7,20 +8,24 @@ use hyper_util::rt::TokioIo;
 use k8s_cri::v1::image_service_client::ImageServiceClient;
 use k8s_cri::v1::runtime_service_client::RuntimeServiceClient;
 use k8s_cri::v1::{
-    ContainerConfig, ContainerMetadata, ContainerState, ContainerStatusRequest,
-    CreateContainerRequest, IdMapping, ImageFsInfoRequest, ImageSpec, LinuxContainerConfig,
-    LinuxContainerSecurityContext, LinuxPodSandboxConfig, LinuxSandboxSecurityContext,
-    ListImagesRequest, Mount, NamespaceMode, NamespaceOption, PodSandboxConfig, PodSandboxMetadata,
-    PullImageRequest, RemoveImageRequest, RemovePodSandboxRequest, RunPodSandboxRequest,
-    StartContainerRequest, StopPodSandboxRequest, UserNamespace,
+    AuthConfig, ContainerConfig, ContainerMetadata, ContainerState, ContainerStatusRequest,
+    CreateContainerRequest, IdMapping, ImageFsInfoRequest, ImageSpec, ImageStatusRequest,
+    ImageStatusResponse, LinuxContainerConfig, LinuxContainerSecurityContext,
+    LinuxPodSandboxConfig, LinuxSandboxSecurityContext, ListImagesRequest, Mount, NamespaceMode,
+    NamespaceOption, PodSandboxConfig, PodSandboxMetadata, PullImageRequest, RemoveImageRequest,
+    RemovePodSandboxRequest, RunPodSandboxRequest, StartContainerRequest, StopPodSandboxRequest,
+    UserNamespace, VersionRequest,
 };
 use tokio::net::UnixStream;
-use tonic::Status;
+use tonic::client::Grpc;
+use tonic::codegen::http::uri::PathAndQuery;
 use tonic::transport::{Channel, Endpoint, Uri};
+use tonic::{Code, Status};
+use tonic_prost::ProstCodec;
 use tower::service_fn;
 
 use crate::containerd::Containerd;
-use crate::remote::block_on;
+use crate::remote::{Credentials, block_on};
 use crate::wait::wait_until;
 
 /// A CRI client of one containerd.
@@ -42,7 +47,12 @@ pub struct Ended {
 impl Cri {
     /// Connects; containers' logs go to `logs`.
     pub fn connect(containerd: &Containerd, logs: &Path) -> Self {
-        let socket = containerd.socket();
+        Self::connect_at(&containerd.socket(), logs)
+    }
+
+    /// Connects to whoever speaks CRI at `socket`.
+    pub fn connect_at(socket: &Path, logs: &Path) -> Self {
+        let socket = socket.to_owned();
         let connector = service_fn(move |_: Uri| {
             let socket = socket.clone();
             async move { UnixStream::connect(socket).await.map(TokioIo::new) }
@@ -65,6 +75,70 @@ impl Cri {
         let request =
             PullImageRequest { image: Some(spec(reference)), ..PullImageRequest::default() };
         Ok(block_on(self.images().pull_image(request))?.into_inner().image_ref)
+    }
+
+    /// Pulls an image with the credentials of a pull secret.
+    ///
+    /// # Errors
+    /// What containerd answers.
+    pub fn pull_as(&self, reference: &str, who: &Credentials) -> Result<String, Status> {
+        let auth = AuthConfig {
+            username: who.user.clone(),
+            password: who.password.clone(),
+            ..AuthConfig::default()
+        };
+        let image = Some(spec(reference));
+        let request = PullImageRequest { image, auth: Some(auth), ..PullImageRequest::default() };
+        Ok(block_on(self.images().pull_image(request))?.into_inner().image_ref)
+    }
+
+    /// What every call of the image service that changes nothing says of an image, and calls that fail
+    /// say why; and a call of the runtime service. What changes by itself is left out.
+    pub fn account(&self, reference: &str) -> Vec<String> {
+        let (mut images, mut runtime) = (self.images(), self.runtime());
+        let image = Some(spec(reference));
+        let list = block_on(images.list_images(ListImagesRequest { filter: None }));
+        let list = list.map(|list| {
+            let mut images = list.into_inner().images;
+            images.sort_by(|a, b| a.id.cmp(&b.id));
+            images
+        });
+        let status = ImageStatusRequest { image, verbose: true };
+        let status = block_on(images.image_status(status)).map(|status| {
+            let ImageStatusResponse { image, info } = status.into_inner();
+            (image, info.into_iter().collect::<BTreeMap<_, _>>())
+        });
+        let disk = block_on(images.image_fs_info(ImageFsInfoRequest {})).map(|info| {
+            let disks = info.into_inner().image_filesystems.into_iter();
+            disks.map(|disk| disk.fs_id.map(|id| id.mountpoint)).collect::<Vec<_>>()
+        });
+        let nothing = PullImageRequest { image: Some(spec("!")), ..PullImageRequest::default() };
+        let failed = block_on(images.pull_image(nothing));
+        let failed = failed.map_err(|status| (status.code(), status.message().to_owned()));
+        let missing = RemoveImageRequest { image: Some(spec("nothing:1")) };
+        let missing = block_on(images.remove_image(missing)).map(tonic::Response::into_inner);
+        let version = VersionRequest { version: "v1".into() };
+        let version = block_on(runtime.version(version)).map(tonic::Response::into_inner);
+        vec![
+            format!("{list:?}"),
+            format!("{status:?}"),
+            format!("{disk:?}"),
+            format!("{failed:?}"),
+            format!("{missing:?}"),
+            format!("{version:?}"),
+        ]
+    }
+
+    /// What a method that nobody has says.
+    pub fn call_unknown(&self) -> (Code, String) {
+        let path = PathAndQuery::from_static("/runtime.v9.ImageService/Unknown");
+        let status = block_on(async {
+            let mut grpc = Grpc::new(self.channel.clone());
+            grpc.ready().await.unwrap();
+            let codec = ProstCodec::<ImageFsInfoRequest, ImageFsInfoRequest>::default();
+            grpc.unary(tonic::Request::new(ImageFsInfoRequest {}), path, codec).await.unwrap_err()
+        });
+        (status.code(), status.message().to_owned())
     }
 
     /// Removes an image.

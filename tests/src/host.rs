@@ -85,6 +85,12 @@ impl Host {
         Self::start(bed, daemon, None, Version::Installed)
     }
 
+    /// Starts that containerd, with CRI, beside a daemon.
+    pub fn with_cri_beside(bed: Bed, daemon: Daemon, version: Version) -> Self {
+        let cri = cri(&bed);
+        Self::start(bed, daemon, Some(cri), version)
+    }
+
     fn start(bed: Bed, daemon: Daemon, cri: Option<CriOptions>, version: Version) -> Self {
         let weightfs = Some(bed.weightfs.snapshotter_socket());
         let options = ContainerdOptions { weightfs, cri, version, ..ContainerdOptions::default() };

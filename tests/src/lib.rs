@@ -30,6 +30,7 @@ pub mod registry;
 pub mod remote;
 pub mod sign;
 pub mod snapshots;
+pub mod tokens;
 pub mod tree;
 pub mod wait;
 pub mod weightfs;

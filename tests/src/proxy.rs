@@ -273,9 +273,10 @@ async fn answer(request: Request<Incoming>, state: Arc<State>) -> Answer {
         Some(Fault::Busy { status, retry_after }) => {
             return answers::busy(status, retry_after, false);
         }
-        Some(Fault::Bursts { of, refused, dated }) if state.is_in_burst(of, refused) => {
-            return answers::busy(429, 1, dated);
-        }
+        Some(Fault::Bursts { of, refused }) => match state.burst(of) {
+            number if number < refused => return answers::busy(429, 1, number % 2 == 1),
+            _ => state.forward(request, false).await?,
+        },
         Some(Fault::Dragonfly { status, failed }) => return answers::dragonfly(status, failed),
         Some(Fault::Unsatisfiable) if ranged => return answers::bare(416),
         Some(Fault::Unsigned(signatures)) if !signatures.honour(request.uri()) => {
@@ -328,9 +329,9 @@ impl State {
         faults.iter().find(|(target, _)| target.matches(path)).map(|(_, fault)| fault.clone())
     }
 
-    /// Counts a request, and says whether it is one of the first of its burst.
-    fn is_in_burst(&self, of: usize, refused: usize) -> bool {
-        self.burst.fetch_add(1, Ordering::Relaxed) % of < refused
+    /// Counts a request; its number in its burst.
+    fn burst(&self, of: usize) -> usize {
+        self.burst.fetch_add(1, Ordering::Relaxed) % of
     }
 
     async fn healed(&self) {

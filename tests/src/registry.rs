@@ -14,10 +14,23 @@ use crate::remote::{Credentials, Remote};
 pub struct RegistryOptions {
     /// Asks everybody for these credentials (HTTP basic, htpasswd).
     pub credentials: Option<Credentials>,
+    /// Asks for tokens of that server.
+    pub tokens: Option<Realm>,
     /// Speaks TLS with a certificate of an authority that nobody knows yet.
     pub tls: bool,
     /// With TLS: lets in only who shows a certificate of the same authority.
     pub client_certificates: bool,
+}
+
+/// Whose tokens a registry takes.
+#[derive(Debug, Clone)]
+pub struct Realm {
+    /// Where they are to be had.
+    pub url: String,
+    /// Who gives them, and for whom they are.
+    pub name: String,
+    /// PEM file of the certificate that they are signed by.
+    pub certificate: PathBuf,
 }
 
 /// A running registry.
@@ -83,6 +96,11 @@ impl Registry {
         blobs.join(&hex[..2]).join(hex).join("data")
     }
 
+    /// Lets these in from now on, and nobody else.
+    pub fn change_password(&self, credentials: &Credentials) {
+        fs::write(self.dir.join("htpasswd"), htpasswd(credentials)).unwrap();
+    }
+
     /// Kills it, as a power cut would.
     pub fn kill(&mut self) {
         self.service.kill();
@@ -122,6 +140,13 @@ fn config_text(
     if let Some(credentials) = &options.credentials {
         fs::write(dir.join("htpasswd"), htpasswd(credentials)).unwrap();
         text += &format!("auth: {{htpasswd: {{realm: test, path: {}/htpasswd}}}}\n", dir.display());
+    }
+    if let Some(Realm { url, name, certificate }) = &options.tokens {
+        text += &format!(
+            "auth: {{token: {{realm: \"{url}\", service: {name}, issuer: {name}, \
+             rootcertbundle: {}}}}}\n",
+            certificate.display()
+        );
     }
     text
 }

@@ -59,6 +59,11 @@ impl Weightfs {
         fs::write(self.home.join("config.json"), text).unwrap();
     }
 
+    /// Takes docker's config.json away.
+    pub fn log_out(&self) {
+        fs::remove_file(self.home.join("config.json")).unwrap();
+    }
+
     /// The state directory.
     pub fn root(&self) -> PathBuf {
         self.home.join("root")

@@ -1,7 +1,10 @@
 //! Model images: models in stock containerd and Kubernetes, of the artifact's own blobs.
 
+use std::fs::{self, File};
+use std::os::unix::fs::FileExt as _;
 use std::path::Path;
 
+use serde_json::Value;
 use weightfs_tests::containerd::Version;
 use weightfs_tests::cri::Cri;
 use weightfs_tests::digest;
@@ -10,7 +13,7 @@ use weightfs_tests::layer::Compression;
 use weightfs_tests::model::SMALL_MODEL;
 use weightfs_tests::modelpack::{Dialect, Plan};
 use weightfs_tests::tree::{self, Scope};
-use weightfs_tests::{Artifact, Bed, Host, Target};
+use weightfs_tests::{Artifact, Bed, Fault, Host, Target};
 
 const MODELS: &str = "models/small";
 const WEIGHTS: &str = "weights/model-00001-of-00003.safetensors";
@@ -50,6 +53,116 @@ fn the_same_artifact_gives_the_same_image_and_nothing_of_it_is_moved() {
     let moved = bytes_of_blobs(&bed, &artifact);
     assert!(moved <= tar, "{moved} bytes, though listing the tar needs {tar} at the most");
     assert_eq!(make_image(&bed, &reference), first);
+}
+
+/// The manifests of a model image, by their digests in its index.
+fn manifests_of(bed: &Bed, image: &Value) -> Vec<Value> {
+    let document = |digest: &Value| -> Value {
+        let hex = digest.as_str().unwrap().strip_prefix("sha256:").unwrap();
+        serde_json::from_slice(&fs::read(bed.registry.stored(hex)).unwrap()).unwrap()
+    };
+    let index = document(&image["digest"]);
+    index["manifests"].as_array().unwrap().iter().map(|one| document(&one["digest"])).collect()
+}
+
+#[test]
+fn the_weights_come_first_and_each_layer_says_what_it_is() {
+    let bed = Bed::new();
+    let (_, artifact, reference) = push_model(&bed);
+    let without = make_image(&bed, &reference);
+    assert_eq!(without["index"], Value::Null);
+    let outcome = bed.weightfs.run_here(&["image", &reference, "--index", "--json"]);
+    let image: Value = serde_json::from_str(&outcome.ok()).unwrap();
+    let index = image["index"].as_str().unwrap();
+    assert_ne!(image["digest"], without["digest"]);
+    assert_eq!(make_image(&bed, &reference), image, "the same artifact and index, the same image");
+    for manifest in manifests_of(&bed, &image) {
+        let layers = manifest["layers"].as_array().unwrap();
+        assert_eq!(layers.len(), artifact.layers().len());
+        let text = |layer: &Value, name: &str| {
+            let key = format!("containerd.io/snapshot/weightfs.{name}");
+            layer["annotations"][key].as_str().unwrap_or_default().to_owned()
+        };
+        let paths: Vec<_> = layers.iter().map(|layer| text(layer, "path")).collect();
+        let weights = paths.iter().filter(|path| path.ends_with(".safetensors")).count();
+        assert!(weights > 1 && paths[..weights].iter().all(|path| path.ends_with(".safetensors")));
+        for layer in layers {
+            assert_eq!(text(layer, "index"), index);
+            let kind = if text(layer, "kind") == "tar" { "tar" } else { "raw" };
+            let media_type = format!("application/vnd.oci.image.layer.v1.{kind}");
+            assert_eq!(layer["mediaType"], media_type);
+            if kind == "raw" {
+                let part = SMALL_MODEL.iter().find(|part| part.path == text(layer, "path"));
+                assert_eq!(text(layer, "mode"), format!("{:04o}", part.unwrap().mode));
+                assert!(text(layer, "mtime").ends_with('Z'), "{layer}");
+            }
+        }
+        assert!(layers.iter().any(|layer| text(layer, "kind") == "tar"));
+    }
+}
+
+/// Reads the page at each MiB of the weights of a model image that was just pulled.
+fn read_each_mib(dir: &Path, source: &Path) -> Vec<bool> {
+    let (there, here) = (dir.join(WEIGHTS), fs::read(source.join(WEIGHTS)).unwrap());
+    let there = File::open(there).unwrap();
+    let pages = (0..here.len() - 4096).step_by(1 << 20);
+    pages
+        .map(|at| {
+            let mut page = [0; 4096];
+            let read = there.read_exact_at(&mut page, at as u64);
+            assert!(read.is_err() || page == here[at..at + 4096], "a wrong byte was served");
+            read.is_ok()
+        })
+        .collect()
+}
+
+#[test]
+fn what_is_read_of_an_image_is_compared_with_the_index_that_it_names() {
+    let bed = Bed::new();
+    // The image's own digest binds the index: none that is only found is believed.
+    bed.weightfs.configure(
+        "[verify]\nreferrers = \"off\"\n[fetch]\nbackground = \"off\"\nread_ahead_min = \"0B\"\n\
+         read_ahead_max = \"0B\"",
+    );
+    let (source, artifact, model) = push_model(&bed);
+    let elsewhere = weightfs_tests::Weightfs::new(&bed.area);
+    let made = elsewhere.run_here(&["image", &model, "--index", "--json"]).ok();
+    let image: Value = serde_json::from_str(&made).unwrap();
+    let reference = image["reference"].as_str().unwrap();
+    let daemon = bed.weightfs.serve(&bed.area);
+    let host = Host::beside(bed, daemon);
+    let weights = artifact_blob(&artifact, &source.join(WEIGHTS));
+    host.bed.proxy.fail(Target::Blob(weights), Fault::Corrupt { at: (2 << 20) + 5 });
+    host.rpull(reference);
+    let dir = host.bed.mount_point();
+    let view = host.containerd.mount_view(SNAPSHOTTER, &dir);
+    let good = read_each_mib(&dir, &source);
+    assert!(good.len() > 3 && good[0] && !good[2] && good[3], "{good:?}");
+    host.bed.proxy.heal();
+    assert!(read_each_mib(&dir, &source).iter().all(|good| *good));
+    let status = host.bed.weightfs.run_here(&["status", reference, "--json"]).ok();
+    let status: Value = serde_json::from_str(&status).unwrap();
+    let layers = status["layers"].as_array().unwrap();
+    let layer = layers.iter().find(|layer| layer["digest"] == weights.to_string()).unwrap();
+    assert_eq!(layer["trust"], "indexed", "{layers:?}");
+    view.remove();
+    host.containerd.remove_image(reference);
+    host.assert_nothing_left();
+}
+
+#[test]
+fn an_index_that_came_later_is_found_beside_the_artifact() {
+    let bed = Bed::new();
+    let (source, _, model) = push_model(&bed);
+    let image = make_image(&bed, &model);
+    bed.weightfs.run_here(&["index", &model]).ok();
+    let elsewhere = weightfs_tests::Weightfs::new(&bed.area);
+    let dir = bed.mount_point();
+    let mounted = elsewhere.mount(&bed.area, image["reference"].as_str().unwrap(), &dir);
+    tree::assert_same(&source, &dir, Scope::ModelFiles);
+    mounted.stop();
+    let listed = elsewhere.run_here(&["cache", "ls", "--json"]).ok();
+    assert!(listed.contains("\"indexed\""), "{listed}");
 }
 
 #[test]

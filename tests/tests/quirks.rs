@@ -34,7 +34,7 @@ const SMALL_REQUESTS: &str = "[fetch]\nbackground = \"off\"\nprefetch = false\n\
     request_size = \"1MiB\"\nread_ahead_min = \"1MiB\"\nread_ahead_max = \"2MiB\"\n";
 
 /// Cells that run at once. They wait more than they work.
-const AT_ONCE: usize = 8;
+const AT_ONCE: usize = 12;
 
 /// A repository and a tag.
 type Kind = (&'static str, &'static str);
@@ -192,7 +192,6 @@ impl Stage {
 
 /// The quirks, by name.
 fn quirks(bed: &Bed) -> Vec<(&'static str, Stage)> {
-    let bursts = |dated| Fault::Bursts { of: 12, refused: 2, dated };
     let tokens_and_signatures = || {
         let stage = Stage::signing(bed, 3);
         let credentials = Credentials { user: "robot$project+reader".into(), password: "x".into() };
@@ -215,10 +214,8 @@ fn quirks(bed: &Bed) -> Vec<(&'static str, Stage)> {
         ("lengths untold", Stage::failing(bed, Fault::NoLength)),
         ("more than asked for", Stage::failing(bed, Fault::TooMuch(70_000))),
         ("cut in mid-body", Stage::failing(bed, Fault::Cut { after: 300_000 })),
-        ("bursts of 429", Stage::failing(bed, bursts(false))),
-        ("bursts of 429, dated", Stage::failing(bed, bursts(true))),
+        ("bursts of 429", Stage::failing(bed, Fault::Bursts { of: 24, refused: 2 })),
         ("signed for one use", Stage::signing(bed, 1)),
-        ("signed for three uses", Stage::signing(bed, 3)),
         ("tokens of two seconds", Stage::with_tokens(bed, Duration::from_secs(2))),
         ("tokens and signatures", tokens_and_signatures()),
         ("private authority", Stage::with_tls(bed, false)),

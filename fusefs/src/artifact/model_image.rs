@@ -45,6 +45,9 @@ const MTIME: &str = "containerd.io/snapshot/weightfs.mtime";
 const CREATED: &str = "containerd.io/snapshot/weightfs.created";
 /// The manifest of the artifact that the image was made of.
 const ARTIFACT: &str = "containerd.io/snapshot/weightfs.artifact";
+/// The digest of the artifact's index, at each layer: whoever knows the image by its digest knows
+/// that of each chunk.
+pub(crate) const INDEX: &str = "containerd.io/snapshot/weightfs.index";
 
 /// A layer of a model image, with what containerd must know of it.
 #[derive(Debug)]
@@ -72,15 +75,25 @@ impl ModelImage {
     /// Media type of the index.
     pub const INDEX_TYPE: &'static str = INDEX_TYPE;
 
-    /// The image of those layers, which are in the order in which containerd shall have them.
+    /// The image of those layers, which are in the order in which containerd shall have them, with
+    /// the artifact's index if it has one.
     ///
     /// # Errors
     /// A layer that can't be described in containerd's terms, by its digest.
-    pub fn new(artifact: Digest, layers: &[ImageLayer<'_>]) -> Result<Self, (Digest, String)> {
-        let described: Vec<_> = layers
+    pub fn new(
+        artifact: Digest,
+        index: Option<Digest>,
+        layers: &[ImageLayer<'_>],
+    ) -> Result<Self, (Digest, String)> {
+        let mut described: Vec<_> = layers
             .iter()
             .map(|layer| describe(layer.layer).map_err(|why| (layer.layer.digest, why)))
             .collect::<Result<_, _>>()?;
+        if let Some(index) = index {
+            for layer in &mut described {
+                layer.annotations.insert(INDEX, index.to_string());
+            }
+        }
         let diff_ids: Vec<_> = layers.iter().map(|layer| layer.diff_id.to_string()).collect();
         let annotations = BTreeMap::from([(ARTIFACT, artifact.to_string())]);
         let (mut configs, mut manifests, mut offered) = (vec![], vec![], vec![]);
@@ -238,6 +251,16 @@ fn text_of(time: Timestamp) -> Result<String, Problem> {
     let nanos = i32::try_from(time.nanos).map_err(|_| "its time is malformed")?;
     let moment = Moment::new(time.seconds, nanos);
     moment.map(|moment| moment.to_string()).map_err(|_| "its time is out of range".to_owned())
+}
+
+/// The manifest of the artifact that a model image was made of, if a manifest says so.
+pub fn artifact_of(manifest: &[u8]) -> Option<Digest> {
+    #[derive(serde::Deserialize)]
+    struct Annotated {
+        annotations: BTreeMap<String, String>,
+    }
+    let annotated: Annotated = serde_json::from_slice(manifest).ok()?;
+    annotated.annotations.get(ARTIFACT)?.parse().ok()
 }
 
 /// What a layer of an image is that says it is a model's; `None` if it does not say so.

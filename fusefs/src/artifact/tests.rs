@@ -293,7 +293,7 @@ fn image_of(artifact: &Artifact) -> model_image::ModelImage {
     let layers = artifact.layers.iter();
     let layers: Vec<_> =
         layers.map(|layer| model_image::ImageLayer { layer, diff_id: layer.digest }).collect();
-    model_image::ModelImage::new(artifact.manifest_digest, &layers).unwrap()
+    model_image::ModelImage::new(artifact.manifest_digest, None, &layers).unwrap()
 }
 
 fn parse_image(manifest: &Bytes) -> Result<Artifact, ArtifactError> {
@@ -355,6 +355,7 @@ fn a_path_that_no_label_can_hold_is_refused_by_name() {
     let LayerContent::Raw(file) = &mut model.layers[1].content else { panic!("a raw layer") };
     file.path = std::iter::repeat_n("x".repeat(220), 20).collect();
     let layer = model_image::ImageLayer { layer: &model.layers[1], diff_id: Digest::of(b"") };
-    let error = model_image::ModelImage::new(Digest::of(b""), &[layer]).map(drop).unwrap_err();
+    let error =
+        model_image::ModelImage::new(Digest::of(b""), None, &[layer]).map(drop).unwrap_err();
     assert!(error.1.contains("longer than containerd allows"), "{}", error.1);
 }

@@ -13,7 +13,7 @@ use weightfs_store::{Digest, DigestError, Registries, Repository, SourceError};
 
 use super::signature::{self, PublicKey};
 use super::{ANNOTATION, Index, MAX_INDEX_BYTES, MEDIA_TYPE, PROFILE_ANNOTATION};
-use crate::artifact::Artifact;
+use crate::artifact::{Artifact, model_image};
 
 /// Which indexes are believed that refer to a manifest.
 #[derive(Debug, Clone)]
@@ -77,10 +77,21 @@ pub async fn annotated_index(
     Index::parse_bound(&bytes).map(Some).map_err(|error| error.to_string())
 }
 
-/// What a manifest says is the digest of its index, if it says so.
+/// What a manifest says is the digest of its index, if it says so: itself, or in a model image the
+/// first of its layers that does.
 pub fn annotated(manifest: &Bytes) -> Option<String> {
-    let named = serde_json::from_slice::<Annotated>(manifest).unwrap_or_default();
-    named.annotations.unwrap_or_default().remove(ANNOTATION)
+    let Annotations { annotations, layers } = serde_json::from_slice(manifest).unwrap_or_default();
+    let own = annotations.unwrap_or_default().remove(ANNOTATION);
+    own.or_else(|| {
+        let layers = layers.unwrap_or_default().into_iter();
+        let mut layers = layers.map(|layer| layer.annotations.unwrap_or_default());
+        layers.find_map(|mut layer| layer.remove(model_image::INDEX))
+    })
+}
+
+/// The manifest that an index refers to: of a model image, that of the artifact that it was made of.
+pub fn subject_of(artifact: &Artifact) -> Digest {
+    model_image::artifact_of(&artifact.manifest).unwrap_or(artifact.manifest_digest)
 }
 
 /// Whether there is something that says to be the index of an artifact: usable or not, allowed or
@@ -89,13 +100,19 @@ pub async fn has_index(registries: &Registries, artifact: &Artifact) -> bool {
     if annotated(&artifact.manifest).is_some() {
         return true;
     }
-    let (repository, manifest) = (&artifact.repository, artifact.manifest_digest);
+    let (repository, manifest) = (&artifact.repository, subject_of(artifact));
     let referrers = registries.referrers(repository, manifest, MEDIA_TYPE).await;
     referrers.is_ok_and(|referrers| !referrers.is_empty())
 }
 
-/// What a manifest is annotated with.
+/// What a manifest and its layers are annotated with.
 #[derive(Default, Deserialize)]
+struct Annotations {
+    annotations: Option<BTreeMap<String, String>>,
+    layers: Option<Vec<Annotated>>,
+}
+
+#[derive(Deserialize)]
 struct Annotated {
     annotations: Option<BTreeMap<String, String>>,
 }

@@ -19,7 +19,7 @@ const RUN_DIRECTORY: &str = "/run";
 /// The socket, in a directory of its own.
 const SOCKET: &str = "notify";
 
-/// Descriptors that are kept at the most; a daemon has four.
+/// Descriptors that are kept at the most; a daemon has five.
 const KEPT_MAX: usize = 16;
 
 /// Longest message, in bytes; a daemon's have less than a hundred.

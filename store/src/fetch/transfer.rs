@@ -211,7 +211,7 @@ impl Sources {
 
     /// Goes on to the next source; how long to wait before, which is only when each had its turn.
     fn after(&mut self, error: SourceError, pauses: &mut ExponentialBackoff) -> Option<Duration> {
-        if error.may_pass() {
+        if error.may_be_mended() {
             self.at += 1;
         } else {
             self.left.remove(self.at);

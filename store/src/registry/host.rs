@@ -6,7 +6,6 @@
 
 use std::net::IpAddr;
 use std::num::NonZeroUsize;
-use std::path::PathBuf;
 use std::sync::{Arc, Mutex, Once};
 use std::time::Duration;
 
@@ -15,8 +14,9 @@ use reqwest::header::{CONTENT_ENCODING, HeaderMap, LOCATION, TRANSFER_ENCODING};
 use reqwest::{Method, RequestBuilder, Response, StatusCode, Url};
 
 use super::Repository;
-use super::auth::{Access, Authority, Authorization, Right};
+use super::auth::{Access, Authority, Authorization, Right, Tried};
 use super::clients::{Clients, pem};
+use super::credentials::Sources;
 use super::dragonfly::Dragonfly;
 use super::endpoints::{Capabilities, Endpoint};
 use super::health::Health;
@@ -44,7 +44,7 @@ pub(super) struct Host {
     can: Capabilities,
     way: Way,
     headers: HeaderMap,
-    clients: Clients,
+    clients: Arc<Clients>,
     authority: Arc<Authority>,
     accesses: Arc<Accesses>,
     health: Health,
@@ -66,7 +66,7 @@ impl Host {
     pub(super) fn new(
         registry: &str,
         endpoint: Endpoint,
-        docker_config: Option<PathBuf>,
+        sources: Arc<Sources>,
         timeout: Duration,
         silence: Duration,
     ) -> Result<Self, SourceError> {
@@ -76,10 +76,10 @@ impl Host {
             message,
         };
         let ca = pem(&endpoint.authorities).map_err(failed)?;
-        let clients = Clients::new(&endpoint, ca.as_deref(), silence).map_err(failed)?;
-        let Endpoint { api, mirror, can, headers, skip_verify, .. } = endpoint;
+        let clients = Arc::new(Clients::new(&endpoint, ca.as_deref(), silence).map_err(failed)?);
+        let Endpoint { api, mirror, can, headers, .. } = endpoint;
         let name = if mirror { api.authority() } else { registry };
-        let authority = Authority::new(name, &api, ca, skip_verify, docker_config, timeout);
+        let authority = Authority::new(name, &api, Arc::clone(&clients), sources, timeout);
         let stands_for = mirror.then(|| registry.to_owned());
         let (authority, health) = (Arc::new(authority), Health::default());
         let accesses = Arc::new(Mutex::new(LruCache::new(MAX_REPOSITORIES)));
@@ -93,7 +93,7 @@ impl Host {
     /// In words: no client can be had.
     pub(super) fn through(&self, dragonfly: &Dragonfly, silence: Duration) -> Result<Self, String> {
         let endpoint = dragonfly.lead_to(&self.api)?;
-        let clients = Clients::new(&endpoint, None, silence)?;
+        let clients = Arc::new(Clients::new(&endpoint, None, silence)?);
         let Endpoint { api, can, mut headers, .. } = endpoint;
         headers.extend(self.headers.clone());
         Ok(Self {
@@ -237,18 +237,15 @@ impl Host {
         right: Right,
         build: impl Fn() -> Result<RequestBuilder, SourceError>,
     ) -> Result<Response, SourceError> {
-        let access = self.access(&from.name, right);
-        let known = access.current().await;
-        let answer = send(from, build()?, known.authorization()).await?;
-        if !is_refusal(answer.status()) {
-            return Ok(answer);
+        let (access, mut tried) = (self.access(from, right), Tried::default());
+        let mut grant = access.current(&mut tried, what).await?;
+        loop {
+            let answer = send(from, build()?, grant.authorization()).await?;
+            if !access.is_refused(&grant, &tried, &answer) {
+                return Ok(answer);
+            }
+            grant = access.renew(&grant, &answer, &mut tried, what).await?;
         }
-        let fresh = access.renew(&known, from, what).await?;
-        let answer = send(from, build()?, fresh.authorization()).await?;
-        if is_refusal(answer.status()) {
-            return Err(fresh.refused(from, what));
-        }
-        Ok(answer)
     }
 
     pub(super) fn url(&self, from: &Repository, path: &str) -> Result<Url, SourceError> {
@@ -264,13 +261,13 @@ impl Host {
         Ok(url)
     }
 
-    fn access(&self, repository: &str, right: Right) -> Arc<Access> {
+    fn access(&self, from: &Repository, right: Right) -> Arc<Access> {
         let mut known = lock(&self.accesses);
-        let key = (repository.to_owned(), right);
+        let key = (from.name.clone(), right);
         if let Some(access) = known.get(&key) {
             return Arc::clone(access);
         }
-        let access = Arc::new(Access::new(Arc::clone(&self.authority), right));
+        let access = Arc::new(Access::new(Arc::clone(&self.authority), from, right));
         known.put(key, Arc::clone(&access));
         access
     }
@@ -283,11 +280,6 @@ async fn send(
 ) -> Result<Response, SourceError> {
     let request = authorized(request, authorization);
     request.send().await.map_err(|error| unreachable(from, error))
-}
-
-fn is_refusal(status: StatusCode) -> bool {
-    // 403, too: some registries say so of a token that has expired.
-    matches!(status, StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN)
 }
 
 fn is_redirect(status: StatusCode) -> bool {

@@ -10,6 +10,7 @@ use tokio::sync::{Semaphore, SemaphorePermit};
 use tokio::time::Instant;
 
 use super::AccessOptions;
+use super::credentials::Sources;
 use super::endpoints::Found;
 use super::files::Stamp;
 use super::health;
@@ -45,13 +46,14 @@ impl Hosts {
         registry: &str,
         found: Found,
         options: &AccessOptions,
+        sources: &Arc<Sources>,
     ) -> Result<Self, SourceError> {
-        let AccessOptions { docker_config, dragonfly, timeout, .. } = options;
+        let AccessOptions { dragonfly, timeout, .. } = options;
         let last = found.endpoints.len().saturating_sub(1);
         let open = |(at, endpoint)| {
             let silence = if at == last { MAX_SILENCE } else { FAIL_OVER_AFTER };
             let silence = silence.min(*timeout);
-            Host::new(registry, endpoint, docker_config.clone(), *timeout, silence).map(Arc::new)
+            Host::new(registry, endpoint, Arc::clone(sources), *timeout, silence).map(Arc::new)
         };
         let hosts = found.endpoints.into_iter().enumerate().map(open);
         let hosts = hosts.collect::<Result<Vec<_>, _>>()?;

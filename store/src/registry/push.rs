@@ -1,8 +1,5 @@
 //! Putting small things beside what a registry has: configs, indexes and their manifests
 //! (distribution-spec, "Pushing blobs", "Pushing manifests").
-//!
-//! Not by oci-client: it reads answers without a bound, and panics where a registry names no
-//! location for a manifest that was pushed by digest.
 
 use bytes::Bytes;
 use reqwest::header::{CONTENT_LENGTH, CONTENT_TYPE, LOCATION};

@@ -9,7 +9,7 @@
 
 use std::net::Ipv6Addr;
 
-use oci_client::{ParseError, Reference};
+use oci_spec::distribution::{ParseError, Reference};
 
 /// Bytes of a tag at the most (distribution-spec, "Pulling manifests").
 const MAX_TAG_BYTES: usize = 128;

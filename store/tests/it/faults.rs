@@ -89,11 +89,6 @@ async fn a_refusal_fails_the_read_at_once_and_the_next_read_asks_again() {
     let (source_name, what) = ("test".to_owned(), "blob".to_owned());
     let refusals = [
         SourceError::NotFound { source_name: source_name.clone(), what: what.clone() },
-        SourceError::Unauthorized {
-            source_name: source_name.clone(),
-            what: what.clone(),
-            credentials: "no credentials".into(),
-        },
         SourceError::BadAnswer { source_name, what, message: "odd".into() },
         status(400, None),
     ];
@@ -108,6 +103,21 @@ async fn a_refusal_fails_the_read_at_once_and_the_next_read_asks_again() {
         assert_eq!(source.take_requests().len(), 1);
     }
     read(&blob, 0..1).await.unwrap();
+}
+
+#[tokio::test]
+async fn a_read_without_credentials_waits_until_they_come() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = open(dir.path());
+    let (blob, source) = blob_of(&store, &noise(100, 5));
+    let refusal = SourceError::Unauthorized {
+        source_name: "test".into(),
+        what: "blob".into(),
+        credentials: "no credentials".into(),
+    };
+    source.fail(std::iter::repeat_n(Fault::Refuse(refusal), 3));
+    read(&blob, 0..1).await.unwrap();
+    assert_eq!(source.take_requests().len(), 4);
 }
 
 #[tokio::test]

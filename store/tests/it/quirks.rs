@@ -9,7 +9,8 @@ use std::time::{Duration, SystemTime};
 use futures::StreamExt;
 use futures::future::join_all;
 use weightfs_store::{
-    AccessOptions, Blob, Digest, Layout, Registries, Repository, SourceError, Store, Trust,
+    AccessOptions, Blob, CredentialOptions, Digest, Layout, Registries, Repository, SourceError,
+    Store, Trust,
 };
 
 use super::server::{Ending, Gate, Reply, Request, Server};
@@ -44,7 +45,7 @@ impl Bed {
         name_hosts(dir.path(), hosts);
         let registries = Registries::new(AccessOptions {
             hosts_dir: Some(dir.path().to_owned()),
-            docker_config: Some("/nonexistent".into()),
+            credentials: CredentialOptions { sources: vec![], ..CredentialOptions::default() },
             ..AccessOptions::default()
         });
         let registries = registries.unwrap();

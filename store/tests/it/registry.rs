@@ -9,8 +9,8 @@ use std::time::Duration;
 
 use futures::StreamExt;
 use weightfs_store::{
-    AccessOptions, Digest, Layout, MAX_MANIFEST_BYTES, Reference, Registries, RegistryOptions,
-    Repository, SourceError, Trust,
+    AccessOptions, CredentialOptions, Credentials, Digest, Layout, MAX_MANIFEST_BYTES, Reference,
+    Registries, RegistryOptions, Repository, Secret, SourceError, Trust,
 };
 
 use super::server::{Ending, Reply, Request, Server};
@@ -24,9 +24,14 @@ fn anonymous() -> Arc<Registries> {
 }
 
 fn registries(docker_config: &Path) -> Arc<Registries> {
-    let (docker_config, timeout) = (Some(docker_config.to_owned()), Duration::from_secs(20));
-    let options = AccessOptions { docker_config, timeout, ..AccessOptions::default() };
+    let (credentials, timeout) = (docker(docker_config), Duration::from_secs(20));
+    let options = AccessOptions { credentials, timeout, ..AccessOptions::default() };
     Registries::new(options).unwrap()
+}
+
+fn docker(config: &Path) -> CredentialOptions {
+    let docker_config = Some(config.to_owned());
+    CredentialOptions { docker_config, ..CredentialOptions::default() }
 }
 
 fn reference(server: &Server, rest: &str) -> Reference {
@@ -139,8 +144,9 @@ async fn a_registry_that_is_busy_is_asked_again() {
 #[tokio::test]
 async fn a_registry_that_hangs_or_refuses_connections_is_unreachable() {
     let server = Server::start(|_| Reply::default().ending(Ending::Silence)).await;
-    let (docker_config, timeout) = (Some("/nonexistent".into()), Duration::from_millis(200));
-    let options = AccessOptions { docker_config, timeout, ..AccessOptions::default() };
+    let credentials = docker("/nonexistent".as_ref());
+    let timeout = Duration::from_millis(200);
+    let options = AccessOptions { credentials, timeout, ..AccessOptions::default() };
     let registries = Registries::new(options).unwrap();
     let error = registries.resolve(&reference(&server, "org/model")).await.unwrap_err();
     assert!(matches!(error, SourceError::Unreachable { .. }), "{error}");
@@ -328,6 +334,131 @@ async fn a_token_that_expires_in_the_middle_is_renewed_unnoticed() {
         drop(source.fetch(at..at + 1).await.unwrap());
     }
     assert_eq!(tokens_asked_for(&server.take_requests()), 4);
+}
+
+#[tokio::test]
+async fn a_token_that_is_refused_with_400_or_403_is_renewed_unnoticed() {
+    for status in [400, 403] {
+        let dir = tempfile::tempdir().unwrap();
+        let (data, issued) = (noise(1000, 6), AtomicUsize::new(0));
+        let server = Server::start(move |request| {
+            let challenge = format!(r#"Bearer realm="http://{}/token""#, request.header("host"));
+            if request.path.starts_with("/token") {
+                let token = issued.fetch_add(1, Ordering::SeqCst) + 1;
+                return Reply::new(200, format!(r#"{{"access_token":"token-{token}"}}"#));
+            }
+            match request.header("authorization") {
+                "" => Reply::new(401, "").with("WWW-Authenticate", challenge),
+                // The first token ends after its first use, and nothing says why.
+                "Bearer token-1" if request.header("range") != "bytes=0-0" => {
+                    Reply::new(status, "")
+                }
+                _ => partial(&data, request),
+            }
+        })
+        .await;
+        let registries = registries(&login(dir.path(), &server.address, "joe", "secret"));
+        let source = registries.source(&repository(&server), Digest::of(b"x"), 1000);
+        for at in 0..4 {
+            drop(source.fetch(at..at + 1).await.unwrap());
+        }
+        assert_eq!(tokens_asked_for(&server.take_requests()), 2, "{status}");
+    }
+}
+
+#[tokio::test]
+async fn a_token_is_renewed_before_it_ends_and_no_request_is_refused_for_it() {
+    let dir = tempfile::tempdir().unwrap();
+    let (data, issued) = (noise(1000, 6), AtomicUsize::new(0));
+    let server = Server::start(move |request| {
+        let challenge = format!(r#"Bearer realm="http://{}/token""#, request.header("host"));
+        if request.path.starts_with("/token") {
+            let token = issued.fetch_add(1, Ordering::SeqCst) + 1;
+            return Reply::new(200, format!(r#"{{"token":"{token}","expires_in":0.5}}"#));
+        }
+        match request.header("authorization") {
+            "" => Reply::new(401, "").with("WWW-Authenticate", challenge),
+            _ => partial(&data, request),
+        }
+    })
+    .await;
+    let registries = registries(&login(dir.path(), &server.address, "joe", "secret"));
+    let source = registries.source(&repository(&server), Digest::of(b"x"), 1000);
+    let mut requests = vec![];
+    while tokens_asked_for(&requests) < 3 {
+        drop(source.fetch(0..1).await.unwrap());
+        requests.extend(server.take_requests());
+    }
+    let unknown = requests.iter().filter(|request| {
+        !request.path.starts_with("/token") && request.header("authorization").is_empty()
+    });
+    assert_eq!(unknown.count(), 1, "the first one only");
+}
+
+#[tokio::test]
+async fn what_the_sources_have_is_tried_in_order_and_each_once() {
+    let dir = tempfile::tempdir().unwrap();
+    let server = token_registry(noise(10, 3), usize::MAX).await;
+    let registries = registries(&login(dir.path(), &server.address, "joe", "secret"));
+    let wrong = |user: &str| Credentials::Password {
+        user: user.into(),
+        password: Secret::new("guessed".into()),
+    };
+    let secrets = registries.pull_secrets();
+    secrets.feed();
+    secrets.note(&repository(&server), wrong("jim"));
+    secrets.note(&repository(&server), wrong("jane"));
+    let source = registries.source(&repository(&server), Digest::of(b"x"), 10);
+    drop(source.fetch(0..1).await.unwrap());
+    assert_eq!(tokens_asked_for(&server.take_requests()), 3);
+    // A repository that nobody has spoken of.
+    let other = Repository { name: "org/other".into(), ..repository(&server) };
+    drop(registries.source(&other, Digest::of(b"x"), 10).fetch(0..1).await.unwrap());
+    assert_eq!(tokens_asked_for(&server.take_requests()), 1);
+}
+
+#[tokio::test]
+async fn an_identity_token_is_exchanged_and_a_registry_token_is_shown_as_it_is() {
+    let server = Server::start(|request| {
+        let challenge = format!(
+            r#"Bearer realm="http://{}/token",service="s",scope="repository:a/b:pull""#,
+            request.header("host")
+        );
+        match (request.path.starts_with("/token"), request.header("authorization")) {
+            // By POST; without OAuth 2 there would be a query.
+            (true, "") if !request.path.contains('?') => {
+                Reply::new(200, r#"{"access_token":"exchanged"}"#)
+            }
+            (false, "Bearer exchanged" | "Bearer taken") => Reply::new(200, "{}"),
+            _ => Reply::new(401, "").with("WWW-Authenticate", challenge),
+        }
+    })
+    .await;
+    for (field, asked) in [("identitytoken", 1), ("registrytoken", 0)] {
+        let dir = tempfile::tempdir().unwrap();
+        let value = if field == "identitytoken" { "refresh" } else { "taken" };
+        let config = serde_json::json!({ "auths": { server.address.clone(): { field: value } } });
+        std::fs::write(dir.path().join("config.json"), config.to_string()).unwrap();
+        let registries = registries(dir.path());
+        registries.resolve(&reference(&server, "org/model")).await.unwrap();
+        assert_eq!(tokens_asked_for(&server.take_requests()), asked, "{field}");
+    }
+}
+
+#[tokio::test]
+async fn credentials_that_change_are_found_and_wrong_ones_are_not_tried_again_and_again() {
+    let dir = tempfile::tempdir().unwrap();
+    let server = token_registry(noise(10, 3), usize::MAX).await;
+    let registries = registries(&login(dir.path(), &server.address, "joe", "old"));
+    let model = reference(&server, "org/model:v1");
+    let resolve = || registries.resolve(&model);
+    let first = resolve().await.unwrap_err().to_string();
+    server.take_requests();
+    assert_eq!(resolve().await.unwrap_err().to_string(), first);
+    assert_eq!(tokens_asked_for(&server.take_requests()), 0, "asked again with the same");
+    login(dir.path(), &server.address, "joe", "secret");
+    let source = registries.source(&repository(&server), Digest::of(b"x"), 10);
+    drop(source.fetch(0..1).await.unwrap());
 }
 
 #[tokio::test]

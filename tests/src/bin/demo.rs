@@ -1,20 +1,23 @@
-//! Shows WeightFS beside an ordinary pull: a registry, a model, a mount, and a container.
+//! Shows WeightFS beside an ordinary pull: a registry, a model, a mount, and a container; then the
+//! same model in containers of stock containerd, as a model image and as it was pushed.
 //!
 //! `make demo` runs it. `MODEL_DIR=...` takes a real model; else one of 512 MiB is made up.
 
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
-use std::process::ExitCode;
+use std::process::{Command, ExitCode};
 use std::time::{Duration, Instant};
 
 use weightfs_store::Digest;
-use weightfs_tests::containerd::Container;
+use weightfs_tests::containerd::{Container, CriOptions, Version};
+use weightfs_tests::cri::Cri;
 use weightfs_tests::host::SNAPSHOTTER;
 use weightfs_tests::image::{busybox_layer, image};
 use weightfs_tests::layer::{Attributes, Compression, Layer, LayerBuilder};
 use weightfs_tests::model::{Part, Tensor, make, read_safetensors_header};
 use weightfs_tests::modelpack::{Dialect, files_of, pack, raw_plan};
+use weightfs_tests::process::run;
 use weightfs_tests::{Artifact, Bed, Containerd, ContainerdOptions, Target, Weightfs};
 
 /// The model that is made up when none is given.
@@ -51,6 +54,15 @@ fn demo() {
         in_container(&bed, &model, &pushed, false)
     });
     print_table(&model, &mount, &lazy, &plain);
+    println!("\nNow into any container, of an image that knows nothing of it.\n");
+    let image = step("weightfs image, beside the artifact", || model_image(&bed, &pushed));
+    let mut stock = vec![];
+    for (road, version) in roads() {
+        let what = format!("{}, containerd {}", road.name(), version_text(version));
+        let way = step(&what, || in_any_container(&bed, &model, &pushed, &image, road, version));
+        stock.push((what, way));
+    }
+    print_stock(&stock);
     let area = bed.area.path().to_owned();
     drop(bed);
     println!("\nStopped and cleaned up: {} is gone.", area.display());
@@ -200,6 +212,136 @@ fn in_container(bed: &Bed, model: &Model, pushed: &Pushed, lazy: bool) -> Way {
     Way { first, first_bytes, full, full_bytes, total_bytes: pushed.image.layer_bytes() }
 }
 
+/// How a container gets the model that is no part of its own image.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Road {
+    /// The model image, pulled and mounted by `ctr run --mount`.
+    Image,
+    /// The model image as an image volume of Kubernetes.
+    Volume,
+    /// The artifact as it was pushed, by `weightfs prepare`.
+    Prepare,
+}
+
+impl Road {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Image => "model image",
+            Self::Volume => "image volume (CRI)",
+            Self::Prepare => "weightfs prepare",
+        }
+    }
+}
+
+/// Roads with the versions of containerd that are here; image volumes begin with 2.1.
+fn roads() -> Vec<(Road, Version)> {
+    let all = [
+        (Road::Image, Version::Installed),
+        (Road::Image, Version::V17),
+        (Road::Volume, Version::V21),
+        (Road::Prepare, Version::Installed),
+    ];
+    all.into_iter().filter(|(_, version)| version.is_here()).collect()
+}
+
+/// As the program says it: `containerd <package> <version> <revision>`.
+fn version_text(version: Version) -> String {
+    let text = run(Command::new(version.program("containerd")).arg("--version")).ok();
+    let version = text.split_whitespace().nth(2).unwrap_or("?");
+    version.split(['~', '+']).next().unwrap_or(version).to_owned()
+}
+
+/// Makes the model image; its reference.
+fn model_image(bed: &Bed, pushed: &Pushed) -> String {
+    let made = bed.weightfs.run_here(&["image", &pushed.artifact_reference, "--json"]).ok();
+    let made: serde_json::Value = serde_json::from_str(&made).unwrap();
+    made["reference"].as_str().unwrap().to_owned()
+}
+
+/// How one road went: until the model's files are there, and until the first tensor.
+struct Stock {
+    ready: Duration,
+    /// Bytes of the weights by then.
+    ready_bytes: u64,
+    first: Duration,
+    first_bytes: u64,
+}
+
+/// The first tensor in a container of a small image, with the model mounted at `/models`.
+fn in_any_container(
+    bed: &Bed,
+    model: &Model,
+    pushed: &Pushed,
+    image_reference: &str,
+    road: Road,
+    version: Version,
+) -> Stock {
+    let small = image(&[busybox_layer(bed.area.path(), Compression::Plain)]);
+    let small = bed.push(&small, "demo/small");
+    let weightfs = Weightfs::new(&bed.area);
+    let daemon = weightfs.serve(&bed.area);
+    let cri = CriOptions {
+        snapshotter: SNAPSHOTTER,
+        sandbox_image: small.clone(),
+        user_namespaces: None,
+    };
+    let options = ContainerdOptions {
+        weightfs: Some(weightfs.snapshotter_socket()),
+        cri: (road == Road::Volume).then_some(cri),
+        version,
+        ..ContainerdOptions::default()
+    };
+    let containerd = Containerd::start(&bed.area, &options);
+    let weights = pushed.artifact.blobs.iter().max_by_key(|blob| blob.size).unwrap().digest;
+    let fetched = || bed.proxy.bytes(Target::Blob(weights));
+    bed.proxy.forget();
+    let start = Instant::now();
+    let now = || (start.elapsed(), fetched());
+    let script = read_command(model);
+    let (ready, sum) = match road {
+        Road::Image => {
+            weightfs.rpull(&containerd.socket(), image_reference).ok();
+            let dir = bed.mount_point();
+            let view = containerd.mount_view(SNAPSHOTTER, &dir);
+            let mount = format!("type=bind,src={},dst=/models,options=rbind:ro", dir.display());
+            let ready = now();
+            let sum = run_with_mount(&containerd, &small, &mount, &script);
+            view.remove();
+            (ready, sum)
+        }
+        Road::Prepare => {
+            let socket = containerd.socket();
+            let reference = &pushed.artifact_reference;
+            let arguments = ["prepare", reference, "--json", "--address", socket.to_str().unwrap()];
+            let prepared = weightfs.run_here(&arguments).ok();
+            let prepared: serde_json::Value = serde_json::from_str(&prepared).unwrap();
+            let ready = now();
+            let mount = prepared["mount"].as_str().unwrap();
+            (ready, run_with_mount(&containerd, &small, mount, &script))
+        }
+        Road::Volume => {
+            let cri = Cri::connect(&containerd, &bed.area.dir("pods"));
+            let volume = cri.pull(image_reference).unwrap();
+            cri.pull(&small).unwrap();
+            let ready = now();
+            let words = ["/bin/sh", "-c", &script];
+            (ready, cri.run_with_volume(&small, &volume, "reader", &words).unwrap().output)
+        }
+    };
+    assert!(sum.starts_with(&model.digest.hex()), "the tensor differs: {sum}");
+    let (first, first_bytes) = now();
+    drop(containerd);
+    daemon.stop();
+    Stock { ready: ready.0, ready_bytes: ready.1, first, first_bytes }
+}
+
+fn run_with_mount(containerd: &Containerd, image: &str, mount: &str, script: &str) -> String {
+    containerd.pull(image);
+    let id = format!("demo-{}", std::process::id());
+    let arguments = ["run", "--rm", "--snapshotter", "overlayfs", "--mount", mount, image, &id];
+    containerd.ctr(&[&arguments[..], &["/bin/sh", "-c", script]].concat()).ok()
+}
+
 fn read_command(model: &Model) -> String {
     let Tensor { offset, size, .. } = model.tensor;
     format!(
@@ -247,6 +389,18 @@ fn print_table(model: &Model, mount: &Way, lazy: &Way, plain: &Way) {
     row("size in the registry", &|way| size_text(way.total_bytes));
     println!("\nTimes begin before the mount or pull; bytes are counted at the registry.");
     println!("The tensor's bytes were compared with the source each time.");
+}
+
+fn print_stock(stock: &[(String, Stock)]) {
+    println!("\n  {:<38}{:>9}{:>13}{:>17}", "", "there", "weights", "first tensor");
+    println!("  {:<38}{:>9}{:>13}{:>17}", "", "after", "fetched", "after");
+    for (what, way) in stock {
+        let (ready, first) = (seconds(way.ready), seconds(way.first));
+        let (before, after) = (size_text(way.ready_bytes), size_text(way.first_bytes));
+        println!("  {what:<38}{ready:>7.2} s{before:>13}{first:>15.2} s");
+        println!("  {:<38}{:>9}{after:>13}", "", "");
+    }
+    println!("\nThe second figure of the weights is what was fetched for the tensor.");
 }
 
 fn seconds(time: Duration) -> f64 {

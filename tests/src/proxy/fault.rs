@@ -109,10 +109,8 @@ pub enum Fault {
     Bursts {
         /// How many.
         of: usize,
-        /// How many of these are refused.
+        /// How many of these are refused; every other one is told a date.
         refused: usize,
-        /// Says so as a date.
-        dated: bool,
     },
     /// Answers a ranged request with 416.
     Unsatisfiable,
