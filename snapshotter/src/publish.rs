@@ -161,7 +161,8 @@ impl Work {
             return Ok(None);
         }
         let (registries, manifest) = (&self.opener.registries, record.manifest_digest);
-        if !registries.referrers(repository, manifest, MEDIA_TYPE).await?.is_empty() {
+        let referrers = registries.referrers(repository, manifest, MEDIA_TYPE).await?;
+        if referrers.iter().any(|referrer| referrer.artifact_type == MEDIA_TYPE) {
             return Ok(Some(Outcome::Indexed));
         }
         let Some(artifact) = self.artifact(repository, manifest).await? else {

@@ -9,6 +9,7 @@ use std::collections::BTreeMap;
 
 use bytes::Bytes;
 use serde::Deserialize;
+use weightfs_store::registry::Referrer;
 use weightfs_store::{Digest, DigestError, Registries, Repository, SourceError};
 
 use super::signature::{self, PublicKey};
@@ -132,8 +133,9 @@ pub async fn find_index(
     referrers.sort_by_key(|referrer| !referrer.annotations.contains_key(PROFILE_ANNOTATION));
     let mut lookup = Lookup::Nothing;
     for referrer in referrers {
-        match fetch(registries, repository, referrer.digest, manifest, believe).await? {
-            Ok(found) => return Ok(Lookup::Found(found)),
+        match fetch(registries, repository, &referrer, manifest, believe).await? {
+            Ok(Some(found)) => return Ok(Lookup::Found(found)),
+            Ok(None) => {}
             Err(why) => {
                 tracing::warn!(%repository, %manifest, index = %referrer.digest, why, "index ignored");
                 lookup = Lookup::Refused(format!("{}: {why}", referrer.digest));
@@ -143,19 +145,16 @@ pub async fn find_index(
     Ok(lookup)
 }
 
-/// The index that a referrer carries, or why it can't be used.
+/// The index that a referrer carries, or why it can't be used; `None` if it never said that it
+/// carries one.
 async fn fetch(
     registries: &Registries,
     repository: &Repository,
-    referrer: Digest,
+    listed: &Referrer,
     manifest: Digest,
     believe: &Believe,
-) -> Result<Result<Found, String>, SourceError> {
-    if let Believe::Signed(keys) = believe
-        && let Err(why) = signature::check(registries, repository, referrer, keys).await?
-    {
-        return Ok(Err(why));
-    }
+) -> Result<Result<Option<Found>, String>, SourceError> {
+    let referrer = listed.digest;
     let carrier = match registries.manifest(repository, referrer).await {
         Ok(carrier) => carrier,
         Err(error) if error.may_pass() => return Err(error),
@@ -167,14 +166,20 @@ async fn fetch(
     };
     let Some(layer) = carrier.layers.into_iter().find(|layer| layer.media_type == MEDIA_TYPE)
     else {
-        return Ok(Err("it has no layer with an index".into()));
+        let is_other = listed.artifact_type.is_empty();
+        return Ok(if is_other { Ok(None) } else { Err("it has no layer with an index".into()) });
     };
+    if let Believe::Signed(keys) = believe
+        && let Err(why) = signature::check(registries, repository, referrer, keys).await?
+    {
+        return Ok(Err(why));
+    }
     if layer.size > MAX_INDEX_BYTES {
         return Ok(Err(format!("its size of {} bytes is over the limit", layer.size)));
     }
     match registries.small_blob(repository, layer.digest, layer.size).await {
         Ok(bytes) => Ok(match Index::parse(&bytes, manifest) {
-            Ok(index) => Ok(Found { index, digest: layer.digest, bytes, referrer }),
+            Ok(index) => Ok(Some(Found { index, digest: layer.digest, bytes, referrer })),
             Err(error) => Err(error.to_string()),
         }),
         Err(error) if error.may_pass() => Err(error),

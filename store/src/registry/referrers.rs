@@ -60,7 +60,8 @@ struct List {
 }
 
 impl Registries {
-    /// The manifests of that artifact type that refer to `subject`.
+    /// The manifests that refer to `subject` and are of that artifact type, or don't say of which:
+    /// copies of lists may lack it (skopeo 1.9 leaves it out).
     ///
     /// # Errors
     /// When the registry can't be reached, refuses, or gives something else than a list.
@@ -86,7 +87,8 @@ impl Registries {
         };
         let referrers = list.into_iter().take(MAX_REFERRERS);
         let known = referrers.filter_map(|value| serde_json::from_value::<Referrer>(value).ok());
-        Ok(known.filter(|referrer| referrer.artifact_type == artifact_type).collect())
+        let may_be = |kind: &str| kind.is_empty() || kind == artifact_type;
+        Ok(known.filter(|referrer| may_be(&referrer.artifact_type)).collect())
     }
 
     /// A list that begins with `list` and goes on at `next`.

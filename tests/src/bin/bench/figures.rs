@@ -187,6 +187,12 @@ pub(crate) const CATALOGUE: &[Kind] = &[
     kind("restart_ms", Unit::Milliseconds, "restart, 1,000 snapshots and 200 models: the pause"),
     kind("daemon_rss_mib", Unit::Mebibytes, "daemon's peak memory, mapped files not counted"),
     kind("store_start_ms", Unit::Milliseconds, "start-up with 100 blobs of 100 GB"),
+    kind("index_ceiling_mbps", Unit::Rate, "raw parallel download, beside the next"),
+    kind("index_build_mbps", Unit::Rate, "index of the model, direct"),
+    kind("index_build_rss_mib", Unit::Mebibytes, "  memory for that of a file of 10 GB of zeros"),
+    kind("index_mount_10000_s", Unit::Seconds, "mount of 10,000 files by their index"),
+    kind("index_open_100gb_ms", Unit::Milliseconds, "an index of 100 GB is opened"),
+    kind("index_open_100gb_mib", Unit::Mebibytes, "  its memory"),
 ];
 
 /// Median, least and greatest of a figure's samples.

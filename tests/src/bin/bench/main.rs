@@ -8,6 +8,7 @@ mod cold;
 mod download;
 mod figures;
 mod images;
+mod index;
 mod lab;
 mod loaders;
 mod polling;
@@ -18,6 +19,7 @@ mod start;
 mod throttle;
 mod usage;
 mod warm;
+mod zeros;
 
 use std::cell::OnceCell;
 use std::env;
@@ -94,7 +96,7 @@ pub(crate) struct Bench {
 
 type Section = fn(&Bench, &mut Figures);
 
-const SECTIONS: [(&str, Section); 7] = [
+const SECTIONS: [(&str, Section); 8] = [
     ("cold", cold::measure),
     ("images", images::measure),
     ("warm", warm::measure),
@@ -102,6 +104,7 @@ const SECTIONS: [(&str, Section); 7] = [
     ("polling", polling::measure),
     ("restart", restart::measure),
     ("start", start::measure),
+    ("index", index::measure),
 ];
 
 impl Bench {

@@ -164,6 +164,26 @@ const REACHES: &[Reach] = &[
         judge: |f| value(f, "restart_ms", Bound::AtMost(1000.0)),
     },
     Reach {
+        title: "index build / raw ceiling",
+        judge: |f| ratio(f, "index_build_mbps", "index_ceiling_mbps", Bound::AtLeast(0.6)),
+    },
+    Reach {
+        title: "index build, memory, MiB",
+        judge: |f| value(f, "index_build_rss_mib", Bound::AtMost(64.0)),
+    },
+    Reach {
+        title: "mount of 10,000 files by their index, s",
+        judge: |f| value(f, "index_mount_10000_s", Bound::AtMost(0.3)),
+    },
+    Reach {
+        title: "an index of 100 GB is opened, ms",
+        judge: |f| value(f, "index_open_100gb_ms", Bound::AtMost(50.0)),
+    },
+    Reach {
+        title: "an index of 100 GB is opened, MiB",
+        judge: |f| value(f, "index_open_100gb_mib", Bound::AtMost(8.0)),
+    },
+    Reach {
         title: "safetensors, mount / pull",
         judge: |f| ratio(f, "safetensors_mount_s", "safetensors_pull_s", Bound::AtMost(1.0)),
     },
