@@ -103,7 +103,7 @@ soak-daemon: test-deps ## Kill the daemon under load, pull and remove (ROUNDS=50
 	$(CARGO) test --locked -p weightfs-tests --test takeover --test pulls --no-run
 	$(AS_ROOT) env $(RELEASED) WEIGHTFS_ROUNDS=$(or $(ROUNDS),50) timeout --kill-after=30 \
 	    $(TEST_TIMEOUT) $(CARGO) test --locked -p weightfs-tests --test takeover -- \
-	    --nocapture kills another
+	    --nocapture kills
 	$(AS_ROOT) env $(RELEASED) WEIGHTFS_PULLS=$(or $(PULLS),200) timeout --kill-after=30 \
 	    $(TEST_TIMEOUT) $(CARGO) test --locked -p weightfs-tests --test pulls -- \
 	    --nocapture removals

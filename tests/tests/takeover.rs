@@ -112,6 +112,8 @@ impl Builds {
             .filter(|&at| &bytes[at..at + len] == VERSION.as_bytes())
             .collect();
         found.iter().for_each(|&at| bytes[at..at + len].copy_from_slice(NEXT_VERSION.as_bytes()));
+        // Of an optimised program no version may be found: it is in the instructions then.
+        bytes.extend_from_slice(NEXT_VERSION.as_bytes());
         fs::write(&next, bytes).unwrap();
         fs::set_permissions(&next, fs::metadata(&this).unwrap().permissions()).unwrap();
         let builds = Self { program, this, next };
