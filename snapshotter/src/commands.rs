@@ -3,6 +3,7 @@
 pub mod cache;
 pub mod csi;
 pub mod doctor;
+pub mod fluid;
 pub mod image;
 pub mod index;
 pub mod ls;

@@ -12,6 +12,7 @@ pub mod cri;
 pub mod csi;
 pub mod daemon;
 pub mod filter;
+pub mod fluid;
 pub mod handover;
 pub mod images;
 pub mod index;
