@@ -363,7 +363,7 @@ async fn a_token_that_is_refused_with_400_or_403_is_renewed_unnoticed() {
         let registries = registries(&login(dir.path(), &server.address, "joe", "secret"));
         let source = registries.source(&repository(&server), Digest::of(b"x"), 1000);
         for at in 0..4 {
-            drop(source.fetch(at..at + 1).await.unwrap());
+            drop(source.fetch(at..at + 1, Urgency::Demand).await.unwrap());
         }
         assert_eq!(tokens_asked_for(&server.take_requests()), 2, "{status}");
     }
@@ -389,7 +389,7 @@ async fn a_token_is_renewed_before_it_ends_and_no_request_is_refused_for_it() {
     let source = registries.source(&repository(&server), Digest::of(b"x"), 1000);
     let mut requests = vec![];
     while tokens_asked_for(&requests) < 3 {
-        drop(source.fetch(0..1).await.unwrap());
+        drop(source.fetch(0..1, Urgency::Demand).await.unwrap());
         requests.extend(server.take_requests());
     }
     let unknown = requests.iter().filter(|request| {
@@ -412,7 +412,7 @@ async fn what_the_sources_have_is_tried_in_order_and_each_once() {
     secrets.note(&repository(&server), wrong("jim"));
     secrets.note(&repository(&server), wrong("jane"));
     let source = registries.source(&repository(&server), Digest::of(b"x"), 10);
-    drop(source.fetch(0..1).await.unwrap());
+    drop(source.fetch(0..1, Urgency::Demand).await.unwrap());
     assert_eq!(tokens_asked_for(&server.take_requests()), 3);
     // A repository that nobody has spoken of.
     let other = Repository { name: "org/other".into(), ..repository(&server) };
@@ -461,7 +461,7 @@ async fn credentials_that_change_are_found_and_wrong_ones_are_not_tried_again_an
     assert_eq!(tokens_asked_for(&server.take_requests()), 0, "asked again with the same");
     login(dir.path(), &server.address, "joe", "secret");
     let source = registries.source(&repository(&server), Digest::of(b"x"), 10);
-    drop(source.fetch(0..1).await.unwrap());
+    drop(source.fetch(0..1, Urgency::Demand).await.unwrap());
 }
 
 #[tokio::test]
