@@ -416,7 +416,9 @@ async fn what_the_sources_have_is_tried_in_order_and_each_once() {
     assert_eq!(tokens_asked_for(&server.take_requests()), 3);
     // A repository that nobody has spoken of.
     let other = Repository { name: "org/other".into(), ..repository(&server) };
-    drop(registries.source(&other, Digest::of(b"x"), 10).fetch(0..1).await.unwrap());
+    drop(
+        registries.source(&other, Digest::of(b"x"), 10).fetch(0..1, Urgency::Demand).await.unwrap(),
+    );
     assert_eq!(tokens_asked_for(&server.take_requests()), 1);
 }
 
