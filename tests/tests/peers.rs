@@ -77,7 +77,7 @@ impl Node {
         serde_json::from_str(&self.weightfs.run_here(&["peers", "--json"]).ok()).unwrap()
     }
 
-    fn from_peers(&self) -> u64 {
+    fn bytes_of_peers(&self) -> u64 {
         self.peers()["from_peers"].as_u64().unwrap()
     }
 
@@ -121,7 +121,7 @@ fn the_registry_gives_a_model_once_whatever_the_number_of_nodes() {
     bed.proxy.forget();
     read_all(&source, &mounts);
     let (sent, all) = (sent(&bed, &artifact), artifact.layer_bytes());
-    let per_node: Vec<_> = cluster.nodes.iter().map(Node::from_peers).collect();
+    let per_node: Vec<_> = cluster.nodes.iter().map(Node::bytes_of_peers).collect();
     let told: Vec<_> = cluster.nodes.iter().map(Node::peers).collect();
     assert!(sent <= all + all / 10, "{sent} bytes of {all} were sent: {told:#?}");
     assert!(per_node.iter().sum::<u64>() >= 3 * all - all / 10, "{per_node:?}");
@@ -139,12 +139,12 @@ fn peers_that_are_killed_under_load_cost_no_read() {
     std::thread::scope(|scope| {
         let reader = scope.spawn(|| read_all(&source, &mounts[..1]));
         wait_until("bytes come from peers", || {
-            reader.is_finished() || cluster.nodes[0].from_peers() > 0
+            reader.is_finished() || cluster.nodes[0].bytes_of_peers() > 0
         });
         cluster.nodes[1..].iter_mut().for_each(Node::kill);
         reader.join().unwrap();
     });
-    assert!(cluster.nodes[0].from_peers() > 0);
+    assert!(cluster.nodes[0].bytes_of_peers() > 0);
     // And what was mounted after that comes from the registry.
     let (source, artifact, reference) = push_other(&bed, "models/alone");
     let alone = cluster.nodes[0].mount(&bed, &reference);
@@ -194,7 +194,7 @@ fn without_digests_of_chunks_peers_are_not_believed_unless_the_cluster_is_truste
     let cluster = Cluster::start(&bed, 3, 2, |_| plaintext("digest"));
     let mounts = cluster.mount(&bed, &reference);
     read_all(&source, &mounts);
-    assert!(cluster.nodes.iter().all(|node| node.from_peers() == 0));
+    assert!(cluster.nodes.iter().all(|node| node.bytes_of_peers() == 0));
 }
 
 /// Certificates of one authority, and of another one, in a directory.
@@ -253,7 +253,7 @@ fn only_members_get_what_they_may_read() {
     });
     let mounts = cluster.mount(&bed, &reference);
     read_all(&source, &mounts);
-    assert!(cluster.nodes.iter().any(|node| node.from_peers() > 0), "over TLS");
+    assert!(cluster.nodes.iter().any(|node| node.bytes_of_peers() > 0), "over TLS");
 
     let repository = reference.rsplit_once(':').unwrap().0.to_owned();
     let request = |digest: &str, repository: &str| {
