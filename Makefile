@@ -5,6 +5,8 @@ CARGO ?= cargo
 TARGET ?= $(CURDIR)/target
 DENY_VERSION := 0.20.2
 DENY := $(TARGET)/tools/bin/cargo-deny
+CARGO_DEB_VERSION := 3.7.0
+CARGO_DEB := $(TARGET)/tools/bin/cargo-deb
 BOLERO_VERSION := 0.13.5
 BOLERO := $(TARGET)/tools/bin/cargo-bolero
 # Seconds that `make fuzz` spends on each target.
@@ -24,13 +26,24 @@ RELEASED := WEIGHTFS_BIN=$(TARGET)/dist/weightfs
 AS_ROOT := $(if $(SUDO),$(SUDO) --preserve-env env PATH="$$PATH" HOME="$$HOME",)
 export CARGO_TARGET_DIR := $(TARGET)
 
-.PHONY: help build demo test test-matrix fuzz sanitize soak soak-store soak-contract soak-daemon bench check docs deps test-deps clean
+.PHONY: help build demo deb image reproducible test test-install test-matrix fuzz sanitize soak soak-store soak-contract soak-daemon bench simulate check docs deps test-deps clean
 
 help: ## Say what there is
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 build: deps ## Build the program as it is installed: target/dist/weightfs
 	$(CARGO) build --profile dist --locked -p weightfs
+
+deb: deps $(CARGO_DEB) ## Build the Debian package: target/deb/weightfs_*.deb
+	packaging/deb/build "$$(packaging/release-build)" $(CARGO_DEB)
+
+image: deps ## Build the container image: target/image, an OCI layout
+	packaging/deps image
+	$(AS_ROOT) packaging/debian-root $(TARGET)/debian-image ca-certificates
+	$(AS_ROOT) packaging/image "$$(packaging/release-build)" $(TARGET)/debian-image $(TARGET)/image
+
+reproducible: deps ## Build the release binary twice, in two places: the same bytes?
+	packaging/reproducible $(TARGET)/reproducible
 
 demo: deps ## A lazy mount and containers beside a pull (MODEL_DIR=...)
 	packaging/deps demo
@@ -56,6 +69,13 @@ test-matrix: test-deps ## The end-to-end tests of containerd 1.6, 1.7 and 2.1
 	    echo "test-matrix: containerd$$version can't be had here and is left out" >&2; done
 	$(AS_ROOT) timeout --kill-after=30 $(TEST_TIMEOUT) $(CARGO) test --locked -p weightfs-tests \
 	    --test matrix --test model_image --test node --test doctor --test cri -- --nocapture
+
+test-install: deb ## The package on a bare Debian 12: install, mount, run, purge
+	packaging/deps test
+	packaging/deps install
+	$(AS_ROOT) packaging/debian-root $(TARGET)/debian12 ca-certificates containerd runc
+	$(CARGO) build --locked -p weightfs-tests --bin install
+	$(AS_ROOT) $(TARGET)/debug/install $(TARGET)/deb/weightfs_*.deb $(TARGET)/debian12
 
 fuzz: deps $(BOLERO) ## Fuzz every parser (DURATION=seconds for each, TARGETS=part of a name)
 	PATH="$(TARGET)/tools/bin:$$PATH" packaging/fuzz $(DURATION) $(TARGETS)
@@ -94,6 +114,11 @@ bench: test-deps ## Measure it beside a pull (QUICK=1, ROUNDS=n, LOADERS=all)
 	    --bin weightfs --bin bench
 	$(AS_ROOT) timeout --kill-after=30 $(BENCH_TIMEOUT) $(BENCH_DIR)/bench
 
+simulate: deps ## Simulate many nodes that load one model (N=100,1000,3000 CHURN= SLOW= LATE=)
+	$(CARGO) run --release --locked -p weightfs-swarm --example simulate -- \
+	    --output $(TARGET)/bench $(if $(N),--nodes $(N)) $(if $(CHURN),--churn $(CHURN)) \
+	    $(if $(SLOW),--slow $(SLOW)) $(if $(LATE),--late $(LATE))
+
 check: deps $(DENY) ## Format, lints, documentation, licences and sources
 	$(CARGO) fmt --all --check
 	$(CARGO) clippy --workspace --all-targets --locked -- -D warnings
@@ -110,6 +135,7 @@ test-deps: deps ## Install what the tests need (apt; Python packages in target/)
 	packaging/deps test
 	packaging/python-env $(TARGET)/python
 	packaging/promtool $(TARGET)/promtool
+	packaging/kubernetes-tools $(TARGET)/kubernetes
 	packaging/containerd-package 1.7 $(TARGET)/containerd17 || true
 	packaging/containerd-package 2.1 $(TARGET)/containerd21 || true
 
@@ -119,6 +145,11 @@ clean: ## Remove what was built
 $(DENY):
 	$(CARGO) install --locked --version $(DENY_VERSION) --root $(TARGET)/tools \
 	    --target-dir $(TARGET)/tools/build cargo-deny
+	rm -rf $(TARGET)/tools/build
+
+$(CARGO_DEB):
+	$(CARGO) install --locked --version $(CARGO_DEB_VERSION) --root $(TARGET)/tools \
+	    --target-dir $(TARGET)/tools/build cargo-deb
 	rm -rf $(TARGET)/tools/build
 
 $(BOLERO):

@@ -11,7 +11,7 @@ use futures::{FutureExt as _, StreamExt as _, stream};
 use tempfile::TempDir;
 use weightfs_store::{
     Amount, Background, Blob, BlobId, ByteStream, CacheOptions, Digest, FetchOptions, Form,
-    KeepDigests, Layout, Recheck, Source, SourceError, Store, StoreOptions, Verify,
+    KeepDigests, Layout, Recheck, Source, SourceError, Store, StoreOptions, Urgency, Verify,
 };
 
 use crate::artifact::{Compression, LayerContent, LayerDescriptor};
@@ -103,7 +103,11 @@ impl Source for MemorySource {
         weightfs_store::SourceKind::Registry
     }
 
-    fn fetch(&self, range: Range<u64>) -> BoxFuture<'_, Result<ByteStream, SourceError>> {
+    fn fetch(
+        &self,
+        range: Range<u64>,
+        _urgency: Urgency,
+    ) -> BoxFuture<'_, Result<ByteStream, SourceError>> {
         async move { self.answer(range) }.boxed()
     }
 }

@@ -6,6 +6,12 @@ pub mod control {
     tonic::include_proto!("weightfs.control.v1");
 }
 
+/// What daemons ask each other (`proto/peer.proto`).
+#[expect(missing_docs, reason = "generated; documented in the .proto file")]
+pub mod peer {
+    tonic::include_proto!("weightfs.peer.v1");
+}
+
 /// What Kubernetes asks of a volume plugin (`proto/csi.proto`).
 #[expect(missing_docs, reason = "generated; documented in the .proto file")]
 pub mod csi {

@@ -85,6 +85,12 @@ pub enum Command {
         #[arg(long)]
         json: bool,
     },
+    /// Show the other nodes, how they are, and what came from where
+    Peers {
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+    },
     /// Put WeightFS in place on this node: containerd's configuration and systemd's units
     Node {
         /// What to do.
@@ -113,6 +119,12 @@ pub enum Command {
     ///
     /// Exit status: 0 if nothing bad is left, 3 if something is, 1 if it could not be found out.
     Verify(VerifyArgs),
+    /// Mount what Fluid asks for, in the FUSE pod of a ThinRuntime
+    Fluid {
+        /// Fluid's runtime configuration [default: /etc/fluid/config/config.json]
+        #[arg(long, value_name = "FILE")]
+        runtime_config: Option<PathBuf>,
+    },
     /// Run Kubernetes's volume plugin (CSI), which the daemon does the work of
     Csi(CsiArgs),
     /// Print the effective configuration, with comments
@@ -262,6 +274,22 @@ pub struct ContainerdArgs {
     /// The name that containerd knows the snapshotter by
     #[arg(long, value_name = "NAME", default_value = "weightfs")]
     pub snapshotter: String,
+}
+
+impl MountArgs {
+    /// A model on a directory, until a signal.
+    pub const fn in_foreground(reference: Reference, dir: PathBuf) -> Self {
+        Self {
+            reference,
+            dir,
+            foreground: true,
+            daemon: false,
+            record: None,
+            profile: None,
+            index: None,
+            detached: false,
+        }
+    }
 }
 
 /// `weightfs rpull`

@@ -3,11 +3,13 @@
 pub mod cache;
 pub mod csi;
 pub mod doctor;
+pub mod fluid;
 pub mod image;
 pub mod index;
 pub mod ls;
 pub mod mount;
 pub mod node;
+pub mod peers;
 pub mod prepare;
 pub mod progress;
 pub mod pull;
@@ -37,7 +39,7 @@ pub fn opener(config: &Config, store: Arc<Store>) -> anyhow::Result<Opener> {
     let registries = registries(config)?;
     let references = References::new(&config.root);
     let (deadline, indexes) = (config.fetch.deadline, config.indexes()?);
-    Ok(Opener { registries, store, references, indexes, deadline })
+    Ok(Opener { registries, store, references, indexes, deadline, peers: None })
 }
 
 /// Where scratch stores go: not a tmpfs, as /tmp often is.

@@ -3,6 +3,8 @@
 //! Invariants: an unknown key is refused (a misspelt one would silently do nothing), and each key
 //! that exists is described in `KEYS`.
 
+mod peers;
+
 use std::collections::BTreeMap;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
@@ -20,6 +22,7 @@ use weightfs_store::{
     SourceError, StoreOptions, Verify,
 };
 
+pub use self::peers::{PeerTrust, PeersConfig};
 use crate::indexes::{IndexPolicy, Indexes};
 
 /// Where the configuration is looked for; its absence means defaults.
@@ -115,6 +118,29 @@ const KEYS: &[(&str, &str)] = &[
         "mirrors.hosts_dir",
         "containerd's directory of hosts.toml files, for registries that have no table here.",
     ),
+    ("peers.listen", "Address and port at which other nodes reach this one. Unset: no peers."),
+    (
+        "peers.name",
+        "This node among the members (\"host:port\"). Unset: the member that is an address of this machine.",
+    ),
+    ("peers.members", "All nodes, this one included: [\"host:port\", …]."),
+    (
+        "peers.dns",
+        "Instead: a name whose addresses are the members (\"name:port\"), as of a headless service.",
+    ),
+    (
+        "peers.trust",
+        "\"digest\": bytes of peers are used where each chunk has a digest (an index); \"cluster\": always, and the whole is hashed when it is here.",
+    ),
+    ("peers.uploads", "Answers to other nodes at once; more are refused, and they ask elsewhere."),
+    ("peers.ca_file", "PEM file of the authority that all peers' certificates are from."),
+    ("peers.cert_file", "PEM file of this node's certificate, for servers and clients."),
+    ("peers.key_file", "PEM file of its key. All three are read again when they change."),
+    (
+        "peers.server_name",
+        "The name in all peers' certificates. Unset: each has the host that it is a member by.",
+    ),
+    ("peers.plaintext", "No TLS: between daemons on one machine, on loopback only."),
     (
         "dragonfly.endpoint",
         "The proxy of Dragonfly's daemon on this node (\"http://127.0.0.1:4001\"): blobs are fetched through it first. Unset: not used.",
@@ -128,7 +154,7 @@ const KEYS: &[(&str, &str)] = &[
 ];
 
 /// The tables, in the order in which they are printed; those of registries follow.
-const SECTIONS: [&str; 11] = [
+const SECTIONS: [&str; 13] = [
     "snapshotter",
     "control",
     "metrics",
@@ -140,6 +166,7 @@ const SECTIONS: [&str; 11] = [
     "fetch",
     "credentials",
     "mirrors",
+    "peers",
     "dragonfly",
 ];
 
@@ -171,6 +198,8 @@ pub struct Config {
     pub credentials: CredentialsConfig,
     /// Other hosts that answer for registries.
     pub mirrors: MirrorsConfig,
+    /// Other nodes.
+    pub peers: PeersConfig,
     /// Dragonfly.
     pub dragonfly: DragonflyConfig,
     /// Registries by `host` or `host:port`.
@@ -426,6 +455,7 @@ impl Default for Config {
             fetch: FetchConfig::default(),
             credentials: CredentialsConfig::default(),
             mirrors: MirrorsConfig::default(),
+            peers: PeersConfig::default(),
             dragonfly: DragonflyConfig::default(),
             registry: BTreeMap::new(),
         }
@@ -617,6 +647,12 @@ impl Config {
                 "must name a public key where verify.referrers is \"signed\": the file that \
                  `cosign generate-key-pair` calls cosign.pub",
             );
+        }
+        if let Err((key, problem)) = self.peers.options() {
+            return bad(key, problem);
+        }
+        if self.peers.listen.is_some() && self.dragonfly.endpoint.is_some() {
+            return bad("peers.listen", "and dragonfly.endpoint exclude each other");
         }
         if let Some(Err(problem)) = self.dragonfly.daemon() {
             return bad("dragonfly.endpoint", &format!("can't be used: {problem}"));
@@ -880,6 +916,11 @@ mod tests {
             ("[cache]\nlimit = '10MiB'", "`cache.limit` must be 64MiB or more"),
             ("[cache]\nlimit = '0%'", "`cache.limit`"),
             ("[cache]\nmin_free = '101%'", "no percentage"),
+            ("[peers]\nlisten = '0.0.0.0:7700'", "`peers.members`"),
+            ("[peers]\nlisten = '0.0.0.0:7700'\nmembers = ['a']", "host:port"),
+            ("[peers]\nlisten = '0.0.0.0:7700'\nmembers = ['a:1']", "`peers.ca_file`"),
+            ("[peers]\nlisten = '0.0.0.0:7700'\nmembers = ['a:1']\nplaintext = true", "loopback"),
+            ("[peers]\nlisten = '[::1]:1'\ndns = 'a:1'\nplaintext = true\nuploads = 0", "1024"),
             ("[cri]\naddress = '/run/containerd/containerd.sock'", "`cri.address`"),
             ("[credentials]\nsources = ['keychain']", "line 2"),
             ("[fetch]\nread_ahead_min = '1GiB'", "`fetch.read_ahead_min`"),

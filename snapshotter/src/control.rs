@@ -16,13 +16,15 @@ use tokio_stream::wrappers::{ReceiverStream, UnixListenerStream};
 use tonic::transport::{Channel, Endpoint, Server};
 use tonic::{Request, Response, Status};
 use weightfs_fusefs::{LayerDescriptor, Profile, Progress, Session, TreeNumber};
+use weightfs_peers::{PeerStatus, Peers, PeersStatus};
 use weightfs_proto::control::control_client::ControlClient;
 use weightfs_proto::control::control_server::{Control, ControlServer};
 use weightfs_proto::control::{
     CacheReply, CacheRequest, Download, EvictReply, EvictRequest, Layer, Model, MountEvent,
-    MountRequest, Mounted, PinReply, PinRequest, PruneReply, PruneRequest, PublishReply,
-    PublishRequest, PullEvent, PullRequest, ReleaseReply, ReleaseRequest, StatusReply,
-    StatusRequest, UnpublishReply, VerifyEvent, VerifyRequest, VolumeRequest, mount_event,
+    MountRequest, Mounted, PeerState, PeersReply, PeersRequest, PinReply, PinRequest, PruneReply,
+    PruneRequest, PublishReply, PublishRequest, PullEvent, PullRequest, ReleaseReply,
+    ReleaseRequest, StatusReply, StatusRequest, UnpublishReply, VerifyEvent, VerifyRequest,
+    VolumeRequest, mount_event,
 };
 use weightfs_store::{Reference, parse_reference};
 
@@ -61,6 +63,8 @@ pub struct ControlService {
     pub snapshotter_address: PathBuf,
     /// Who keeps the mount, for status.
     pub keeper: Keeper,
+    /// The other nodes.
+    pub peers: Option<Arc<Peers>>,
     /// Layers that were lazy or not.
     pub decisions: Arc<Decisions>,
     /// Where metrics can be had, for status.
@@ -189,6 +193,7 @@ impl Control for ControlService {
             models: models.into_iter().map(model_message).collect(),
             layers,
             pid: std::process::id(),
+            peers: self.peers.as_deref().map(|peers| peers_message(peers.status())),
             passthrough: self.trees.session().is_some_and(Session::passes_through),
             decisions: self.decisions.counts().into_iter().map(counted).collect(),
             metrics_address: self.metrics_address.map(|it| it.to_string()).unwrap_or_default(),
@@ -197,6 +202,12 @@ impl Control for ControlService {
                 keeper => keeper.to_string(),
             },
         }))
+    }
+
+    async fn peers(&self, _request: Request<PeersRequest>) -> Result<Response<PeersReply>, Status> {
+        let off = || Status::failed_precondition("there are no peers: peers.listen is not set");
+        let peers = self.peers.as_deref().ok_or_else(off)?;
+        Ok(Response::new(peers_message(peers.status())))
     }
 
     async fn cache(&self, _request: Request<CacheRequest>) -> Result<Response<CacheReply>, Status> {
@@ -274,6 +285,24 @@ fn refusal(error: CacheError) -> Status {
         CacheError::Unknown(_) => Status::not_found(error.to_string()),
         CacheError::Stopped(_) => Status::internal(error.to_string()),
         _ => Status::failed_precondition(error.to_string()),
+    }
+}
+
+fn peers_message(status: PeersStatus) -> PeersReply {
+    let peer = |peer: PeerStatus| PeerState {
+        name: peer.name,
+        state: peer.state.to_owned(),
+        from: peer.from,
+        to: peer.to,
+    };
+    PeersReply {
+        name: status.name,
+        from_registry: status.from_registry,
+        from_peers: status.from_peers,
+        to_peers: status.to_peers,
+        lies: status.lies,
+        fallbacks: status.fallbacks,
+        peers: status.peers.into_iter().map(peer).collect(),
     }
 }
 

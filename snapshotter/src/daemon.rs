@@ -26,6 +26,7 @@ use tokio::sync::watch;
 use tracing::{error, info, warn};
 use weightfs_fusefs::Misses;
 use weightfs_fusefs::index::signature::KeyError;
+use weightfs_peers::{Peers, PeersError};
 use weightfs_store::{OpenError, PullSecrets, SourceError, Store};
 
 use crate::cache::Cache;
@@ -63,6 +64,9 @@ pub enum DaemonError {
     /// The registries' configuration can't be used.
     #[error(transparent)]
     Registries(#[from] SourceError),
+    /// The other nodes can't be reached, or not reach this one.
+    #[error(transparent)]
+    Peers(#[from] PeersError),
     /// A public key can't be used.
     #[error(transparent)]
     Key(#[from] KeyError),
@@ -217,6 +221,7 @@ impl Daemon {
         // What was not restored is used by nobody.
         store.start_evicting();
         let Parts { metadata, trees, models, layers, opener, .. } = parts;
+        let peers = opener.peers.clone();
         let secrets = Arc::clone(opener.registries.pull_secrets());
         let publisher = Publisher::start(config, &opener);
         let cache = Cache::new(opener, &config.root);
@@ -255,6 +260,7 @@ impl Daemon {
             root,
             snapshotter_address,
             keeper,
+            peers,
             decisions: Arc::clone(snapshots.decisions()),
             metrics_address,
         };
@@ -367,7 +373,10 @@ fn opener(config: &Config, store: Arc<Store>) -> Result<Opener, DaemonError> {
     }
     let references = References::new(&config.root);
     let indexes = config.indexes()?;
-    Ok(Opener { registries, store, references, indexes, deadline: config.fetch.deadline })
+    // Checked when the configuration was read.
+    let peers = config.peers.options().ok().flatten().map(Peers::start).transpose()?;
+    let deadline = config.fetch.deadline;
+    Ok(Opener { registries, store, references, indexes, deadline, peers })
 }
 
 /// Waits until somebody takes the mount away.

@@ -14,6 +14,7 @@ pub mod daemon;
 #[cfg(test)]
 mod documents;
 pub mod filter;
+pub mod fluid;
 pub mod handover;
 pub mod images;
 pub mod index;

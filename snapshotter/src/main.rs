@@ -70,6 +70,7 @@ fn run(cli: Cli) -> anyhow::Result<ExitCode> {
         Command::Status { subject, json } => {
             runtime.block_on(commands::status::run(&config, subject, json))
         }
+        Command::Peers { json } => runtime.block_on(commands::peers::run(&config, json)),
         Command::Doctor { json } => {
             return runtime.block_on(commands::doctor::run(&config, json));
         }
@@ -77,6 +78,9 @@ fn run(cli: Cli) -> anyhow::Result<ExitCode> {
         Command::Cache { command } => runtime.block_on(commands::cache::run(&config, command)),
         Command::Pin(arguments) => runtime.block_on(commands::cache::pin(&config, &arguments)),
         Command::Unpin(arguments) => runtime.block_on(commands::cache::unpin(&config, &arguments)),
+        Command::Fluid { runtime_config } => {
+            runtime.block_on(commands::fluid::run(&config, runtime_config.as_deref()))
+        }
         Command::Csi(arguments) => runtime.block_on(commands::csi::run(&config, arguments)),
         Command::Verify(arguments) => {
             return runtime.block_on(commands::verify::run(&config, arguments));
@@ -99,7 +103,11 @@ fn describe(error: &anyhow::Error) -> String {
 /// Logs to stderr: a daemon's life in full, of a command only what went wrong.
 fn start_log(command: &Command) {
     let default = match command {
-        Command::Serve | Command::Keeper { .. } | Command::Mount(_) | Command::Csi(_) => "info",
+        Command::Serve
+        | Command::Keeper { .. }
+        | Command::Mount(_)
+        | Command::Csi(_)
+        | Command::Fluid { .. } => "info",
         _ => "warn",
     };
     let filter = EnvFilter::builder()

@@ -18,7 +18,7 @@ use sha2::{Digest as _, Sha256};
 use tokio::sync::OnceCell;
 use weightfs_fusefs::index::find::has_index;
 use weightfs_fusefs::{Artifact, ArtifactError, Platform};
-use weightfs_store::{Digest, DigestError, Reference, Registries, SourceError};
+use weightfs_store::{Digest, DigestError, Reference, Registries, SourceError, Urgency};
 
 use crate::client::{Answer, ClientError, Collect, Containerd};
 use crate::metadata::SNAPSHOT_REF;
@@ -282,7 +282,7 @@ impl ImageParts {
                 return Ok(());
             }
             let source = registries.source(&self.artifact.repository, digest, size);
-            let bytes = source.fetch(0..size).await?;
+            let bytes = source.fetch(0..size, Urgency::Demand).await?;
             containerd.write(digest, size, bytes, HashMap::new()).await
         };
         Ok(layer.content.get_or_try_init(fetch).await.copied()?)

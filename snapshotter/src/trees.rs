@@ -24,8 +24,9 @@ use weightfs_fusefs::{
     LayerDescriptor, LayerError, OpenLayer, Progress, Session, Tree, TreeError, TreeNumber,
     blob_id, open_indexed_layer, open_layer, open_layer_without_ranges, reopen_layer,
 };
+use weightfs_peers::Peers;
 use weightfs_store::{
-    BlobId, Digest, Reference, Registries, Repository, SourceError, Store, Trust,
+    BlobId, Digest, Reference, Registries, Repository, Source, SourceError, Store, Trust,
 };
 
 use crate::cache;
@@ -88,6 +89,8 @@ pub struct Opener {
     pub indexes: Arc<Indexes>,
     /// How long a source may give nothing.
     pub deadline: Duration,
+    /// Other nodes that have the same, if there are to be any.
+    pub peers: Option<Arc<Peers>>,
 }
 
 /// What must be remembered of a tree to show it again without a network.
@@ -145,6 +148,24 @@ pub struct TreeStats {
 }
 
 impl Opener {
+    /// Where a layer comes from.
+    fn source(&self, layer: &LayerRecord) -> Arc<dyn Source> {
+        let LayerRecord { descriptor, repository } = layer;
+        let source = self.registries.source(repository, descriptor.digest, descriptor.size);
+        match &self.peers {
+            Some(peers) => peers.in_front_of(source, descriptor.digest, repository),
+            None => source,
+        }
+    }
+
+    /// Other nodes may have what is here of an open layer.
+    fn share(&self, layer: Arc<OpenLayer>, repository: &Repository) -> Arc<OpenLayer> {
+        if let Some(peers) = &self.peers {
+            peers.share(&layer.blob, repository);
+        }
+        layer
+    }
+
     /// What the reference names.
     ///
     /// # Errors
@@ -261,16 +282,17 @@ impl Opener {
         progress: &dyn Progress,
     ) -> Result<Arc<OpenLayer>, TreesError> {
         let LayerRecord { descriptor, repository } = record;
-        let source = self.registries.source(repository, descriptor.digest, descriptor.size);
+        let source = self.source(record);
         if let Some(index) = index.and_then(|index| index.layer(descriptor.digest)) {
             let source = Arc::clone(&source);
             match open_indexed_layer(&self.store, source, descriptor, index).await {
-                Ok(Some(open)) => return Ok(open),
+                Ok(Some(open)) => return Ok(self.share(open, repository)),
                 Ok(None) => {}
                 Err(why) => warn!(layer = %descriptor.digest, %why, "index ignored"),
             }
         }
-        Ok(open_layer(&self.store, source, descriptor, self.deadline, progress).await?)
+        let open = open_layer(&self.store, source, descriptor, self.deadline, progress).await?;
+        Ok(self.share(open, repository))
     }
 
     /// Opens a layer of a registry that ignores ranges.
@@ -309,11 +331,11 @@ impl Opener {
     pub fn reopen(&self, record: TreeRecord) -> Result<OpenTree, TreesError> {
         let reopen = |layer: &LayerRecord| {
             let LayerRecord { descriptor, repository } = layer;
-            let source = self.registries.source(repository, descriptor.digest, descriptor.size);
-            reopen_layer(&self.store, vec![source], descriptor)?
-                .ok_or(TreesError::Forgotten(descriptor.digest))
+            let open = reopen_layer(&self.store, vec![self.source(layer)], descriptor)?;
+            let open = open.ok_or(TreesError::Forgotten(descriptor.digest))?;
+            Ok(self.share(open, repository))
         };
-        let layers = record.layers.iter().map(reopen).collect::<Result<_, _>>()?;
+        let layers = record.layers.iter().map(reopen).collect::<Result<_, TreesError>>()?;
         Ok(OpenTree::new(layers, record))
     }
 }

@@ -13,6 +13,7 @@ mod map;
 mod miss;
 mod open;
 mod recorder;
+mod share;
 mod slice;
 
 use std::fmt;
@@ -99,6 +100,8 @@ pub struct Blob {
     sources: RwLock<Sources>,
     fetcher: Fetcher,
     readers: Mutex<Readers>,
+    /// Tells of each chunk that is published.
+    arrived: Notify,
     /// See [`Blob::sweep`].
     swept: AtomicBool,
     /// Whether what nobody has asked for is to be fetched, too, because little is missing.
@@ -491,6 +494,7 @@ impl Blob {
             self.judgement.replaced();
         }
         self.presence.publish(chunk);
+        self.arrived.notify_waiters();
         self.shared.changed(self, chunk.len(), entered);
     }
 

@@ -32,6 +32,7 @@ use std::time::Duration;
 
 use tokio::sync::oneshot;
 use tokio::time::Instant;
+use weightfs_swarm::Scatter;
 
 pub(crate) use self::line::Priority;
 pub(crate) use self::scheduler::Scheduler;
@@ -204,6 +205,11 @@ impl Fetcher {
         let order = blob.scheduler().next_order();
         lock(&self.queue).plan(priority, order, chunks);
         pump(blob);
+    }
+
+    /// What nobody has asked for is fetched in an order of this node's own from now on.
+    pub(crate) fn scatter(&self, scatter: Scatter) {
+        lock(&self.queue).scatter(scatter);
     }
 
     /// Gives up what is planned inside `chunks`.

@@ -59,3 +59,4 @@ pub use store::{
     Amount, Background, BlobId, BlobUsage, CacheOptions, Checked, Evicted, FetchOptions, Form,
     Ingest, KeepDigests, Others, Pruned, Recheck, Store, StoreOptions, Usage, Verify, VerifyError,
 };
+pub use weightfs_swarm::Urgency;

@@ -10,7 +10,7 @@ use futures::future::BoxFuture;
 use futures::stream::BoxStream;
 
 pub use self::in_order::in_order;
-use crate::SourceError;
+use crate::{SourceError, Urgency};
 
 /// Bytes in order, as they arrive.
 pub type ByteStream = BoxStream<'static, Result<Bytes, SourceError>>;
@@ -40,7 +40,7 @@ impl SourceKind {
     }
 }
 
-/// Something that has a blob: a registry's repository, later a peer.
+/// Something that has a blob: a registry's repository, or that and peers.
 pub trait Source: Debug + Send + Sync {
     /// What people know it by (`host:port/repository`); never a secret. Two sources of one name
     /// are one source.
@@ -54,5 +54,13 @@ pub trait Source: Debug + Send + Sync {
 
     /// Bytes `range` of the blob, in order. The stream ends with an error or after exactly
     /// `range.end - range.start` bytes; it never gives more. A piece may be empty, as a sign of life.
-    fn fetch(&self, range: Range<u64>) -> BoxFuture<'_, Result<ByteStream, SourceError>>;
+    /// How urgent it is matters to sources that have to choose.
+    fn fetch(
+        &self,
+        range: Range<u64>,
+        urgency: Urgency,
+    ) -> BoxFuture<'_, Result<ByteStream, SourceError>>;
+
+    /// Bytes that it gave are not what their digest promises. They are asked for again.
+    fn gave_wrong(&self, _bytes: &Range<u64>) {}
 }

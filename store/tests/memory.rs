@@ -13,7 +13,7 @@ use futures::stream;
 use tokio::time::sleep;
 use weightfs_store::{
     Amount, Background, Blob, BlobId, ByteStream, CacheOptions, Digest, FetchOptions, Form,
-    KeepDigests, Layout, Read, Recheck, Source, SourceError, Store, StoreOptions, Verify,
+    KeepDigests, Layout, Read, Recheck, Source, SourceError, Store, StoreOptions, Urgency, Verify,
 };
 
 const MIB: u64 = 1 << 20;
@@ -64,7 +64,11 @@ impl Source for Zeros {
         weightfs_store::SourceKind::Registry
     }
 
-    fn fetch(&self, range: Range<u64>) -> BoxFuture<'_, Result<ByteStream, SourceError>> {
+    fn fetch(
+        &self,
+        range: Range<u64>,
+        _urgency: Urgency,
+    ) -> BoxFuture<'_, Result<ByteStream, SourceError>> {
         Box::pin(async move {
             sleep(Duration::from_millis(100)).await;
             let pieces = stream::unfold(range.end - range.start, async |left| {

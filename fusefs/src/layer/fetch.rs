@@ -9,7 +9,7 @@ use backon::{BackoffBuilder as _, ExponentialBuilder};
 use bytes::Bytes;
 use futures::StreamExt as _;
 use tokio::time::{Instant, sleep, timeout_at};
-use weightfs_store::{Digest, Source, SourceError};
+use weightfs_store::{Digest, Source, SourceError, Urgency};
 
 use super::LayerError;
 
@@ -65,7 +65,7 @@ impl Remote {
     /// One request for what is missing.
     async fn attempt(&self, got: &mut Got, end: u64) -> Result<(), Failure> {
         let silence = |_| Failure::Silence;
-        let request = self.source.fetch(got.at..end);
+        let request = self.source.fetch(got.at..end, Urgency::Demand);
         let answer = timeout_at(got.progress + self.deadline, request).await.map_err(silence)?;
         let mut stream = answer.map_err(Failure::Source)?;
         loop {

@@ -60,6 +60,7 @@ fn to_json(status: &StatusReply) -> serde_json::Value {
         })
     };
     json!({
+        "peers": status.peers.as_ref().map(super::peers::to_json),
         "version": status.version,
         "root": status.root,
         "snapshotter_address": status.snapshotter_address,
@@ -74,6 +75,9 @@ fn to_json(status: &StatusReply) -> serde_json::Value {
 fn print(status: &StatusReply) {
     let StatusReply { version, root, snapshotter_address, models, layers, keeper, .. } = status;
     println!("weightfs {version} on {root}, snapshotter at {snapshotter_address}");
+    if let Some(peers) = &status.peers {
+        println!("{}", super::peers::summary(peers));
+    }
     match keeper.as_str() {
         "" => println!("nobody keeps the mount: a restart breaks running containers"),
         keeper => println!("{keeper} keeps the mount over a restart"),

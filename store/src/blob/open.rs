@@ -86,6 +86,7 @@ impl Blob {
             epoch: AtomicU64::new(epoch),
             judgement: Judgement::new(verdict),
             checks,
+            arrived: Notify::new(),
             judged: Notify::new(),
             hash: RunningHash::new(follow),
             unsynced: Bits::new(u32::try_from(table.layout().segments()).unwrap_or(u32::MAX)),

@@ -17,6 +17,8 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
+use crate::Urgency;
+
 use crate::layout::CHUNK_BYTES;
 
 /// What comes first.
@@ -30,6 +32,17 @@ pub(crate) enum Priority {
     Profile,
     /// Nobody has asked, but the file is in use.
     Background,
+}
+
+impl Priority {
+    /// What sources know of it.
+    pub(crate) const fn urgency(self) -> Urgency {
+        match self {
+            Self::Demand => Urgency::Demand,
+            Self::ReadAhead => Urgency::Ahead,
+            Self::Profile | Self::Background => Urgency::Background,
+        }
+    }
 }
 
 /// From the most to the least urgent.

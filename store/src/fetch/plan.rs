@@ -4,16 +4,24 @@
 use std::collections::VecDeque;
 use std::ops::Range;
 
+use weightfs_swarm::{GROUP_BYTES, Scatter};
+
 use crate::chunk::ChunkNo;
+use crate::layout::CHUNK_BYTES;
 
 /// Ranges of a plan at the most: the files of a large model, each with a few places. What does
 /// not fit is left to its readers.
 const MAX_RANGES: usize = 4096;
 
+/// Chunks of a group, where they begin with one.
+const GROUP_CHUNKS: u32 = (GROUP_BYTES / CHUNK_BYTES) as u32;
+
 /// What is still to be looked at, in order.
 #[derive(Debug, Default)]
 pub(super) struct Plan {
     ranges: VecDeque<Step>,
+    /// Where others fetch the same, each has an order of its own.
+    scatter: Option<Scatter>,
 }
 
 /// Chunks, and when they were planned: a number that grows over all blobs.
@@ -31,6 +39,36 @@ impl Plan {
         };
         if !self.ranges.iter().any(known) && self.ranges.len() < MAX_RANGES {
             self.ranges.push_back(Step { order, chunks });
+        }
+    }
+
+    /// From now on every other time something further on is taken.
+    pub(super) fn scatter(&mut self, scatter: Scatter) {
+        self.scatter = Some(scatter);
+    }
+
+    /// Puts the group that is next before all else.
+    fn bring_forward(&mut self) {
+        let room = self.ranges.len() + 2 <= MAX_RANGES;
+        let (Some(scatter), Some(Step { order, chunks }), true) =
+            (&mut self.scatter, self.ranges.front(), room)
+        else {
+            return;
+        };
+        let (order, Range { start, end }) = (*order, chunks.clone());
+        let groups = end.0.saturating_sub(start.0).div_ceil(GROUP_CHUNKS);
+        let next = scatter.next(usize::try_from(groups).unwrap_or(0));
+        let next = u32::try_from(next).unwrap_or(0).saturating_mul(GROUP_CHUNKS);
+        if next == 0 {
+            return;
+        }
+        let at = ChunkNo(start.0.saturating_add(next));
+        let after = ChunkNo(at.0.saturating_add(GROUP_CHUNKS)).min(end);
+        self.ranges.pop_front();
+        for chunks in [after..end, start..at, at..after] {
+            if !chunks.is_empty() {
+                self.ranges.push_front(Step { order, chunks });
+            }
         }
     }
 
@@ -58,6 +96,7 @@ impl Plan {
         cut: impl Fn(ChunkNo) -> ChunkNo,
         most: u32,
     ) -> Option<Range<ChunkNo>> {
+        self.bring_forward();
         while let Some(Step { chunks: range, .. }) = self.ranges.front_mut() {
             while range.start < range.end && !wanted(range.start) {
                 range.start = range.start.next();
@@ -113,6 +152,24 @@ mod tests {
         assert_eq!(all(&mut plan, |_| true), [chunks(0..2)]);
         plan.add(0, chunks(3..9));
         assert_eq!(all(&mut plan, |_| false), []);
+    }
+
+    #[test]
+    fn a_scattered_plan_is_carried_out_in_another_order_and_wholly() {
+        let all = |seed| {
+            let mut plan = Plan::default();
+            plan.scatter(Scatter::new(seed));
+            plan.add(0, chunks(0..1000));
+            let cut = |_| ChunkNo(1000);
+            let taken: Vec<_> = std::iter::from_fn(|| plan.take(|_| true, cut, 4)).collect();
+            taken
+        };
+        let (one, other) = (all(1), all(2));
+        assert_ne!(one, other);
+        let mut chunks: Vec<_> = one.iter().flat_map(|range| range.start.0..range.end.0).collect();
+        assert!(!chunks.is_sorted());
+        chunks.sort_unstable();
+        assert_eq!(chunks, (0..1000).collect::<Vec<_>>());
     }
 
     #[test]

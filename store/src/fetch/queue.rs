@@ -13,6 +13,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 
 use tokio::sync::oneshot;
 use tokio::time::Instant;
+use weightfs_swarm::Scatter;
 
 use super::line::Priority;
 use super::plan::Plan;
@@ -174,6 +175,11 @@ impl Queue {
                 self.background.add(order, chunks);
             }
         }
+    }
+
+    /// What nobody has asked for is fetched in an order of this node's own from now on.
+    pub(super) fn scatter(&mut self, scatter: Scatter) {
+        self.background.scatter(scatter);
     }
 
     /// When the first of what is expected was planned.

@@ -15,8 +15,8 @@ use tokio::time::{Instant, sleep_until};
 use super::hedge::{Hedging, Usual};
 use super::line::Priority;
 use super::scheduler::{Place, Scheduler};
-use crate::SourceError;
 use crate::source::Source;
+use crate::{SourceError, Urgency};
 
 type Piece = Option<Result<Bytes, SourceError>>;
 
@@ -30,8 +30,8 @@ struct Runner<'a> {
 }
 
 impl<'a> Runner<'a> {
-    fn new(source: &'a dyn Source, wanted: Range<u64>) -> Self {
-        let body = source.fetch(wanted.clone()).into_stream().try_flatten().boxed();
+    fn new(source: &'a dyn Source, wanted: Range<u64>, urgency: Urgency) -> Self {
+        let body = source.fetch(wanted.clone(), urgency).into_stream().try_flatten().boxed();
         Self { at: wanted.start, wanted, began: Instant::now(), body }
     }
 
@@ -67,6 +67,7 @@ enum Said {
 /// A request to a source, and perhaps its repetition.
 pub(super) struct Race<'a> {
     source: &'a dyn Source,
+    urgency: Urgency,
     scheduler: &'a Scheduler,
     /// The next byte to give.
     position: u64,
@@ -89,8 +90,9 @@ impl<'a> Race<'a> {
             (Priority::Demand | Priority::ReadAhead, Some(usual)) => Second::Waits(usual),
             _ => Second::Never,
         };
-        let (position, first) = (wanted.start, Runner::new(source, wanted));
-        Self { source, scheduler, position, first, second, dropped: 0 }
+        let urgency = priority.urgency();
+        let (position, first) = (wanted.start, Runner::new(source, wanted, urgency));
+        Self { source, urgency, scheduler, position, first, second, dropped: 0 }
     }
 
     /// The next bytes, as [`Source::fetch`] gives them.
@@ -155,7 +157,7 @@ impl<'a> Race<'a> {
         let rest = self.position..self.first.wanted.end;
         let place = if rest.is_empty() { None } else { self.scheduler.hedge(self.source.host()) };
         self.second = match place {
-            Some(place) => Second::Runs(Runner::new(self.source, rest), place),
+            Some(place) => Second::Runs(Runner::new(self.source, rest, self.urgency), place),
             None => Second::Never,
         };
     }

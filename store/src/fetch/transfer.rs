@@ -97,7 +97,7 @@ pub(super) async fn fill(
             }
             Err(Trouble::Cache(error)) => return Err(Failure::cache(error)),
             Err(Trouble::Wrong(chunk, actual)) => {
-                let error = wrong(blob, chunk, actual, source.name());
+                let error = wrong(blob, chunk, actual, &*source);
                 patience.failed(&error);
                 if refused.is_final(chunk, sources.count()) {
                     let failure = Failure::Final(error);
@@ -143,12 +143,13 @@ async fn check(blob: &Arc<Blob>, chunk: ChunkNo) -> io::Result<()> {
 }
 
 /// A source gave something else than the chunk.
-fn wrong(blob: &Blob, chunk: ChunkNo, actual: Digest, source: &str) -> SourceError {
-    blob.rejected(chunk, actual, source);
-    let start = blob.table().bytes_of(chunk).map_or(0, |(_, bytes)| bytes.start);
+fn wrong(blob: &Blob, chunk: ChunkNo, actual: Digest, source: &dyn Source) -> SourceError {
+    blob.rejected(chunk, actual, source.name());
+    let bytes = blob.table().bytes_of(chunk).map_or(0..0, |(_, bytes)| bytes);
+    source.gave_wrong(&bytes);
     SourceError::BadAnswer {
-        source_name: source.to_owned(),
-        what: format!("the chunk at byte {start}"),
+        source_name: source.name().to_owned(),
+        what: format!("the chunk at byte {}", bytes.start),
         message: format!("it hashes to {actual}, which is not what the index has"),
     }
 }

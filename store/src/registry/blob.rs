@@ -19,7 +19,7 @@ use super::target::{Target, is_stale};
 use super::{Failures, Registries, Repository, dragonfly};
 use crate::shared::lock;
 use crate::source::{ByteStream, Source, SourceKind};
-use crate::{Digest, SourceError};
+use crate::{Digest, SourceError, Urgency};
 
 /// How long what a host can't do is believed. Not for good: a proxy that caches has ranges as soon
 /// as it has the blob.
@@ -328,7 +328,11 @@ impl Source for BlobSource {
         }
     }
 
-    fn fetch(&self, range: Range<u64>) -> BoxFuture<'_, Result<ByteStream, SourceError>> {
+    fn fetch(
+        &self,
+        range: Range<u64>,
+        _urgency: Urgency,
+    ) -> BoxFuture<'_, Result<ByteStream, SourceError>> {
         Box::pin(Arc::clone(&self.0).get(range))
     }
 }

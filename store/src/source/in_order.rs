@@ -13,7 +13,7 @@ use futures::{StreamExt as _, stream};
 use tokio::sync::{Mutex, OwnedMutexGuard};
 
 use super::{ByteStream, Source, SourceKind};
-use crate::SourceError;
+use crate::{SourceError, Urgency};
 
 /// See the module.
 #[derive(Debug)]
@@ -53,12 +53,13 @@ pub fn in_order(source: Arc<dyn Source>, size: u64) -> Arc<dyn Source> {
 }
 
 impl InOrder {
-    async fn read(&self, range: Range<u64>) -> Result<ByteStream, SourceError> {
+    async fn read(&self, range: Range<u64>, urgency: Urgency) -> Result<ByteStream, SourceError> {
         let mut place = Arc::clone(&self.cursor).lock_owned().await;
         let cursor = match place.take() {
             Some(cursor) if cursor.position <= range.start => cursor,
             _ => {
-                let body = self.source.fetch(0..self.size).await.map_err(not_even_whole)?;
+                let body = self.source.fetch(0..self.size, urgency).await;
+                let body = body.map_err(not_even_whole)?;
                 Cursor { body, rest: Bytes::new(), position: 0 }
             }
         };
@@ -81,8 +82,12 @@ impl Source for InOrder {
         self.source.kind()
     }
 
-    fn fetch(&self, range: Range<u64>) -> BoxFuture<'_, Result<ByteStream, SourceError>> {
-        Box::pin(self.read(range))
+    fn fetch(
+        &self,
+        range: Range<u64>,
+        urgency: Urgency,
+    ) -> BoxFuture<'_, Result<ByteStream, SourceError>> {
+        Box::pin(self.read(range, urgency))
     }
 }
 
@@ -162,7 +167,11 @@ mod tests {
             SourceKind::Registry
         }
 
-        fn fetch(&self, range: Range<u64>) -> BoxFuture<'_, Result<ByteStream, SourceError>> {
+        fn fetch(
+            &self,
+            range: Range<u64>,
+            _urgency: Urgency,
+        ) -> BoxFuture<'_, Result<ByteStream, SourceError>> {
             assert_eq!(range, 0..SIZE);
             self.0.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
             let all: Vec<u8> = range.map(byte).collect();
@@ -172,7 +181,8 @@ mod tests {
     }
 
     async fn read(source: &Arc<dyn Source>, range: Range<u64>) {
-        let pieces: Vec<_> = source.fetch(range.clone()).await.unwrap().collect().await;
+        let pieces: Vec<_> =
+            source.fetch(range.clone(), Urgency::Demand).await.unwrap().collect().await;
         let bytes: Vec<u8> = pieces.into_iter().flat_map(Result::unwrap).collect();
         assert_eq!(bytes, range.map(byte).collect::<Vec<_>>());
     }
@@ -194,7 +204,7 @@ mod tests {
     async fn a_range_that_is_given_up_costs_a_new_answer() {
         let whole = Arc::new(Whole::default());
         let source = in_order(Arc::clone(&whole) as _, SIZE);
-        let mut body = source.fetch(0..50).await.unwrap();
+        let mut body = source.fetch(0..50, Urgency::Demand).await.unwrap();
         assert_eq!(body.next().await.unwrap().unwrap().len(), 7);
         drop(body);
         read(&source, 10..20).await;
@@ -205,7 +215,7 @@ mod tests {
     async fn an_answer_that_ends_early_is_an_error() {
         let whole: Arc<dyn Source> = Arc::new(Whole::default());
         let source = Arc::new(InOrder { source: whole, size: SIZE, cursor: Arc::default() });
-        let body = source.read(90..SIZE + 5).await.unwrap();
+        let body = source.read(90..SIZE + 5, Urgency::Demand).await.unwrap();
         let pieces: Vec<_> = body.collect().await;
         let error = pieces.last().unwrap().as_ref().unwrap_err();
         assert!(error.to_string().contains("byte 100"), "{error}");

@@ -19,7 +19,7 @@ use crate::disk::{Disk, Durability, LocalDisk};
 use crate::shared::lock;
 use crate::{
     Amount, Background, Blob, BlobId, ByteStream, CacheOptions, Digest, FetchOptions, Form,
-    KeepDigests, Layout, Read, Recheck, Source, SourceError, Store, StoreOptions, Trust,
+    KeepDigests, Layout, Read, Recheck, Source, SourceError, Store, StoreOptions, Trust, Urgency,
 };
 
 const MIB: u64 = 1 << 20;
@@ -234,7 +234,11 @@ impl Source for Memory {
         crate::SourceKind::Registry
     }
 
-    fn fetch(&self, range: Range<u64>) -> BoxFuture<'_, Result<ByteStream, SourceError>> {
+    fn fetch(
+        &self,
+        range: Range<u64>,
+        _urgency: Urgency,
+    ) -> BoxFuture<'_, Result<ByteStream, SourceError>> {
         let bytes = self.0.slice(range.start as usize..range.end as usize);
         Box::pin(async { Ok(stream::iter([Ok(bytes)]).boxed()) })
     }

@@ -9,7 +9,7 @@ use bytes::Bytes;
 use futures::future::BoxFuture;
 use futures::stream::{self, StreamExt};
 use tokio::time::{Instant, sleep};
-use weightfs_store::{Blob, ByteStream, Layout, Source, SourceError, Store};
+use weightfs_store::{Blob, ByteStream, Layout, Source, SourceError, Store, Urgency};
 
 use super::source::status;
 use super::{MIB, id, noise, open, read};
@@ -56,7 +56,11 @@ impl Source for Scripted {
         weightfs_store::SourceKind::Registry
     }
 
-    fn fetch(&self, range: Range<u64>) -> BoxFuture<'_, Result<ByteStream, SourceError>> {
+    fn fetch(
+        &self,
+        range: Range<u64>,
+        _urgency: Urgency,
+    ) -> BoxFuture<'_, Result<ByteStream, SourceError>> {
         let answer = (self.script)(self.asked.fetch_add(1, Ordering::SeqCst));
         self.requests.lock().unwrap().push(range.clone());
         let data = self.data.slice(range.start as usize..range.end as usize);

@@ -9,7 +9,7 @@ use bytes::Bytes;
 use futures::future::BoxFuture;
 use futures::stream::{self, StreamExt};
 use tokio::time::{Instant, sleep, sleep_until};
-use weightfs_store::{ByteStream, Source, SourceError};
+use weightfs_store::{ByteStream, Source, SourceError, Urgency};
 
 use super::source::status;
 
@@ -109,7 +109,11 @@ impl Source for FarSource {
         weightfs_store::SourceKind::Registry
     }
 
-    fn fetch(&self, range: Range<u64>) -> BoxFuture<'_, Result<ByteStream, SourceError>> {
+    fn fetch(
+        &self,
+        range: Range<u64>,
+        _urgency: Urgency,
+    ) -> BoxFuture<'_, Result<ByteStream, SourceError>> {
         static ZEROS: [u8; PIECE_BYTES] = [0; PIECE_BYTES];
         let open = Open::new(&self.0);
         Box::pin(async move {

@@ -8,6 +8,7 @@ use std::time::{Duration, SystemTime};
 
 use futures::StreamExt;
 use futures::future::join_all;
+use weightfs_store::Urgency;
 use weightfs_store::{
     AccessOptions, Blob, CredentialOptions, Digest, Layout, Registries, Repository, SourceError,
     Store, Trust,
@@ -71,7 +72,7 @@ impl Bed {
     /// The first byte of a range, or why it can't be had.
     async fn first_byte(&self, size: u64, range: std::ops::Range<u64>) -> Result<u8, SourceError> {
         let source = self.registries.source(&repository(), Digest::of(b"x"), size);
-        let piece = source.fetch(range).await?.next().await.unwrap();
+        let piece = source.fetch(range, Urgency::Demand).await?.next().await.unwrap();
         piece.map(|piece| piece[0])
     }
 }
@@ -163,7 +164,8 @@ async fn a_mirror_without_ranges_is_asked_for_one_once() {
     let bed = Bed::new(&[&whole, &registry]);
     let source = bed.registries.source(&repository(), Digest::of(b"x"), 1000);
     for at in 1..10 {
-        let piece = source.fetch(at..at + 1).await.unwrap().next().await.unwrap().unwrap();
+        let piece =
+            source.fetch(at..at + 1, Urgency::Demand).await.unwrap().next().await.unwrap().unwrap();
         assert_eq!(piece, data[at as usize..=at as usize]);
     }
     assert_eq!((whole.take_requests().len(), registry.take_requests().len()), (1, 9));
@@ -192,7 +194,7 @@ async fn a_mirror_that_lacks_a_blob_is_not_asked_for_each_range_of_it() {
     let bed = Bed::new(&[&empty, &registry]);
     let source = bed.registries.source(&repository(), Digest::of(b"x"), 1000);
     for at in 0..10 {
-        drop(source.fetch(at..at + 1).await.unwrap());
+        drop(source.fetch(at..at + 1, Urgency::Demand).await.unwrap());
     }
     assert_eq!(empty.take_requests().len(), 1);
     // Alone it is asked each time: what is not there may come.

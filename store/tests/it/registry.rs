@@ -8,6 +8,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use futures::StreamExt;
+use weightfs_store::Urgency;
 use weightfs_store::{
     AccessOptions, CredentialOptions, Credentials, Digest, Layout, MAX_MANIFEST_BYTES, Reference,
     Registries, RegistryOptions, Repository, Secret, SourceError, Trust,
@@ -60,7 +61,7 @@ fn partial(data: &[u8], request: &Request) -> Reply {
 
 async fn fetch(server: &Server, size: u64, range: Range<u64>) -> Result<Vec<u8>, SourceError> {
     let source = anonymous().source(&repository(server), Digest::of(b"x"), size);
-    let mut body = source.fetch(range).await?;
+    let mut body = source.fetch(range, Urgency::Demand).await?;
     let mut bytes = vec![];
     while let Some(piece) = body.next().await {
         bytes.extend_from_slice(&piece?);
@@ -256,7 +257,7 @@ async fn a_cut_body_is_an_error_after_the_bytes_that_came() {
     })
     .await;
     let source = anonymous().source(&repository(&server), Digest::of(b"x"), 1000);
-    let mut body = source.fetch(0..1000).await.unwrap();
+    let mut body = source.fetch(0..1000, Urgency::Demand).await.unwrap();
     let (mut bytes, mut error) = (vec![], None);
     while let Some(piece) = body.next().await {
         match piece {
@@ -316,7 +317,9 @@ async fn a_token_is_had_once_and_used_for_all() {
     let server = token_registry(data, usize::MAX).await;
     let registries = registries(&login(dir.path(), &server.address, "joe", "secret"));
     let source = registries.source(&repository(&server), Digest::of(b"x"), 1000);
-    let many = futures::future::join_all((0..20).map(|at| source.fetch(at..at + 1))).await;
+    let many =
+        futures::future::join_all((0..20).map(|at| source.fetch(at..at + 1, Urgency::Demand)))
+            .await;
     assert!(many.into_iter().all(|answer| answer.is_ok()));
     let requests = server.take_requests();
     assert_eq!(tokens_asked_for(&requests), 1, "one renewal, whoever noticed");
@@ -331,7 +334,7 @@ async fn a_token_that_expires_in_the_middle_is_renewed_unnoticed() {
     let registries = registries(&login(dir.path(), &server.address, "joe", "secret"));
     let source = registries.source(&repository(&server), Digest::of(b"x"), 1000);
     for at in 0..10 {
-        drop(source.fetch(at..at + 1).await.unwrap());
+        drop(source.fetch(at..at + 1, Urgency::Demand).await.unwrap());
     }
     assert_eq!(tokens_asked_for(&server.take_requests()), 4);
 }
@@ -360,7 +363,7 @@ async fn a_token_that_is_refused_with_400_or_403_is_renewed_unnoticed() {
         let registries = registries(&login(dir.path(), &server.address, "joe", "secret"));
         let source = registries.source(&repository(&server), Digest::of(b"x"), 1000);
         for at in 0..4 {
-            drop(source.fetch(at..at + 1).await.unwrap());
+            drop(source.fetch(at..at + 1, Urgency::Demand).await.unwrap());
         }
         assert_eq!(tokens_asked_for(&server.take_requests()), 2, "{status}");
     }
@@ -386,7 +389,7 @@ async fn a_token_is_renewed_before_it_ends_and_no_request_is_refused_for_it() {
     let source = registries.source(&repository(&server), Digest::of(b"x"), 1000);
     let mut requests = vec![];
     while tokens_asked_for(&requests) < 3 {
-        drop(source.fetch(0..1).await.unwrap());
+        drop(source.fetch(0..1, Urgency::Demand).await.unwrap());
         requests.extend(server.take_requests());
     }
     let unknown = requests.iter().filter(|request| {
@@ -409,11 +412,13 @@ async fn what_the_sources_have_is_tried_in_order_and_each_once() {
     secrets.note(&repository(&server), wrong("jim"));
     secrets.note(&repository(&server), wrong("jane"));
     let source = registries.source(&repository(&server), Digest::of(b"x"), 10);
-    drop(source.fetch(0..1).await.unwrap());
+    drop(source.fetch(0..1, Urgency::Demand).await.unwrap());
     assert_eq!(tokens_asked_for(&server.take_requests()), 3);
     // A repository that nobody has spoken of.
     let other = Repository { name: "org/other".into(), ..repository(&server) };
-    drop(registries.source(&other, Digest::of(b"x"), 10).fetch(0..1).await.unwrap());
+    drop(
+        registries.source(&other, Digest::of(b"x"), 10).fetch(0..1, Urgency::Demand).await.unwrap(),
+    );
     assert_eq!(tokens_asked_for(&server.take_requests()), 1);
 }
 
@@ -458,7 +463,7 @@ async fn credentials_that_change_are_found_and_wrong_ones_are_not_tried_again_an
     assert_eq!(tokens_asked_for(&server.take_requests()), 0, "asked again with the same");
     login(dir.path(), &server.address, "joe", "secret");
     let source = registries.source(&repository(&server), Digest::of(b"x"), 10);
-    drop(source.fetch(0..1).await.unwrap());
+    drop(source.fetch(0..1, Urgency::Demand).await.unwrap());
 }
 
 #[tokio::test]
@@ -504,11 +509,11 @@ async fn a_redirect_is_followed_and_its_host_never_sees_who_we_are() {
     .await;
     let registries = registries(&login(dir.path(), &server.address, "joe", "secret"));
     let source = registries.source(&repository(&server), Digest::of(b"x"), 1000);
-    drop(source.fetch(10..20).await.unwrap());
+    drop(source.fetch(10..20, Urgency::Demand).await.unwrap());
     let seen = storage.take_requests().pop().unwrap();
     assert_eq!((seen.header("range"), seen.header("authorization")), ("bytes=10-19", ""));
     drop(storage);
-    let Err(error) = source.fetch(10..20).await else { panic!("nobody is there") };
+    let Err(error) = source.fetch(10..20, Urgency::Demand).await else { panic!("nobody is there") };
     assert!(!error.to_string().contains("secret"), "{error}");
 }
 

@@ -10,7 +10,7 @@ use bytes::Bytes;
 use futures::future::BoxFuture;
 use futures::stream::{self, StreamExt};
 use tokio::sync::watch;
-use weightfs_store::{ByteStream, Source, SourceError};
+use weightfs_store::{ByteStream, Source, SourceError, Urgency};
 
 /// Bytes of a piece: neither a divisor nor a multiple of a chunk.
 const PIECE_BYTES: u64 = 100_003;
@@ -175,7 +175,11 @@ impl Source for TestSource {
         weightfs_store::SourceKind::Registry
     }
 
-    fn fetch(&self, range: Range<u64>) -> BoxFuture<'_, Result<ByteStream, SourceError>> {
+    fn fetch(
+        &self,
+        range: Range<u64>,
+        _urgency: Urgency,
+    ) -> BoxFuture<'_, Result<ByteStream, SourceError>> {
         Box::pin(async move {
             self.requests.lock().unwrap().push(range.clone());
             if self.away.load(Ordering::SeqCst) {

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use bytes::{Buf as _, Bytes};
 use futures::future::BoxFuture;
 use futures::stream::{self, StreamExt as _};
-use weightfs_store::{ByteStream, Source, SourceError, SourceKind, in_order};
+use weightfs_store::{ByteStream, Source, SourceError, SourceKind, Urgency, in_order};
 
 use super::decoder::Decoder;
 use super::points::Points;
@@ -32,15 +32,15 @@ impl InflatedSource {
         }
     }
 
-    async fn open(&self, range: Range<u64>) -> Result<ByteStream, SourceError> {
+    async fn open(&self, range: Range<u64>, urgency: Urgency) -> Result<ByteStream, SourceError> {
         let outside = || self.bad("no access point covers it");
         let span = self.points.span(&range).ok_or_else(outside)?;
         let decoder = span.decoder().map_err(|error| self.bad(&error.to_string()))?;
-        let body = match self.compressed.fetch(span.blob.clone()).await {
+        let body = match self.compressed.fetch(span.blob.clone(), urgency).await {
             // The host gives all or nothing, and whoever begins at the start takes all.
             Err(SourceError::NoRanges { .. }) if range.start == 0 => {
                 let whole = in_order(Arc::clone(&self.compressed), self.points.blob_bytes());
-                whole.fetch(span.blob.clone()).await?
+                whole.fetch(span.blob.clone(), urgency).await?
             }
             answer => answer?,
         };
@@ -69,8 +69,12 @@ impl Source for InflatedSource {
         self.compressed.kind()
     }
 
-    fn fetch(&self, range: Range<u64>) -> BoxFuture<'_, Result<ByteStream, SourceError>> {
-        Box::pin(self.open(range))
+    fn fetch(
+        &self,
+        range: Range<u64>,
+        urgency: Urgency,
+    ) -> BoxFuture<'_, Result<ByteStream, SourceError>> {
+        Box::pin(self.open(range, urgency))
     }
 }
 

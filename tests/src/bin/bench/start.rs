@@ -11,7 +11,8 @@ use futures::{StreamExt as _, stream};
 use tokio::runtime::Runtime;
 use weightfs_store::{
     Amount, Background, Blob, BlobId, ByteStream, CHUNK_BYTES, CacheOptions, Digest, FetchOptions,
-    Form, KeepDigests, Layout, Read, Recheck, Source, SourceError, Store, StoreOptions, Verify,
+    Form, KeepDigests, Layout, Read, Recheck, Source, SourceError, Store, StoreOptions, Urgency,
+    Verify,
 };
 
 use crate::Bench;
@@ -95,7 +96,11 @@ impl Source for Zeros {
         weightfs_store::SourceKind::Registry
     }
 
-    fn fetch(&self, range: Range<u64>) -> BoxFuture<'_, Result<ByteStream, SourceError>> {
+    fn fetch(
+        &self,
+        range: Range<u64>,
+        _urgency: Urgency,
+    ) -> BoxFuture<'_, Result<ByteStream, SourceError>> {
         Box::pin(async move {
             let chunk = Bytes::from(vec![0; usize::try_from(CHUNK_BYTES).unwrap_or(0)]);
             let pieces = stream::unfold((range.end - range.start, chunk), async |(left, chunk)| {

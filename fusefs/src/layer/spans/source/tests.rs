@@ -46,7 +46,7 @@ fn inflate(blob: &[u8], compression: Compression, piece: usize) -> io::Result<(V
 }
 
 async fn read(source: &InflatedSource, range: Range<u64>) -> Result<Vec<u8>, SourceError> {
-    let mut stream = source.fetch(range).await?;
+    let mut stream = source.fetch(range, Urgency::Demand).await?;
     let mut bytes = vec![];
     while let Some(piece) = stream.next().await {
         bytes.extend_from_slice(&piece?);
@@ -72,7 +72,7 @@ async fn assert_spans_are_right(blob: Vec<u8>, compression: Compression, content
     }
     let asked = memory.requests();
     assert!(asked[0].end - asked[0].start < sizes.0 / 3, "{asked:?} of {}", sizes.0);
-    assert!(source.fetch(0..end + 1).await.is_err());
+    assert!(source.fetch(0..end + 1, Urgency::Demand).await.is_err());
 }
 
 #[tokio::test]

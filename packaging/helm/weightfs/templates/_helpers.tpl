@@ -1,0 +1,8 @@
+{{- define "weightfs.labels" -}}
+app.kubernetes.io/name: weightfs
+app.kubernetes.io/instance: {{ .Release.Name }}
+{{- end }}
+
+{{- define "weightfs.image" -}}
+{{ .Values.image.repository }}:{{ .Values.image.tag | default .Chart.AppVersion }}
+{{- end }}

@@ -1,0 +1,289 @@
+//! Daemons that give blobs to each other: the registry gives each byte once, nothing wrong is
+//! served, nobody learns what it may not read, and lost peers cost nothing visible.
+
+use std::fs;
+use std::io::Write as _;
+use std::os::unix::fs::FileExt as _;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use serde_json::Value;
+use weightfs_tests::model::Part;
+use weightfs_tests::modelpack::Dialect;
+use weightfs_tests::process::run;
+use weightfs_tests::tree::{self, Scope};
+use weightfs_tests::wait::wait_until;
+use weightfs_tests::weightfs::{Mounted, Weightfs};
+use weightfs_tests::{Artifact, Bed, Daemon, Target};
+
+const MODEL: &[Part] = &[
+    Part { path: "a.safetensors", bytes: 40 << 20, mode: 0o644 },
+    Part { path: "config.json", bytes: 517, mode: 0o644 },
+];
+
+/// Daemons on addresses of their own, all members of one cluster.
+struct Cluster {
+    nodes: Vec<Node>,
+}
+
+struct Node {
+    weightfs: Weightfs,
+    daemon: Option<Daemon>,
+}
+
+/// How a node takes part.
+struct Way {
+    transport: String,
+    trust: &'static str,
+}
+
+/// Each test's nodes have addresses that no other process uses.
+fn address(test: u8, node: usize) -> String {
+    let pid = std::process::id();
+    format!("127.{}.{}.{}:7700", 1 + pid / 256 % 250, pid % 256, usize::from(test) * 8 + node + 1)
+}
+
+impl Cluster {
+    fn start(bed: &Bed, test: u8, count: usize, part: impl Fn(usize) -> Way) -> Self {
+        let members: Vec<_> = (0..count).map(|node| address(test, node)).collect();
+        let nodes = (0..count).map(|number| {
+            let weightfs = Weightfs::new(&bed.area);
+            let Way { transport, trust } = part(number);
+            weightfs.configure(&format!(
+                "[peers]\nlisten = {:?}\nmembers = {members:?}\ntrust = {trust:?}\n{transport}\n",
+                members[number],
+            ));
+            let daemon = Some(weightfs.serve(&bed.area));
+            Node { weightfs, daemon }
+        });
+        Self { nodes: nodes.collect() }
+    }
+
+    fn mount(&self, bed: &Bed, reference: &str) -> Vec<Mounted> {
+        std::thread::scope(|scope| {
+            let mounts: Vec<_> =
+                self.nodes.iter().map(|node| scope.spawn(|| node.mount(bed, reference))).collect();
+            mounts.into_iter().map(|mount| mount.join().unwrap()).collect()
+        })
+    }
+}
+
+impl Node {
+    fn mount(&self, bed: &Bed, reference: &str) -> Mounted {
+        self.weightfs.mount(&bed.area, reference, &bed.mount_point())
+    }
+
+    fn peers(&self) -> Value {
+        serde_json::from_str(&self.weightfs.run_here(&["peers", "--json"]).ok()).unwrap()
+    }
+
+    fn bytes_of_peers(&self) -> u64 {
+        self.peers()["from_peers"].as_u64().unwrap()
+    }
+
+    fn kill(&mut self) {
+        self.daemon.take().unwrap().kill();
+    }
+}
+
+fn plaintext(trust: &'static str) -> Way {
+    Way { transport: "plaintext = true".into(), trust }
+}
+
+fn push(bed: &Bed, repository: &str) -> (PathBuf, Artifact, String) {
+    let source = bed.model(MODEL);
+    let artifact = bed.pack_raw(&source, Dialect::Cncf);
+    let reference = bed.push(&artifact, repository);
+    (source, artifact, reference)
+}
+
+fn sent(bed: &Bed, artifact: &Artifact) -> u64 {
+    (0..artifact.layers().len())
+        .map(|layer| bed.proxy.bytes(Target::Blob(artifact.layer_digest(layer))))
+        .sum()
+}
+
+/// All nodes read all at the same time, and see what was pushed.
+fn read_all(source: &Path, mounts: &[Mounted]) {
+    std::thread::scope(|scope| {
+        for mounted in mounts {
+            scope.spawn(|| tree::assert_same(source, mounted.dir(), Scope::ModelFiles));
+        }
+    });
+}
+
+#[test]
+fn the_registry_gives_a_model_once_whatever_the_number_of_nodes() {
+    let bed = Bed::new();
+    let (source, artifact, reference) = push(&bed, "models/once");
+    let cluster = Cluster::start(&bed, 0, 4, |_| plaintext("cluster"));
+    let mounts = cluster.mount(&bed, &reference);
+    bed.proxy.forget();
+    read_all(&source, &mounts);
+    let (sent, all) = (sent(&bed, &artifact), artifact.layer_bytes());
+    let per_node: Vec<_> = cluster.nodes.iter().map(Node::bytes_of_peers).collect();
+    let told: Vec<_> = cluster.nodes.iter().map(Node::peers).collect();
+    assert!(sent <= all + all / 10, "{sent} bytes of {all} were sent: {told:#?}");
+    assert!(per_node.iter().sum::<u64>() >= 3 * all - all / 10, "{per_node:?}");
+    let status = cluster.nodes[0].weightfs.run_here(&["peers"]).ok();
+    assert!(status.contains("3 of 3 peers answer"), "{status}");
+}
+
+#[test]
+fn peers_that_are_killed_under_load_cost_no_read() {
+    let bed = Bed::new();
+    let (source, _, reference) = push(&bed, "models/killed");
+    let mut cluster = Cluster::start(&bed, 1, 3, |_| plaintext("cluster"));
+    let mounts = cluster.mount(&bed, &reference);
+    read_all(&source, &mounts[1..]);
+    std::thread::scope(|scope| {
+        let reader = scope.spawn(|| read_all(&source, &mounts[..1]));
+        wait_until("bytes come from peers", || {
+            reader.is_finished() || cluster.nodes[0].bytes_of_peers() > 0
+        });
+        cluster.nodes[1..].iter_mut().for_each(Node::kill);
+        reader.join().unwrap();
+    });
+    assert!(cluster.nodes[0].bytes_of_peers() > 0);
+    // And what was mounted after that comes from the registry.
+    let (source, artifact, reference) = push_other(&bed, "models/alone");
+    let alone = cluster.nodes[0].mount(&bed, &reference);
+    read_all(&source, &[alone]);
+    assert!(sent(&bed, &artifact) >= artifact.layer_bytes());
+    for mounted in mounts {
+        // Of the daemons that were killed nothing can be unmounted by its process.
+        drop(mounted);
+    }
+}
+
+/// Another model than [`push`]'s.
+fn push_other(bed: &Bed, repository: &str) -> (PathBuf, Artifact, String) {
+    let source = bed.model(&[Part { path: "other.bin", bytes: 9 << 20, mode: 0o644 }]);
+    let artifact = bed.pack_raw(&source, Dialect::Cncf);
+    let reference = bed.push(&artifact, repository);
+    (source, artifact, reference)
+}
+
+#[test]
+fn wrong_bytes_of_a_peer_are_refused_and_it_is_not_asked_again() {
+    let bed = Bed::new();
+    let (source, artifact, reference) = push(&bed, "models/lies");
+    Weightfs::new(&bed.area).run_here(&["index", &reference]).ok();
+    let cluster = Cluster::start(&bed, 2, 2, |_| plaintext("digest"));
+    let (liar, honest) = (&cluster.nodes[0], &cluster.nodes[1]);
+    let first = liar.mount(&bed, &reference);
+    read_all(&source, std::slice::from_ref(&first));
+    // Its disk goes bad after it has checked them.
+    let digest = artifact.layer_digest(0).hex();
+    let cached = liar.weightfs.root().join(format!("blobs/sha256/{}/{digest}", &digest[..2]));
+    let file = fs::File::options().write(true).open(cached.join("segment-0")).unwrap();
+    for chunk in 0..40 {
+        file.write_all_at(b"wrong", (chunk << 20) + 77_777).unwrap();
+    }
+    let second = honest.mount(&bed, &reference);
+    read_all(&source, std::slice::from_ref(&second));
+    let told = honest.peers();
+    assert!(told["lies"].as_u64().unwrap() > 0, "{told:#}");
+    assert_eq!(told["peers"][0]["state"], "banned", "{told:#}");
+}
+
+#[test]
+fn without_digests_of_chunks_peers_are_not_believed_unless_the_cluster_is_trusted() {
+    let bed = Bed::new();
+    let (source, _, reference) = push(&bed, "models/unindexed");
+    let cluster = Cluster::start(&bed, 3, 2, |_| plaintext("digest"));
+    let mounts = cluster.mount(&bed, &reference);
+    read_all(&source, &mounts);
+    assert!(cluster.nodes.iter().all(|node| node.bytes_of_peers() == 0));
+}
+
+/// Certificates of one authority, and of another one, in a directory.
+fn make_certificates(dir: &Path) {
+    let openssl =
+        |line: &str| run(Command::new("openssl").current_dir(dir).args(line.split(' '))).ok();
+    let extensions = "subjectAltName=DNS:weightfs-peer\nbasicConstraints=CA:FALSE\n\
+                      extendedKeyUsage=serverAuth,clientAuth\n";
+    fs::write(dir.join("peer.cnf"), extensions).unwrap();
+    let key = "-newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes";
+    for (ca, peer, days) in [("ca", "peer", "2"), ("other-ca", "other", "2"), ("ca", "old", "-1")] {
+        if !dir.join(format!("{ca}.pem")).exists() {
+            openssl(&format!(
+                "req -x509 {key} -days 2 -subj /CN={ca} -keyout {ca}-key.pem -out {ca}.pem"
+            ));
+        }
+        openssl(&format!("req {key} -subj /CN=peer -keyout {peer}-key.pem -out {peer}.csr"));
+        openssl(&format!(
+            "x509 -req -in {peer}.csr -CA {ca}.pem -CAkey {ca}-key.pem -CAcreateserial \
+             -days {days} -extfile peer.cnf -out {peer}.pem"
+        ));
+    }
+}
+
+/// What a peer with these certificates is answered to a request; nothing if it is not let in.
+fn ask(dir: &Path, address: &str, certificate: Option<&str>, request: &str) -> String {
+    let mut command = Command::new("openssl");
+    command.current_dir(dir).args(["s_client", "-quiet", "-alpn", "http/1.1", "-CAfile", "ca.pem"]);
+    command.args(["-servername", "weightfs-peer", "-connect", address]);
+    if let Some(name) = certificate {
+        let [pem, key] = [format!("{name}.pem"), format!("{name}-key.pem")];
+        command.args(["-cert", &pem, "-key", &key]);
+    }
+    let child =
+        command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::null()).spawn().unwrap();
+    // Whoever is not let in may be gone before it has said anything.
+    let _ = child.stdin.as_ref().unwrap().write_all(request.as_bytes());
+    let output = child.wait_with_output().unwrap();
+    String::from_utf8_lossy(&output.stdout[..output.stdout.len().min(300)]).into_owned()
+}
+
+#[test]
+fn only_members_get_what_they_may_read() {
+    let bed = Bed::new();
+    let dir = tempfile::tempdir_in(bed.area.path()).unwrap();
+    make_certificates(dir.path());
+    let (source, artifact, reference) = push(&bed, "models/secret");
+    let cluster = Cluster::start(&bed, 4, 2, |_| {
+        let file = |name: &str| dir.path().join(name).display().to_string();
+        let [ca, cert, key] = ["ca.pem", "peer.pem", "peer-key.pem"].map(file);
+        let transport = format!(
+            "ca_file = {ca:?}\ncert_file = {cert:?}\nkey_file = {key:?}\n\
+             server_name = \"weightfs-peer\""
+        );
+        Way { transport, trust: "cluster" }
+    });
+    let mounts = cluster.mount(&bed, &reference);
+    read_all(&source, &mounts);
+    assert!(cluster.nodes.iter().any(|node| node.bytes_of_peers() > 0), "over TLS");
+
+    let repository = reference.rsplit_once(':').unwrap().0.to_owned();
+    let request = |digest: &str, repository: &str| {
+        format!(
+            "GET /v1/blobs/{digest} HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\
+             range: bytes=0-9\r\nweightfs-repository: {repository}\r\nweightfs-asker: me:1\r\n\
+             weightfs-urgency: demand\r\n\r\n"
+        )
+    };
+    let digest = artifact.layer_digest(0).to_string();
+    let answer = |certificate: Option<&str>, request: &str| {
+        ask(dir.path(), &address(4, 0), certificate, request)
+    };
+    let good = request(&digest, &repository);
+    let given = answer(Some("peer"), &good);
+    assert!(given.starts_with("HTTP/1.1 206") && given.contains("weightfs-trust: "), "{given}");
+    for stranger in [None, Some("other"), Some("old")] {
+        assert_eq!(answer(stranger, &good), "", "{stranger:?} was let in");
+    }
+    let elsewhere = answer(Some("peer"), &request(&digest, "127.0.0.1:1/models/other"));
+    let unknown = format!("sha256:{}", "0".repeat(64));
+    let nowhere = answer(Some("peer"), &request(&unknown, &repository));
+    assert!(elsewhere.starts_with("HTTP/1.1 404"), "{elsewhere}");
+    let undated = |text: &str| {
+        text.lines().filter(|line| !line.starts_with("date")).collect::<Vec<_>>().join("\n")
+    };
+    assert_eq!(undated(&elsewhere), undated(&nowhere), "not allowed is as not there");
+    let huge = format!("GET /{} HTTP/1.1\r\nhost: x\r\n\r\n", "x".repeat(1 << 20));
+    for nonsense in ["GET /v1/blobs/ HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n", &huge] {
+        let answer = answer(Some("peer"), nonsense);
+        assert!(answer.is_empty() || answer.starts_with("HTTP/1.1 4"), "{answer}");
+    }
+}
