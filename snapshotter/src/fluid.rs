@@ -135,7 +135,7 @@ mod tests {
             error(&format!(r#"{{"mounts":[{{"mountPoint":"{point}"}}],"targetPath":"{target}"}}"#))
         };
         assert!(mount("s3://bucket", "/t").contains("another scheme"));
-        assert!(mount("oci://UPPER/x:y", "/t").contains("oci://host/repository:tag"));
+        assert!(mount("oci://host/UPPER:y", "/t").contains("oci://host/repository:tag"));
         assert!(mount("oci://host/x:y", "t").contains("targetPath"));
     }
 
