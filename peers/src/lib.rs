@@ -1,6 +1,6 @@
 //! Blobs from the other nodes of the cluster.
 //!
-//! A [`PeerSource`](source) stands in front of a blob's registry. For each group of bytes it goes
+//! A `PeerSource` (`source.rs`) stands in front of a blob's registry. For each group of bytes it goes
 //! where the policy (`weightfs-swarm`) says: to a peer, or to the registry after all. The server
 //! gives others what is published here, straight from the cache files' mappings.
 //!
