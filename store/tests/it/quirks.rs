@@ -306,9 +306,11 @@ async fn many_mounts_at_once_ask_for_few_manifests_at_once() {
     for _ in 0..1000 {
         tokio::task::yield_now().await;
     }
+    // Later the server may still count one whose answer is read already.
+    assert_eq!(server.most_held(), 8);
     gate.open();
     assert!(join_all(asking).await.into_iter().all(|got| got.unwrap().is_ok()));
-    assert_eq!((server.take_requests().len(), server.most_held()), (MANY, 8));
+    assert_eq!(server.take_requests().len(), MANY);
 }
 
 #[tokio::test]
