@@ -182,11 +182,15 @@ impl Containerd {
         let key = format!("view-{}", to.file_name().unwrap().to_str().unwrap());
         let arguments = ["snapshot", "--snapshotter", snapshotter, "view", "--target"];
         let arguments = [&arguments[..], &[to.to_str().unwrap(), &key, top]].concat();
+        let label = ["snapshot", "--snapshotter", snapshotter, "label", &key];
+        let label = [&label[..], &["containerd.io/gc.root=now"]].concat();
         // It prints the commands that mount it.
-        let script = self.ctr(&arguments).ok();
-        // No container or image refers to it: the garbage collector must be told.
-        let arguments = ["snapshot", "--snapshotter", snapshotter, "label", &key];
-        self.ctr(&[&arguments[..], &["containerd.io/gc.root=now"]].concat()).ok();
+        let mut script = self.ctr(&arguments).ok();
+        // No container or image refers to it: the garbage collector must be told, and may have
+        // taken it before.
+        while self.ctr(&label).code != 0 {
+            script = self.ctr(&arguments).ok();
+        }
         run(Command::new("sh").args(["-ec", &script])).ok();
         let snapshotter = snapshotter.to_owned();
         View { containerd: self, snapshotter, key, target: to.to_owned() }
