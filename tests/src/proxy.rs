@@ -24,7 +24,7 @@ use hyper::{Method, Request, Response};
 use hyper_util::rt::TokioIo;
 use rustls::ServerConfig;
 use tokio::io::{AsyncRead, AsyncWrite};
-use tokio::net::{TcpListener, TcpStream};
+use tokio::net::{TcpListener, TcpSocket, TcpStream};
 use tokio::sync::watch;
 use tokio::task::{JoinHandle, JoinSet};
 use tokio_rustls::TlsAcceptor;
@@ -87,6 +87,8 @@ struct State {
 pub struct Proxy {
     state: Arc<State>,
     acceptor: Mutex<Option<JoinHandle<()>>>,
+    /// Never listens: keeps the port from everybody else while connections are refused.
+    _reserved: TcpSocket,
 }
 
 type Answer = Result<Response<Body>, io::Error>;
@@ -113,9 +115,10 @@ impl Proxy {
     }
 
     fn start_on(address: &str, upstream: &str, tls: Option<Arc<ServerConfig>>) -> Self {
-        let listener = block_on(TcpListener::bind(address)).unwrap();
+        let reserved = bound(address.parse().unwrap());
+        let address = reserved.local_addr().unwrap();
         let state = Arc::new(State {
-            address: listener.local_addr().unwrap(),
+            address,
             upstream: upstream.to_owned(),
             faults: watch::Sender::default(),
             seen: Mutex::default(),
@@ -124,8 +127,8 @@ impl Proxy {
             burst: AtomicUsize::new(0),
             referrers: Mutex::default(),
         });
-        let acceptor = Mutex::new(Some(accept_on(listener, &state)));
-        Self { state, acceptor }
+        let acceptor = Mutex::new(Some(accept_on(listen(address), &state)));
+        Self { state, acceptor, _reserved: reserved }
     }
 
     /// `127.0.0.1:port`.
@@ -157,7 +160,7 @@ impl Proxy {
 
     /// Opens the port again after [`Proxy::refuse`].
     pub fn accept(&self) {
-        let listener = block_on(TcpListener::bind(self.state.address)).unwrap();
+        let listener = listen(self.state.address);
         *self.acceptor.lock().unwrap() = Some(accept_on(listener, &self.state));
     }
 
@@ -213,6 +216,19 @@ impl Drop for Proxy {
 }
 
 /// Accepts until aborted; its connections end with it.
+/// A socket bound beside the others of a proxy.
+fn bound(address: SocketAddr) -> TcpSocket {
+    let socket = if address.is_ipv6() { TcpSocket::new_v6() } else { TcpSocket::new_v4() }.unwrap();
+    socket.set_reuseaddr(true).unwrap();
+    socket.set_reuseport(true).unwrap();
+    socket.bind(address).unwrap();
+    socket
+}
+
+fn listen(address: SocketAddr) -> TcpListener {
+    block_on(async { bound(address).listen(1024).unwrap() })
+}
+
 fn accept_on(listener: TcpListener, state: &Arc<State>) -> JoinHandle<()> {
     let state = Arc::clone(state);
     spawn(async move {
