@@ -26,7 +26,7 @@ RELEASED := WEIGHTFS_BIN=$(TARGET)/dist/weightfs
 AS_ROOT := $(if $(SUDO),$(SUDO) --preserve-env env PATH="$$PATH" HOME="$$HOME",)
 export CARGO_TARGET_DIR := $(TARGET)
 
-.PHONY: help build demo deb image reproducible test test-install test-matrix fuzz sanitize soak soak-store soak-contract soak-daemon bench simulate check docs deps test-deps clean
+.PHONY: help build demo deb image reproducible test test-install test-matrix fuzz sanitize soak soak-store soak-contract soak-daemon bench bench-peers simulate check docs deps test-deps clean
 
 help: ## Say what there is
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -113,6 +113,11 @@ bench: test-deps ## Measure it beside a pull (QUICK=1, ROUNDS=n, LOADERS=all)
 	$(CARGO) build --profile $(BENCH_PROFILE) --locked -p weightfs -p weightfs-tests \
 	    --bin weightfs --bin bench
 	$(AS_ROOT) timeout --kill-after=30 $(BENCH_TIMEOUT) $(BENCH_DIR)/bench
+
+bench-peers: test-deps ## 16 nodes on shaped links load a model (QUICK=1, NODES= MIB= MBIT=)
+	$(CARGO) build --profile $(BENCH_PROFILE) --locked -p weightfs -p weightfs-tests \
+	    --bin weightfs --bin bench-peers
+	$(AS_ROOT) timeout --kill-after=30 $(BENCH_TIMEOUT) $(BENCH_DIR)/bench-peers
 
 simulate: deps ## Simulate many nodes that load one model (N=100,1000,3000 CHURN= SLOW= LATE=)
 	$(CARGO) run --release --locked -p weightfs-swarm --example simulate -- \

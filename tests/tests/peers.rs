@@ -8,9 +8,9 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use serde_json::Value;
+use weightfs_tests::certificates::PeerAuthority;
 use weightfs_tests::model::Part;
 use weightfs_tests::modelpack::Dialect;
-use weightfs_tests::process::run;
 use weightfs_tests::tree::{self, Scope};
 use weightfs_tests::wait::wait_until;
 use weightfs_tests::weightfs::{Mounted, Weightfs};
@@ -197,28 +197,6 @@ fn without_digests_of_chunks_peers_are_not_believed_unless_the_cluster_is_truste
     assert!(cluster.nodes.iter().all(|node| node.bytes_of_peers() == 0));
 }
 
-/// Certificates of one authority, and of another one, in a directory.
-fn make_certificates(dir: &Path) {
-    let openssl =
-        |line: &str| run(Command::new("openssl").current_dir(dir).args(line.split(' '))).ok();
-    let extensions = "subjectAltName=DNS:weightfs-peer\nbasicConstraints=CA:FALSE\n\
-                      extendedKeyUsage=serverAuth,clientAuth\n";
-    fs::write(dir.join("peer.cnf"), extensions).unwrap();
-    let key = "-newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes";
-    for (ca, peer, days) in [("ca", "peer", "2"), ("other-ca", "other", "2"), ("ca", "old", "-1")] {
-        if !dir.join(format!("{ca}.pem")).exists() {
-            openssl(&format!(
-                "req -x509 {key} -days 2 -subj /CN={ca} -keyout {ca}-key.pem -out {ca}.pem"
-            ));
-        }
-        openssl(&format!("req {key} -subj /CN=peer -keyout {peer}-key.pem -out {peer}.csr"));
-        openssl(&format!(
-            "x509 -req -in {peer}.csr -CA {ca}.pem -CAkey {ca}-key.pem -CAcreateserial \
-             -days {days} -extfile peer.cnf -out {peer}.pem"
-        ));
-    }
-}
-
 /// What a peer with these certificates is answered to a request; nothing if it is not let in.
 fn ask(dir: &Path, address: &str, certificate: Option<&str>, request: &str) -> String {
     let mut command = Command::new("openssl");
@@ -240,16 +218,14 @@ fn ask(dir: &Path, address: &str, certificate: Option<&str>, request: &str) -> S
 fn only_members_get_what_they_may_read() {
     let bed = Bed::new();
     let dir = tempfile::tempdir_in(bed.area.path()).unwrap();
-    make_certificates(dir.path());
+    let authority = PeerAuthority::make(dir.path(), "ca");
+    authority.certify("peer", 2);
+    authority.certify("old", -1);
+    PeerAuthority::make(dir.path(), "other-ca").certify("other", 2);
     let (source, artifact, reference) = push(&bed, "models/secret");
-    let cluster = Cluster::start(&bed, 4, 2, |_| {
-        let file = |name: &str| dir.path().join(name).display().to_string();
-        let [ca, cert, key] = ["ca.pem", "peer.pem", "peer-key.pem"].map(file);
-        let transport = format!(
-            "ca_file = {ca:?}\ncert_file = {cert:?}\nkey_file = {key:?}\n\
-             server_name = \"weightfs-peer\""
-        );
-        Way { transport, trust: "cluster" }
+    let cluster = Cluster::start(&bed, 4, 2, |_| Way {
+        transport: authority.config("peer"),
+        trust: "cluster",
     });
     let mounts = cluster.mount(&bed, &reference);
     read_all(&source, &mounts);

@@ -14,9 +14,9 @@ use weightfs_store::{
     Form, KeepDigests, Layout, Read, Recheck, Source, SourceError, Store, StoreOptions, Urgency,
     Verify,
 };
+use weightfs_tests::figures::Figures;
 
 use crate::Bench;
-use crate::figures::Figures;
 use crate::lab::drop_caches;
 
 const BLOBS: u64 = 100;
