@@ -16,7 +16,6 @@ use http_body_util::BodyExt as _;
 use hyper::body::Incoming;
 use tokio::time::{sleep, timeout};
 use tracing::warn;
-use weightfs_proto::peer::{LocateReply, locate_reply};
 use weightfs_store::{ByteStream, Source, SourceError, SourceKind};
 use weightfs_swarm::{Answer, GROUP_BYTES, Group, Inquiry, Node, Quest, Step, Urgency, Way};
 
@@ -34,11 +33,12 @@ const MAX_RANGE: u64 = 64 << 20;
 /// Who gave what, as far as it is remembered: what was checked by now.
 const MAX_GIVEN: usize = 256;
 
-/// How long a peer may give nothing before somebody else is asked.
+/// How long a peer may give nothing before somebody else is asked. What nobody waits for yet is
+/// waited for longer than the peer itself waits for the next chunk.
 const fn stall(urgency: Urgency) -> Duration {
     match urgency {
         Urgency::Demand => Duration::from_secs(1),
-        Urgency::Ahead | Urgency::Background => Duration::from_secs(3),
+        Urgency::Ahead | Urgency::Background => Duration::from_secs(6),
     }
 }
 
@@ -248,7 +248,7 @@ impl Inner {
         let names = [table.names(quest.except()), table.names(quest.gone())];
         let me = table.my_name().unwrap_or_default();
         let question = wire::question(&self.name, &inquiry, &me, urgency, names);
-        match client.locate(&member, question).await.ok().and_then(answer) {
+        match client.locate(&member, question).await.ok().and_then(wire::answer) {
             Some(answer) => {
                 let has_it = answer == Answer::Have;
                 table.answered(quest, peer, pull, answer);
@@ -307,8 +307,14 @@ impl Inner {
                     table.refused(quest, peer);
                     return Ok(at);
                 }
-                Ok(Came::Broken) | Err(_) => {
+                Ok(Came::Broken) => {
                     table.failed(quest, peer);
+                    return Ok(at);
+                }
+                // It may wait for the next chunk itself. Who is dead does not answer the next
+                // question either.
+                Err(_) => {
+                    table.refused(quest, peer);
                     return Ok(at);
                 }
             };
@@ -421,23 +427,6 @@ async fn fail(pieces: &mut Pieces, error: SourceError) -> Result<(), Ended> {
     // Whether anybody hears it or not.
     let _ = pieces.send(Err(error)).await;
     Err(Ended::Registry)
-}
-
-/// What a peer's answer means; `None` if it means nothing.
-fn answer(reply: LocateReply) -> Option<Answer> {
-    use locate_reply::Answer as Wire;
-    let retry =
-        |later: weightfs_proto::peer::Later| Duration::from_millis(later.retry_milliseconds.into());
-    Some(match reply.answer? {
-        Wire::Have(_) => Answer::Have,
-        Wire::Refer(refer) => {
-            Answer::Refer(refer.members.iter().take(8).map(|name| node_of(name)).collect())
-        }
-        Wire::Fetching(later) => Answer::Fetching { retry: retry(later) },
-        Wire::Busy(later) => Answer::Busy { retry: retry(later) },
-        Wire::NotHome(_) => Answer::NotHome,
-        Wire::Absent(_) => Answer::Absent,
-    })
 }
 
 /// The bytes of a peer's answer, no more than were asked for.

@@ -115,6 +115,24 @@ impl Figures {
         self.samples.entry(kind.name).or_default().push(value);
     }
 
+    /// How many samples there are of each figure.
+    pub fn counts(&self) -> BTreeMap<&'static str, usize> {
+        self.samples.iter().map(|(name, samples)| (*name, samples.len())).collect()
+    }
+
+    /// The samples that came since there were so many.
+    pub fn since(
+        &self,
+        before: &BTreeMap<&'static str, usize>,
+    ) -> impl Iterator<Item = (&'static str, f64)> {
+        let known = |name| before.get(name).copied().unwrap_or(0);
+        let new = |(name, samples): (&&'static str, &Vec<f64>)| {
+            let (name, samples) = (*name, samples.clone());
+            samples.into_iter().skip(known(name)).map(move |value| (name, value))
+        };
+        self.samples.iter().flat_map(new).collect::<Vec<_>>().into_iter()
+    }
+
     /// Says that figures whose names begin so are not measured in this run, and why.
     pub fn leave_out(&mut self, prefix: &'static str, reason: impl Into<String>) {
         self.left_out.push((prefix, reason.into()));

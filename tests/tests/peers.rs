@@ -13,7 +13,7 @@ use weightfs_tests::model::Part;
 use weightfs_tests::modelpack::Dialect;
 use weightfs_tests::tree::{self, Scope};
 use weightfs_tests::wait::wait_until;
-use weightfs_tests::weightfs::{Mounted, Weightfs};
+use weightfs_tests::weightfs::{Mounted, Weightfs, binary};
 use weightfs_tests::{Artifact, Bed, Daemon, Target};
 
 const MODEL: &[Part] = &[
@@ -214,6 +214,15 @@ fn ask(dir: &Path, address: &str, certificate: Option<&str>, request: &str) -> S
     String::from_utf8_lossy(&output.stdout[..output.stdout.len().min(300)]).into_owned()
 }
 
+/// A request for the first bytes of a blob.
+fn request(digest: &str, repository: &str) -> String {
+    format!(
+        "GET /v1/blobs/{digest} HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\
+         range: bytes=0-9\r\nweightfs-repository: {repository}\r\nweightfs-asker: me:1\r\n\
+         weightfs-urgency: demand\r\n\r\n"
+    )
+}
+
 #[test]
 fn only_members_get_what_they_may_read() {
     let bed = Bed::new();
@@ -232,13 +241,6 @@ fn only_members_get_what_they_may_read() {
     assert!(cluster.nodes.iter().any(|node| node.bytes_of_peers() > 0), "over TLS");
 
     let repository = reference.rsplit_once(':').unwrap().0.to_owned();
-    let request = |digest: &str, repository: &str| {
-        format!(
-            "GET /v1/blobs/{digest} HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\
-             range: bytes=0-9\r\nweightfs-repository: {repository}\r\nweightfs-asker: me:1\r\n\
-             weightfs-urgency: demand\r\n\r\n"
-        )
-    };
     let digest = artifact.layer_digest(0).to_string();
     let answer = |certificate: Option<&str>, request: &str| {
         ask(dir.path(), &address(4, 0), certificate, request)
@@ -262,4 +264,103 @@ fn only_members_get_what_they_may_read() {
         let answer = answer(Some("peer"), nonsense);
         assert!(answer.is_empty() || answer.starts_with("HTTP/1.1 4"), "{answer}");
     }
+}
+
+#[test]
+fn who_has_no_certificate_of_the_authority_gives_nothing() {
+    let bed = Bed::new();
+    let dir = tempfile::tempdir_in(bed.area.path()).unwrap();
+    let ours = PeerAuthority::make(dir.path(), "ca");
+    let other = PeerAuthority::make(dir.path(), "other-ca");
+    ours.certify("peer", 2);
+    other.certify("other", 2);
+    let (source, _, reference) = push(&bed, "models/impostor");
+    let cluster = Cluster::start(&bed, 5, 2, |number| {
+        let transport = if number == 0 { ours.config("peer") } else { other.config("other") };
+        Way { transport, trust: "cluster" }
+    });
+    let (honest, impostor) = (&cluster.nodes[0], &cluster.nodes[1]);
+    read_all(&source, &[impostor.mount(&bed, &reference)]);
+    read_all(&source, &[honest.mount(&bed, &reference)]);
+    let told = honest.peers();
+    assert_eq!(told["from_peers"], 0, "{told:#}");
+    assert_eq!(told["peers"][0]["state"], "aside", "{told:#}");
+    assert_eq!(impostor.peers()["to_peers"], 0);
+}
+
+#[test]
+fn certificates_that_change_hold_without_a_restart() {
+    let bed = Bed::new();
+    let dir = tempfile::tempdir_in(bed.area.path()).unwrap();
+    let authority = PeerAuthority::make(dir.path(), "ca");
+    authority.certify("peer", 2);
+    authority.certify("before", 2);
+    let (source, artifact, reference) = push(&bed, "models/renewed");
+    let cluster = Cluster::start(&bed, 6, 2, |_| Way {
+        transport: authority.config("peer"),
+        trust: "cluster",
+    });
+    let first = cluster.nodes[0].mount(&bed, &reference);
+    read_all(&source, std::slice::from_ref(&first));
+    // Another authority takes over.
+    PeerAuthority::make(dir.path(), "next").certify("renewed", 2);
+    for (from, to) in [("next", "ca"), ("renewed", "peer"), ("renewed-key", "peer-key")] {
+        let file = |name: &str| dir.path().join(format!("{name}.pem"));
+        fs::rename(file(from), file(to)).unwrap();
+    }
+    let request =
+        request(&artifact.layer_digest(0).to_string(), reference.rsplit_once(':').unwrap().0);
+    let answer = |name: &str| ask(dir.path(), &address(6, 0), Some(name), &request);
+    wait_until("the new certificates hold", || answer("peer").starts_with("HTTP/1.1 206"));
+    assert_eq!(answer("before"), "", "the old authority's still hold");
+    let second = cluster.nodes[1].mount(&bed, &reference);
+    read_all(&source, std::slice::from_ref(&second));
+    assert!(cluster.nodes[1].bytes_of_peers() > 0, "peers don't find each other any more");
+}
+
+#[test]
+fn members_are_what_a_name_resolves_to_and_follow_it() {
+    let bed = Bed::new();
+    let hosts = bed.area.path().join("hosts");
+    let write_hosts = |nodes: &[usize]| {
+        let line = |node: &usize| {
+            let address = address(7, *node);
+            format!("{} peers.test\n", address.rsplit_once(':').unwrap().0)
+        };
+        fs::write(&hosts, nodes.iter().map(line).collect::<String>()).unwrap();
+    };
+    write_hosts(&[0, 1, 2]);
+    // The daemon sees another /etc/hosts, and nobody else does.
+    let wrapper = bed.area.program(
+        "weightfs-with-hosts",
+        &format!(
+            "#!/bin/sh\nexec unshare --mount --propagation private -- sh -c \
+             'mount --bind {} /etc/hosts && exec \"$@\"' sh {} \"$@\"\n",
+            hosts.display(),
+            binary().display()
+        ),
+    );
+    let weightfs = Weightfs::new(&bed.area).with_binary(&wrapper);
+    weightfs.configure(&format!(
+        "[peers]\nlisten = {:?}\ndns = \"peers.test:7700\"\nplaintext = true\n",
+        address(7, 0)
+    ));
+    let _daemon = weightfs.serve(&bed.area);
+    let told = || -> Value {
+        serde_json::from_str(&weightfs.run_here(&["peers", "--json"]).ok()).unwrap()
+    };
+    let others = || -> Vec<String> {
+        let told = told();
+        let peers = told["peers"].as_array().unwrap();
+        peers.iter().map(|peer| peer["name"].as_str().unwrap().to_owned()).collect()
+    };
+    let both = [address(7, 1), address(7, 2)];
+    wait_until("two others are found", || {
+        let mut others = others();
+        others.sort();
+        others == both
+    });
+    assert_eq!(told()["name"], address(7, 0), "it finds itself among them");
+    write_hosts(&[0, 2]);
+    wait_until("one has gone", || others() == both[1..]);
 }

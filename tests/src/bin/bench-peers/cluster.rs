@@ -117,6 +117,11 @@ impl<'a> Cluster<'a> {
         })
     }
 
+    /// Requests to the registry because peers did not answer or were busy.
+    pub(crate) fn fallbacks(&self) -> u64 {
+        self.nodes.iter().map(|node| node.peers()["fallbacks"].as_u64().unwrap()).sum()
+    }
+
     /// Waits until so many bytes were read through these nodes.
     pub(crate) fn wait_read(&self, which: Range<usize>, bytes: u64) {
         let read = || self.nodes[which.clone()].iter().map(Node::bytes_read).sum::<u64>();

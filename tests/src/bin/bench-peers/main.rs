@@ -19,7 +19,7 @@ use std::time::Instant;
 
 use serde_json::{Value, json};
 use weightfs_tests::Megabits;
-use weightfs_tests::figures::{Figures, machine, print_reaches, print_table, reaches_json};
+use weightfs_tests::figures::{Figures, machine, print_reaches, print_table, reaches_json, short};
 
 use crate::cluster::{Cluster, longest};
 use crate::figures::{CATALOGUE, REACHES};
@@ -143,8 +143,16 @@ fn measure_all(options: &Options, figures: &mut Figures) -> bool {
     let mut failed = false;
     for round in 1..=options.rounds {
         for (name, section) in SECTIONS.iter().filter(|(name, _)| options.wants(name)) {
-            eprintln!("bench-peers: round {round} of {}: {name}", options.rounds);
+            let (before, start) = (figures.counts(), Instant::now());
             failed |= catch_unwind(AssertUnwindSafe(|| section(&lab, figures))).is_err();
+            let new =
+                figures.since(&before).map(|(name, value)| format!("{name} {}", short(value)));
+            eprintln!(
+                "bench-peers: round {round} of {}, {name}, {:.0} s: {}",
+                options.rounds,
+                start.elapsed().as_secs_f64(),
+                new.collect::<Vec<_>>().join(", ")
+            );
         }
     }
     failed | catch_unwind(AssertUnwindSafe(|| drop(lab))).is_err()
@@ -174,6 +182,10 @@ fn together(lab: &Lab, figures: &mut Figures) {
     cluster.start(0..lab.options.nodes);
     let (makespan, ideal) =
         (longest(&cluster.load(0..lab.options.nodes, |_| ())), lab.options.ideal());
+    eprintln!(
+        "bench-peers: {} requests to the registry because peers were silent or busy",
+        cluster.fallbacks()
+    );
     figures.add("egress_blobs", lab.egress());
     figures.add("makespan_s", makespan);
     figures.add("makespan_ideal_s", ideal);
