@@ -16,7 +16,7 @@ use http_body_util::BodyExt as _;
 use hyper::body::Incoming;
 use tokio::time::{sleep, timeout};
 use tracing::warn;
-use weightfs_store::{ByteStream, Source, SourceError, SourceKind};
+use weightfs_store::{ByteStream, Piece, Source, SourceError, SourceKind};
 use weightfs_swarm::{Answer, GROUP_BYTES, Group, Inquiry, Node, Quest, Step, Urgency, Way};
 
 use crate::client::Failure;
@@ -55,8 +55,6 @@ struct Inner {
     /// Whether the registry gives the blob as a whole only. Then peers are not asked: the whole
     /// is on its way anyway.
     whole_only: AtomicBool,
-    /// Whether a peer was asked last, and not the registry.
-    from_peer: AtomicBool,
 }
 
 /// Who gives, and gave, what.
@@ -74,7 +72,7 @@ fn overlap(a: &Range<u64>, b: &Range<u64>) -> bool {
     a.start < b.end && b.start < a.end
 }
 
-type Pieces = futures::channel::mpsc::Sender<Result<Bytes, SourceError>>;
+type Pieces = futures::channel::mpsc::Sender<Result<Piece, SourceError>>;
 
 /// Why there will be no more pieces.
 enum Ended {
@@ -92,7 +90,6 @@ impl PeerSource {
             name,
             given: Mutex::default(),
             whole_only: AtomicBool::new(false),
-            from_peer: AtomicBool::new(false),
         }))
     }
 
@@ -122,20 +119,12 @@ impl Source for PeerSource {
         self.0.registry.host()
     }
 
-    fn kind(&self) -> SourceKind {
-        match self.0.from_peer.load(Ordering::Relaxed) {
-            true => SourceKind::Peer,
-            false => self.0.registry.kind(),
-        }
-    }
-
     fn fetch(
         &self,
         range: Range<u64>,
         urgency: Urgency,
     ) -> BoxFuture<'_, Result<ByteStream, SourceError>> {
         if !self.asks_peers(&range) {
-            self.0.from_peer.store(false, Ordering::Relaxed);
             return self.0.registry.fetch(range, urgency);
         }
         let inner = Arc::clone(&self.0);
@@ -271,7 +260,6 @@ impl Inner {
         urgency: Urgency,
         pieces: &mut Pieces,
     ) -> Result<u64, Ended> {
-        self.from_peer.store(true, Ordering::Relaxed);
         let Peers { table, client, counters, coming, .. } = &*self.peers;
         let Some(member) = table.name(peer) else {
             table.failed(quest, peer);
@@ -321,6 +309,7 @@ impl Inner {
             counters.came_from(peer, piece.len() as u64);
             self.note_given(peer, at..at + piece.len() as u64);
             table.progressed(quest);
+            let piece = Piece { bytes: piece, from: SourceKind::Peer };
             pieces.send(Ok(piece)).await.map_err(|_| Ended::Reader)?;
         }
     }
@@ -332,7 +321,6 @@ impl Inner {
         urgency: Urgency,
         pieces: &mut Pieces,
     ) -> Result<(), Ended> {
-        self.from_peer.store(false, Ordering::Relaxed);
         let mut body = match self.registry.fetch(bytes.clone(), urgency).await {
             Ok(body) => body,
             Err(error) => {
@@ -346,7 +334,7 @@ impl Inner {
         while let Some(piece) = body.next().await {
             match piece {
                 Ok(piece) => {
-                    self.peers.counters.came_from_registry(piece.len() as u64);
+                    self.peers.counters.came_from_registry(piece.bytes.len() as u64);
                     pieces.send(Ok(piece)).await.map_err(|_| Ended::Reader)?;
                 }
                 Err(error) => return fail(pieces, error).await,
