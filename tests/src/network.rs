@@ -87,6 +87,8 @@ impl NetHost {
     /// The link's rate from now on, both ways.
     pub fn set_rate(&self, rate: Megabits) {
         self.namespace.shape("eth0", rate);
+        // What a host's own card has: three bands by the priority of a socket.
+        self.namespace.tc("qdisc replace dev eth0 parent 1:1 pfifo_fast");
         self.hub.shape(&self.port, rate);
     }
 
@@ -152,9 +154,13 @@ impl Namespace {
         let queue = rate.bytes_per_second() * QUEUE_MILLISECONDS as f64 / 1e3;
         let limit = BURST_BYTES + queue as u64;
         let bits = (rate.0 * 1e6) as u64;
-        let line = format!(
-            "qdisc replace dev {device} root tbf rate {bits}bit burst {BURST_BYTES} limit {limit}"
-        );
+        self.tc(&format!(
+            "qdisc replace dev {device} root handle 1: \
+             tbf rate {bits}bit burst {BURST_BYTES} limit {limit}"
+        ));
+    }
+
+    fn tc(&self, line: &str) {
         run(self.enter().arg("tc").args(line.split(' '))).ok();
     }
 }
