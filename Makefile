@@ -3,6 +3,7 @@
 SHELL := /bin/bash
 CARGO ?= cargo
 TARGET ?= $(CURDIR)/target
+VERSION := $(shell sed -n 's/^version = "\(.*\)"/\1/p' Cargo.toml | head -n 1)
 DENY_VERSION := 0.20.2
 DENY := $(TARGET)/tools/bin/cargo-deny
 CARGO_DEB_VERSION := 3.7.0
@@ -28,7 +29,7 @@ RELEASED := WEIGHTFS_BIN=$(TARGET)/dist/weightfs
 AS_ROOT := $(if $(SUDO),$(SUDO) --preserve-env env PATH="$$PATH" HOME="$$HOME",)
 export CARGO_TARGET_DIR := $(TARGET)
 
-.PHONY: help build demo deb image reproducible test test-install test-dragonfly test-matrix fuzz sanitize soak soak-store soak-contract soak-daemon bench simulate check docs deps test-deps clean
+.PHONY: help build demo deb image reproducible test test-install test-image test-dragonfly test-matrix fuzz sanitize soak soak-store soak-contract soak-daemon bench simulate check docs deps test-deps clean
 
 help: ## Say what there is
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -78,6 +79,13 @@ test-install: deb ## The package on a bare Debian 12: install, mount, run, purge
 	$(AS_ROOT) packaging/debian-root $(TARGET)/debian12 ca-certificates containerd runc
 	$(CARGO) build --locked -p weightfs-tests --bin install
 	$(AS_ROOT) $(TARGET)/debug/install $(TARGET)/deb/weightfs_*.deb $(TARGET)/debian12
+
+test-image: image ## The image's installer on a bare Debian 12, with and without systemd
+	packaging/deps test
+	packaging/deps install
+	$(AS_ROOT) packaging/debian-root $(TARGET)/debian12 ca-certificates containerd runc
+	$(CARGO) build --locked -p weightfs-tests --bin install_node
+	$(AS_ROOT) $(TARGET)/debug/install_node $(TARGET)/image:$(VERSION) $(TARGET)/debian12
 
 test-dragonfly: $(DFDAEMON) ## Load models through two real dfdaemons of Dragonfly
 	packaging/deps test
