@@ -77,19 +77,19 @@ test-install: deb ## The package on a bare Debian 12: install, mount, run, purge
 	packaging/deps test
 	packaging/deps install
 	$(AS_ROOT) packaging/debian-root $(TARGET)/debian12 ca-certificates containerd runc
-	$(CARGO) build --locked -p weightfs-tests --bin install
+	$(CARGO) build --locked --workspace --bin install
 	$(AS_ROOT) $(TARGET)/debug/install $(TARGET)/deb/weightfs_*.deb $(TARGET)/debian12
 
 test-image: image ## The image's installer on a bare Debian 12, with and without systemd
 	packaging/deps test
 	packaging/deps install
 	$(AS_ROOT) packaging/debian-root $(TARGET)/debian12 ca-certificates containerd runc
-	$(CARGO) build --locked -p weightfs-tests --bin install_node
+	$(CARGO) build --locked --workspace --bin install_node
 	$(AS_ROOT) $(TARGET)/debug/install_node $(TARGET)/image:$(VERSION) $(TARGET)/debian12
 
 test-dragonfly: $(DFDAEMON) ## Load models through two real dfdaemons of Dragonfly
 	packaging/deps test
-	$(CARGO) build --locked -p weightfs -p weightfs-tests --bin weightfs --bin dragonfly
+	$(CARGO) build --locked --workspace --bin weightfs --bin dragonfly
 	$(AS_ROOT) timeout --kill-after=30 $(TEST_TIMEOUT) $(TARGET)/debug/dragonfly $(DFDAEMON)
 
 fuzz: deps $(BOLERO) ## Fuzz every parser (DURATION=seconds for each, TARGETS=part of a name)
