@@ -9,6 +9,7 @@ use std::process::{Command, Stdio};
 
 use serde_json::Value;
 use weightfs_tests::certificates::PeerAuthority;
+use weightfs_tests::metrics::{self, Metrics};
 use weightfs_tests::model::Part;
 use weightfs_tests::modelpack::Dialect;
 use weightfs_tests::tree::{self, Scope};
@@ -49,10 +50,11 @@ impl Cluster {
         let nodes = (0..count).map(|number| {
             let weightfs = Weightfs::new(&bed.area);
             let Way { transport, trust } = part(number);
-            weightfs.configure(&format!(
+            let peers = format!(
                 "[peers]\nlisten = {:?}\nmembers = {members:?}\ntrust = {trust:?}\n{transport}\n",
                 members[number],
-            ));
+            );
+            metrics::configure(&weightfs, &peers);
             let daemon = Some(weightfs.serve(&bed.area));
             Node { weightfs, daemon }
         });
@@ -118,6 +120,7 @@ fn the_registry_gives_a_model_once_whatever_the_number_of_nodes() {
     let (source, artifact, reference) = push(&bed, "models/once");
     let cluster = Cluster::start(&bed, 0, 4, |_| plaintext("cluster"));
     let mounts = cluster.mount(&bed, &reference);
+    let by_mounting = sent(&bed, &artifact);
     bed.proxy.forget();
     read_all(&source, &mounts);
     let (sent, all) = (sent(&bed, &artifact), artifact.layer_bytes());
@@ -127,6 +130,17 @@ fn the_registry_gives_a_model_once_whatever_the_number_of_nodes() {
     assert!(per_node.iter().sum::<u64>() >= 3 * all - all / 10, "{per_node:?}");
     let status = cluster.nodes[0].weightfs.run_here(&["peers"]).ok();
     assert!(status.contains("3 of 3 peers answer"), "{status}");
+    // Each byte is counted with who gave it; what a cancelled request has left is not.
+    let labelled = |from: &str| -> Vec<u64> {
+        let name = format!("weightfs_fetched_bytes_total{{source=\"{from}\"}}");
+        let metrics =
+            cluster.nodes.iter().map(|node| Metrics::of(&metrics::address(&node.weightfs)));
+        metrics.map(|metrics| metrics.series[&name] as u64).collect()
+    };
+    let [from_peers, from_registry] = ["peer", "registry"].map(labelled);
+    assert!(from_peers.iter().zip(&per_node).all(|(metric, told)| metric <= told));
+    assert!(from_peers.iter().sum::<u64>() >= 3 * all - all / 10, "{from_peers:?}");
+    assert!(from_registry.iter().sum::<u64>() <= by_mounting + sent, "{from_registry:?}, {sent}");
 }
 
 #[test]
