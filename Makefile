@@ -21,8 +21,10 @@ OPTIONAL := --features weightfs-peers/endpoint-slices
 # A hung test must not hang a build machine: the whole run ends after this many seconds.
 TEST_TIMEOUT ?= 1500
 BENCH_TIMEOUT ?= $(if $(QUICK),300,3600)
-# A quick benchmark asserts no time: it takes what the tests have built.
-BENCH_BUILD := $(if $(QUICK),$(CARGO) build --locked,packaging/release-build)
+# A quick benchmark asserts no time: it takes what the tests have built. Else the program is the one that is
+# installed: together with the benchmark it would be built with the features of both.
+BENCH_BUILD := $(if $(QUICK),$(CARGO) build --locked --workspace --bin weightfs --bin bench,\
+    packaging/release-build && packaging/release-build -p weightfs-tests --bin bench)
 BENCH_DIR := $(TARGET)/$(if $(QUICK),debug,dist)
 SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
 # Tests of the program as it is installed, not as it is debugged: they report times.
@@ -130,7 +132,7 @@ soak-daemon: test-deps build ## Kill the daemon under load, pull and remove (ROU
 
 bench: test-deps ## Measure it beside a pull (QUICK=1, ROUNDS=n, LOADERS=all)
 	if [ "$(LOADERS)" = all ]; then packaging/loaders-env $(TARGET)/loaders-env; fi
-	$(BENCH_BUILD) -p weightfs -p weightfs-tests --bin weightfs --bin bench
+	$(BENCH_BUILD)
 	$(AS_ROOT) timeout --kill-after=30 $(BENCH_TIMEOUT) $(BENCH_DIR)/bench
 
 bench-peers: test-deps ## 16 nodes on shaped links load a model (QUICK=1, NODES= MIB= MBIT=)
