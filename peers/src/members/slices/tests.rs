@@ -88,7 +88,7 @@ fn answer(
     let text = match () {
         () if query.contains("watch=1") => {
             let lines = lines.lock().unwrap().take();
-            let lines = lines.map_or_else(|| stream::empty().boxed(), StreamExt::boxed);
+            let lines = lines.map_or_else(|| stream::empty().boxed(), |lines| lines.boxed());
             let frames = lines.map(|line| Ok::<_, Infallible>(Frame::data(line + "\n")));
             let frames = frames.map(|frame| frame.map(|frame| frame.map_data(Bytes::from)));
             return HyperResponse::new(Body::new(StreamBody::new(frames)));
