@@ -6,12 +6,8 @@ use std::process::ExitCode;
 
 use anyhow::Context as _;
 use clap::Parser as _;
-use tracing_subscriber::EnvFilter;
 use weightfs::cli::{Cli, Command};
 use weightfs::config::Config;
-
-/// Variable that sets the log filter, in the syntax of tracing's `EnvFilter`.
-const LOG_VARIABLE: &str = "WEIGHTFS_LOG";
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
@@ -71,6 +67,16 @@ fn run(cli: Cli) -> anyhow::Result<ExitCode> {
             runtime.block_on(commands::status::run(&config, subject, json))
         }
         Command::Peers { json } => runtime.block_on(commands::peers::run(&config, json)),
+        Command::Top => runtime.block_on(commands::top::run(&config)),
+        Command::Map(arguments) => runtime.block_on(commands::map::run(&config, &arguments)),
+        Command::Log { directives, json } => {
+            runtime.block_on(commands::log::run(&config, directives, json))
+        }
+        Command::Completions { shell } => {
+            commands::generate::completions(shell);
+            Ok(())
+        }
+        Command::Man { dir } => commands::generate::man(&dir),
         Command::Doctor { json } => {
             return runtime.block_on(commands::doctor::run(&config, json));
         }
@@ -110,18 +116,5 @@ fn start_log(command: &Command) {
         | Command::Fluid { .. } => "info",
         _ => "warn",
     };
-    let filter = EnvFilter::builder()
-        .with_env_var(LOG_VARIABLE)
-        .with_default_directive(tracing::Level::WARN.into());
-    let filter = match std::env::var_os(LOG_VARIABLE) {
-        Some(_) => filter.from_env_lossy(),
-        None => EnvFilter::new(format!("warn,weightfs={default}")),
-    };
-    let terminal = std::io::IsTerminal::is_terminal(&std::io::stderr());
-    tracing_subscriber::fmt()
-        .with_env_filter(filter)
-        .with_writer(std::io::stderr)
-        .with_ansi(terminal)
-        .with_target(false)
-        .init();
+    weightfs::logging::start(default);
 }

@@ -18,6 +18,7 @@ pub mod host;
 pub mod id_mapped;
 pub mod image;
 pub mod interrupt;
+pub mod json;
 pub mod layer;
 pub mod many;
 pub mod metrics;
