@@ -8,9 +8,9 @@ use std::thread;
 use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
-use futures::{StreamExt as _, stream};
 use sha2::{Digest as _, Sha256};
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
+use tokio_util::task::AbortOnDropHandle;
 use weightfs_store::blob::Read;
 use weightfs_store::{Blob, CHUNK_BYTES, Digest, Form, Layout, Source, Store, Trust, give_way};
 
@@ -19,12 +19,10 @@ use crate::artifact::{Compression, LayerDescriptor};
 use crate::layer::fetch::Remote;
 use crate::layer::{LayerError, OpenLayer, Progress, stored_points};
 
-/// Bytes of one request.
-const REQUEST_BYTES: u64 = 4 << 20;
-/// Requests in flight. With what waits for the threads, some 60 MiB are in memory at the most.
-const REQUESTS_AHEAD: usize = 8;
-/// Ranges that wait for a thread.
-const WAITING_RANGES: usize = 3;
+/// Bytes of one request: enough that a registry's work for each does not count.
+const REQUEST_BYTES: u64 = 8 << 20;
+/// Ranges in memory at the most, those that come and those that are being hashed.
+const RANGES_IN_MEMORY: usize = 5;
 
 /// What an index is made of.
 #[derive(Clone, Copy)]
@@ -126,6 +124,15 @@ async fn idle<T: Send + 'static>(work: impl FnOnce() -> Option<T> + Send + 'stat
     done.await.ok().flatten()
 }
 
+/// Bytes of a layer, and the room in memory that they take until nobody has them any more.
+#[derive(Debug)]
+struct Range {
+    /// One past its last byte.
+    end: u64,
+    pieces: Vec<Bytes>,
+    _room: OwnedSemaphorePermit,
+}
+
 async fn stream_layer(
     remote: &Remote,
     layer: &LayerDescriptor,
@@ -133,24 +140,28 @@ async fn stream_layer(
     progress: &dyn Progress,
 ) -> Result<Hashed, LayerError> {
     let digest = layer.digest;
-    let (to_whole, mut for_whole) = mpsc::channel::<Vec<Bytes>>(WAITING_RANGES);
-    let (to_chunks, mut for_chunks) = mpsc::channel::<Vec<Bytes>>(WAITING_RANGES);
+    let (to_whole, mut for_whole) = mpsc::channel::<Arc<Range>>(RANGES_IN_MEMORY);
+    let (to_chunks, mut for_chunks) = mpsc::channel::<Arc<Range>>(RANGES_IN_MEMORY);
     let whole = tokio::task::spawn_blocking(move || {
         let mut hash = Sha256::new();
-        while let Some(pieces) = for_whole.blocking_recv() {
-            pieces.iter().for_each(|piece| hash.update(piece));
+        while let Some(range) = for_whole.blocking_recv() {
+            range.pieces.iter().for_each(|piece| hash.update(piece));
         }
         Digest::from_raw(hash.finalize().into())
     });
     let chunks = tokio::task::spawn_blocking(move || {
         let mut chunks = ChunkHashes::new(layout);
-        while let Some(pieces) = for_chunks.blocking_recv() {
-            pieces.iter().for_each(|piece| chunks.update(piece));
+        while let Some(range) = for_chunks.blocking_recv() {
+            range.pieces.iter().for_each(|piece| chunks.update(piece));
         }
         chunks.finish()
     });
     // The threads end when their channels do, also where this fails.
-    feed(remote, layer, progress, [to_whole, to_chunks]).await?;
+    let (sender, coming) = mpsc::channel(RANGES_IN_MEMORY);
+    tokio::try_join!(
+        ask(remote, layer.size, sender),
+        hand_out(coming, layer, progress, [to_whole, to_chunks]),
+    )?;
     let stopped = |_| LayerError::Stopped { digest };
     let (actual, chunks) = (whole.await.map_err(stopped)?, chunks.await.map_err(stopped)?);
     if actual != digest {
@@ -159,25 +170,40 @@ async fn stream_layer(
     Ok((actual, chunks))
 }
 
-/// Fetches all ranges in order and gives each to both threads.
-async fn feed(
-    remote: &Remote,
+/// A range that is under way, by a task of its own: it comes also while nobody looks.
+type Coming = AbortOnDropHandle<Result<Arc<Range>, LayerError>>;
+
+/// Asks for all ranges in order, as there is room.
+async fn ask(remote: &Remote, size: u64, coming: mpsc::Sender<Coming>) -> Result<(), LayerError> {
+    let room = Arc::new(Semaphore::new(RANGES_IN_MEMORY));
+    let stopped = LayerError::Stopped { digest: remote.digest };
+    for start in (0..size.div_ceil(REQUEST_BYTES)).map(|at| at * REQUEST_BYTES) {
+        let Ok(_room) = Arc::clone(&room).acquire_owned().await else { return Err(stopped) };
+        let (remote, end) = (remote.clone(), size.min(start + REQUEST_BYTES));
+        let read = async move {
+            let pieces = remote.read(start..end).await?;
+            Ok(Arc::new(Range { end, pieces, _room }))
+        };
+        if coming.send(AbortOnDropHandle::new(tokio::spawn(read))).await.is_err() {
+            return Err(stopped);
+        }
+    }
+    Ok(())
+}
+
+/// Gives what comes, in order, to both threads.
+async fn hand_out(
+    mut coming: mpsc::Receiver<Coming>,
     layer: &LayerDescriptor,
     progress: &dyn Progress,
-    threads: [mpsc::Sender<Vec<Bytes>>; 2],
+    [whole, chunks]: [mpsc::Sender<Arc<Range>>; 2],
 ) -> Result<(), LayerError> {
-    let count = layer.size.div_ceil(REQUEST_BYTES);
-    let reads = (0..count).map(|at| async move {
-        let end = layer.size.min((at + 1) * REQUEST_BYTES);
-        remote.read(at * REQUEST_BYTES..end).await.map(|pieces| (pieces, end))
-    });
-    let mut reads = std::pin::pin!(stream::iter(reads).buffered(REQUESTS_AHEAD));
-    let stopped = |_| LayerError::Stopped { digest: layer.digest };
-    while let Some(read) = reads.next().await {
-        let (pieces, end) = read?;
-        let [whole, chunks] = &threads;
-        whole.send(pieces.clone()).await.map_err(stopped)?;
-        chunks.send(pieces).await.map_err(stopped)?;
+    let digest = layer.digest;
+    while let Some(range) = coming.recv().await {
+        let range = range.await.map_err(|_| LayerError::Stopped { digest })??;
+        let end = range.end;
+        let sent = whole.send(Arc::clone(&range)).await.and(chunks.send(range).await);
+        sent.map_err(|_| LayerError::Stopped { digest })?;
         progress.downloaded(layer, end);
     }
     Ok(())
