@@ -11,6 +11,8 @@ BOLERO_VERSION := 0.13.5
 BOLERO := $(TARGET)/tools/bin/cargo-bolero
 # Seconds that `make fuzz` spends on each target.
 DURATION ?= 300
+# What the program is not installed with, and tested with.
+TESTED_FEATURES := weightfs/otlp
 # The same random inputs in each run of the tests: a failure is the change's. `make fuzz` looks for others.
 export BOLERO_RANDOM_SEED ?= 1
 # A hung test must not hang a build machine: the whole run ends after this many seconds.
@@ -26,7 +28,7 @@ RELEASED := WEIGHTFS_BIN=$(TARGET)/dist/weightfs
 AS_ROOT := $(if $(SUDO),$(SUDO) --preserve-env env PATH="$$PATH" HOME="$$HOME",)
 export CARGO_TARGET_DIR := $(TARGET)
 
-.PHONY: help build demo deb image reproducible test test-install test-matrix fuzz sanitize soak soak-store soak-contract soak-daemon bench simulate check docs deps test-deps clean
+.PHONY: help build demo deb image reproducible test test-page test-install test-matrix fuzz sanitize soak soak-store soak-contract soak-daemon bench simulate check docs session deps test-deps clean
 
 help: ## Say what there is
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -53,11 +55,12 @@ demo: deps ## A lazy mount and containers beside a pull (MODEL_DIR=...)
 	$(AS_ROOT) $(TARGET)/release/demo
 
 test: test-deps ## All tests, as root: real registry, containerd, runc
-	$(CARGO) build --workspace --locked --bins
-	$(CARGO) test --workspace --locked --no-run
-	$(CARGO) test --workspace --locked --doc
+	$(CARGO) build --workspace --locked --features $(TESTED_FEATURES) --bins
+	$(CARGO) test --workspace --locked --features $(TESTED_FEATURES) --no-run
+	$(CARGO) test --workspace --locked --features $(TESTED_FEATURES) --doc
 	set -o pipefail; $(AS_ROOT) timeout --kill-after=30 $(TEST_TIMEOUT) $(CARGO) test \
-	    --workspace --locked --no-fail-fast --lib --bins --tests 2>&1 | tee $(TARGET)/test.log
+	    --workspace --locked --features $(TESTED_FEATURES) --no-fail-fast --lib --bins --tests 2>&1 \
+	    | tee $(TARGET)/test.log
 	@awk '/^test result:/ { passed += $$4; failed += $$6 } \
 	    END { print passed " passed, " failed " failed" }' $(TARGET)/test.log
 
@@ -69,6 +72,12 @@ test-matrix: test-deps ## The end-to-end tests of containerd 1.6, 1.7 and 2.1
 	    echo "test-matrix: containerd$$version can't be had here and is left out" >&2; done
 	$(AS_ROOT) timeout --kill-after=30 $(TEST_TIMEOUT) $(CARGO) test --locked -p weightfs-tests \
 	    --test matrix --test model_image --test node --test doctor --test cri -- --nocapture
+
+test-page: test-deps ## The status page in a headless browser; its picture is target/tmp/page.png
+	packaging/deps page
+	$(CARGO) build --locked -p weightfs --bins
+	$(AS_ROOT) timeout --kill-after=30 $(TEST_TIMEOUT) $(CARGO) test --locked -p weightfs-tests \
+	    --test page -- --nocapture
 
 test-install: deb ## The package on a bare Debian 12: install, mount, run, purge
 	packaging/deps test
@@ -121,9 +130,14 @@ simulate: deps ## Simulate many nodes that load one model (N=100,1000,3000 CHURN
 
 check: deps $(DENY) ## Format, lints, documentation, licences and sources
 	$(CARGO) fmt --all --check
-	$(CARGO) clippy --workspace --all-targets --locked -- -D warnings
+	$(CARGO) clippy --workspace --all-targets --locked --features $(TESTED_FEATURES) -- -D warnings
 	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --workspace --no-deps --locked --document-private-items
 	$(DENY) --log-level warn check --hide-inclusion-graph licenses bans sources
+
+session: deps ## Record the terminal session of the README: docs/session.svg
+	packaging/deps demo
+	$(CARGO) build --release --locked -p weightfs -p weightfs-tests --bin weightfs --bin session
+	$(AS_ROOT) $(TARGET)/release/session docs/session.svg
 
 docs: deps ## Write the pages that are made from the code
 	WEIGHTFS_WRITE_DOCUMENTS=1 $(CARGO) test --locked -q -p weightfs --lib documents_

@@ -38,6 +38,7 @@ pub mod references;
 pub mod rpull;
 pub mod snapshots;
 pub mod socket;
+mod traces;
 pub mod trees;
 pub mod volumes;
 pub mod web;

@@ -8,8 +8,11 @@ use std::sync::OnceLock;
 
 use tracing_subscriber::filter::{EnvFilter, ParseError};
 use tracing_subscriber::layer::SubscriberExt as _;
+use tracing_subscriber::registry::LookupSpan;
 use tracing_subscriber::util::SubscriberInitExt as _;
 use tracing_subscriber::{Layer as _, Registry, fmt, reload};
+
+use crate::traces;
 
 /// Variable that sets the filter to begin with.
 const DIRECTIVES: &str = "WEIGHTFS_LOG";
@@ -48,15 +51,34 @@ struct Log {
 
 static LOG: OnceLock<Log> = OnceLock::new();
 
-/// Logs to stderr from now on: of ourselves what is of `level` and above, of others warnings,
-/// unless the environment says otherwise.
-pub fn start(level: &str) {
+/// What a process tells of itself.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Detail {
+    /// What went wrong.
+    Trouble,
+    /// Its life.
+    Life,
+    /// Its life, and the traces of its reads where somebody wants them.
+    Traces,
+}
+
+impl Detail {
+    const fn level(self) -> &'static str {
+        match self {
+            Self::Trouble => "warn",
+            Self::Life | Self::Traces => "info",
+        }
+    }
+}
+
+/// Logs to stderr from now on, of others warnings only, unless the environment says otherwise.
+pub fn start(detail: Detail) {
     let filter = match std::env::var_os(DIRECTIVES) {
         Some(_) => {
             let filter = EnvFilter::builder().with_env_var(DIRECTIVES);
             filter.with_default_directive(tracing::Level::WARN.into()).from_env_lossy()
         }
-        None => EnvFilter::new(of_level(level)),
+        None => EnvFilter::new(of_level(detail.level())),
     };
     let began_with = filter.to_string();
     let (filter, handle) = reload::Layer::new(filter);
@@ -66,7 +88,37 @@ pub fn start(level: &str) {
         Ok("json") => lines.json().boxed(),
         _ => lines.with_ansi(std::io::stderr().is_terminal()).with_target(false).boxed(),
     };
-    tracing_subscriber::registry().with(lines.with_filter(filter)).init();
+    let log = tracing_subscriber::registry().with(lines.with_filter(filter));
+    if detail == Detail::Traces && traces::are_wanted() {
+        trace(log);
+    } else {
+        log.init();
+    }
+}
+
+/// Begins the log, and traces.
+#[cfg(feature = "otlp")]
+fn trace<S>(log: S)
+where
+    S: tracing::Subscriber + for<'span> LookupSpan<'span> + Send + Sync,
+{
+    match traces::layer() {
+        Ok(layer) => log.with(layer).init(),
+        Err(error) => {
+            log.init();
+            tracing::warn!(%error, "no traces");
+        }
+    }
+}
+
+/// Begins the log; this program has no traces.
+#[cfg(not(feature = "otlp"))]
+fn trace<S>(log: S)
+where
+    S: tracing::Subscriber + for<'span> LookupSpan<'span> + Send + Sync,
+{
+    log.init();
+    tracing::warn!("no traces: this program was built without the feature `otlp`");
 }
 
 /// What is logged of ourselves from a level on.

@@ -8,6 +8,7 @@ use anyhow::Context as _;
 use clap::Parser as _;
 use weightfs::cli::{Cli, Command};
 use weightfs::config::Config;
+use weightfs::logging::{self, Detail};
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
@@ -108,13 +109,10 @@ fn describe(error: &anyhow::Error) -> String {
 
 /// Logs to stderr: a daemon's life in full, of a command only what went wrong.
 fn start_log(command: &Command) {
-    let default = match command {
-        Command::Serve
-        | Command::Keeper { .. }
-        | Command::Mount(_)
-        | Command::Csi(_)
-        | Command::Fluid { .. } => "info",
-        _ => "warn",
+    let detail = match command {
+        Command::Serve | Command::Mount(_) => Detail::Traces,
+        Command::Keeper { .. } | Command::Csi(_) | Command::Fluid { .. } => Detail::Life,
+        _ => Detail::Trouble,
     };
-    weightfs::logging::start(default);
+    logging::start(detail);
 }

@@ -8,6 +8,7 @@
 pub mod area;
 pub mod bed;
 pub mod certificates;
+pub mod collector;
 pub mod containerd;
 pub mod cri;
 pub mod csi;

@@ -2,7 +2,6 @@
 
 use std::fs;
 
-use serde_json::Value;
 use weightfs_tests::containerd::Version;
 use weightfs_tests::json::documented;
 use weightfs_tests::process::Outcome;

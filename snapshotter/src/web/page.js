@@ -1,12 +1,16 @@
 "use strict";
 (() => {
   const live = document.getElementById("live");
+  let looks = 0;
   const again = async () => {
     try {
       const answer = await fetch("/live");
       if (!answer.ok) throw new Error(answer.status);
-      live.innerHTML = await answer.text();
+      const page = await answer.text();
+      // What somebody is about to copy stays.
+      if (getSelection().isCollapsed) live.innerHTML = page;
       live.classList.remove("gone");
+      live.dataset.looks = ++looks;
     } catch {
       live.classList.add("gone");
     }
