@@ -300,6 +300,36 @@ fn sources_are_asked_in_their_order_and_named_where_all_were_refused() {
     bed.assert_refused(&reference, &["credentials.json", "0600"]);
 }
 
+#[test]
+fn a_credential_helper_is_asked_anew_and_named_where_it_fails() {
+    let who = user("someone", SECRET);
+    let mut bed = with_password(&who);
+    let path = std::env::var("PATH").unwrap();
+    let programs = bed.area.dir("programs");
+    bed.weightfs =
+        bed.weightfs.with_variable("PATH", &format!("{}:{path}", programs.to_str().unwrap()));
+    let source = bed.model(&SMALL_MODEL[..1]);
+    let reference = bed.push(&bed.pack_raw(&source, Dialect::Cncf), "private/model");
+    let registry = bed.proxy.address();
+    let config = serde_json::json!({ "credHelpers": { &registry: "vault" } }).to_string();
+    fs::write(bed.weightfs.config().with_file_name("config.json"), config).unwrap();
+    // As docker's helpers are: told the registry, they print a document.
+    let helper = |script: &str| {
+        let program = bed.area.file("programs/docker-credential-vault", script);
+        fs::set_permissions(program, Permissions::from_mode(0o700)).unwrap();
+    };
+    helper("#!/bin/sh\nexit 1\n");
+    bed.assert_refused(&reference, &[&registry, "docker-credential-vault failed"]);
+    let answer = serde_json::json!({ "Username": who.user, "Secret": who.password });
+    helper(&format!(
+        "#!/bin/sh\nread server; [ \"$1 $server\" = 'get {registry}' ] || exit 2\n\
+         cat <<'END'\n{answer}\nEND\n"
+    ));
+    let mounted = bed.mount(&reference);
+    tree::assert_same(&source, mounted.dir(), Scope::ModelFiles);
+    mounted.stop();
+}
+
 /// A node whose kubelet pulls through the daemon from a registry that wants a password.
 struct Node {
     host: Host,

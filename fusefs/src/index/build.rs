@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
 use sha2::{Digest as _, Sha256};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
+use tokio::sync::{mpsc, oneshot};
 use tokio_util::task::AbortOnDropHandle;
 use weightfs_store::blob::Read;
 use weightfs_store::{Blob, CHUNK_BYTES, Digest, Form, Layout, Source, Store, Trust, give_way};
@@ -19,10 +19,14 @@ use crate::artifact::{Compression, LayerDescriptor};
 use crate::layer::fetch::Remote;
 use crate::layer::{LayerError, OpenLayer, Progress, stored_points};
 
-/// Bytes of one request: enough that a registry's work for each does not count.
+/// Bytes of one request: enough that a registry's work for each does not count, little enough that
+/// most of it waits in the socket.
 const REQUEST_BYTES: u64 = 8 << 20;
-/// Ranges in memory at the most, those that come and those that are being hashed.
-const RANGES_IN_MEMORY: usize = 5;
+/// Requests in flight.
+const REQUESTS_AHEAD: usize = 8;
+/// Pieces of a request, or for a thread, that wait here: they are hashed while the processor's caches
+/// have them.
+const WAITING_PIECES: usize = 4;
 
 /// What an index is made of.
 #[derive(Clone, Copy)]
@@ -124,15 +128,6 @@ async fn idle<T: Send + 'static>(work: impl FnOnce() -> Option<T> + Send + 'stat
     done.await.ok().flatten()
 }
 
-/// Bytes of a layer, and the room in memory that they take until nobody has them any more.
-#[derive(Debug)]
-struct Range {
-    /// One past its last byte.
-    end: u64,
-    pieces: Vec<Bytes>,
-    _room: OwnedSemaphorePermit,
-}
-
 async fn stream_layer(
     remote: &Remote,
     layer: &LayerDescriptor,
@@ -140,24 +135,24 @@ async fn stream_layer(
     progress: &dyn Progress,
 ) -> Result<Hashed, LayerError> {
     let digest = layer.digest;
-    let (to_whole, mut for_whole) = mpsc::channel::<Arc<Range>>(RANGES_IN_MEMORY);
-    let (to_chunks, mut for_chunks) = mpsc::channel::<Arc<Range>>(RANGES_IN_MEMORY);
+    let (to_whole, mut for_whole) = mpsc::channel::<Bytes>(WAITING_PIECES);
+    let (to_chunks, mut for_chunks) = mpsc::channel::<Bytes>(WAITING_PIECES);
     let whole = tokio::task::spawn_blocking(move || {
         let mut hash = Sha256::new();
-        while let Some(range) = for_whole.blocking_recv() {
-            range.pieces.iter().for_each(|piece| hash.update(piece));
+        while let Some(piece) = for_whole.blocking_recv() {
+            hash.update(piece);
         }
         Digest::from_raw(hash.finalize().into())
     });
     let chunks = tokio::task::spawn_blocking(move || {
         let mut chunks = ChunkHashes::new(layout);
-        while let Some(range) = for_chunks.blocking_recv() {
-            range.pieces.iter().for_each(|piece| chunks.update(piece));
+        while let Some(piece) = for_chunks.blocking_recv() {
+            chunks.update(&piece);
         }
         chunks.finish()
     });
     // The threads end when their channels do, also where this fails.
-    let (sender, coming) = mpsc::channel(RANGES_IN_MEMORY);
+    let (sender, coming) = mpsc::channel(REQUESTS_AHEAD);
     tokio::try_join!(
         ask(remote, layer.size, sender),
         hand_out(coming, layer, progress, [to_whole, to_chunks]),
@@ -171,40 +166,42 @@ async fn stream_layer(
 }
 
 /// A range that is under way, by a task of its own: it comes also while nobody looks.
-type Coming = AbortOnDropHandle<Result<Arc<Range>, LayerError>>;
+struct Coming {
+    /// One past its last byte.
+    end: u64,
+    pieces: mpsc::Receiver<Bytes>,
+    read: AbortOnDropHandle<Result<(), LayerError>>,
+}
 
-/// Asks for all ranges in order, as there is room.
-async fn ask(remote: &Remote, size: u64, coming: mpsc::Sender<Coming>) -> Result<(), LayerError> {
-    let room = Arc::new(Semaphore::new(RANGES_IN_MEMORY));
-    let stopped = LayerError::Stopped { digest: remote.digest };
+/// Asks for all ranges in order.
+async fn ask(remote: &Remote, size: u64, ranges: mpsc::Sender<Coming>) -> Result<(), LayerError> {
     for start in (0..size.div_ceil(REQUEST_BYTES)).map(|at| at * REQUEST_BYTES) {
-        let Ok(_room) = Arc::clone(&room).acquire_owned().await else { return Err(stopped) };
         let (remote, end) = (remote.clone(), size.min(start + REQUEST_BYTES));
-        let read = async move {
-            let pieces = remote.read(start..end).await?;
-            Ok(Arc::new(Range { end, pieces, _room }))
+        let (mut sender, pieces) = mpsc::channel(WAITING_PIECES);
+        let Ok(room) = ranges.reserve().await else {
+            return Err(LayerError::Stopped { digest: remote.digest });
         };
-        if coming.send(AbortOnDropHandle::new(tokio::spawn(read))).await.is_err() {
-            return Err(stopped);
-        }
+        let read = tokio::spawn(async move { remote.read_to(start..end, &mut sender).await });
+        room.send(Coming { end, pieces, read: AbortOnDropHandle::new(read) });
     }
     Ok(())
 }
 
 /// Gives what comes, in order, to both threads.
 async fn hand_out(
-    mut coming: mpsc::Receiver<Coming>,
+    mut ranges: mpsc::Receiver<Coming>,
     layer: &LayerDescriptor,
     progress: &dyn Progress,
-    [whole, chunks]: [mpsc::Sender<Arc<Range>>; 2],
+    [whole, chunks]: [mpsc::Sender<Bytes>; 2],
 ) -> Result<(), LayerError> {
     let digest = layer.digest;
-    while let Some(range) = coming.recv().await {
-        let range = range.await.map_err(|_| LayerError::Stopped { digest })??;
-        let end = range.end;
-        let sent = whole.send(Arc::clone(&range)).await.and(chunks.send(range).await);
-        sent.map_err(|_| LayerError::Stopped { digest })?;
-        progress.downloaded(layer, end);
+    while let Some(mut coming) = ranges.recv().await {
+        while let Some(piece) = coming.pieces.recv().await {
+            let sent = whole.send(piece.clone()).await.and(chunks.send(piece).await);
+            sent.map_err(|_| LayerError::Stopped { digest })?;
+        }
+        coming.read.await.map_err(|_| LayerError::Stopped { digest })??;
+        progress.downloaded(layer, coming.end);
     }
     Ok(())
 }
