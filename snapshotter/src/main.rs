@@ -73,10 +73,7 @@ fn run(cli: Cli) -> anyhow::Result<ExitCode> {
         Command::Log { directives, json } => {
             runtime.block_on(commands::log::run(&config, directives, json))
         }
-        Command::Completions { shell } => {
-            commands::generate::completions(shell);
-            Ok(())
-        }
+        Command::Completions { shell } => commands::generate::completions(shell),
         Command::Man { dir } => commands::generate::man(&dir),
         Command::Doctor { json } => {
             return runtime.block_on(commands::doctor::run(&config, json));

@@ -1,7 +1,7 @@
 //! `weightfs completions` and `weightfs man`: what is made from the command line's own definition.
 
 use std::fs;
-use std::io;
+use std::io::{self, Write as _};
 use std::path::Path;
 
 use anyhow::Context as _;
@@ -10,8 +10,10 @@ use clap_complete::Shell;
 use weightfs::cli::Cli;
 
 /// Prints a shell's completions.
-pub fn completions(shell: Shell) {
-    clap_complete::generate(shell, &mut Cli::command(), "weightfs", &mut io::stdout());
+pub fn completions(shell: Shell) -> anyhow::Result<()> {
+    let mut script = vec![];
+    clap_complete::generate(shell, &mut Cli::command(), "weightfs", &mut script);
+    io::stdout().write_all(&script).context("standard output")
 }
 
 /// Writes a page for the program and one for each of its commands.

@@ -26,7 +26,7 @@ pub async fn run(config: &Config, arguments: &MapArgs) -> anyhow::Result<()> {
         None => DRAWN_CELLS,
     };
     let mut daemon = super::daemon(config).await?;
-    let request = MapRequest { subject: subject.clone(), cells };
+    let request = MapRequest { subject: named(subject), cells };
     let map = daemon.map(request).await.map_err(|status| super::refused(&status))?.into_inner();
     match output {
         Some(file) => std::fs::write(file, picture::document(&map))
@@ -37,6 +37,12 @@ pub async fn run(config: &Config, arguments: &MapArgs) -> anyhow::Result<()> {
             Ok(())
         }
     }
+}
+
+/// What the daemon knows it by: of a directory, its whole path.
+fn named(subject: &str) -> String {
+    let whole = std::fs::canonicalize(subject).ok().filter(|path| path.is_dir());
+    whole.map_or_else(|| subject.to_owned(), |path| path.display().to_string())
 }
 
 fn to_json(map: &MapReply) -> serde_json::Value {
@@ -98,6 +104,13 @@ mod tests {
             ..BlobMap::default()
         };
         MapReply { name: "r.example/m:1".to_owned(), blobs: vec![blob] }
+    }
+
+    #[test]
+    fn a_directory_is_known_by_its_whole_path() {
+        let here = std::env::current_dir().unwrap().canonicalize().unwrap();
+        assert_eq!(named("."), here.display().to_string());
+        assert_eq!(named("registry.example.com/m:1"), "registry.example.com/m:1");
     }
 
     #[test]
