@@ -111,8 +111,11 @@ fn heading(status: &StatusReply) -> String {
         "" => "nobody keeps the mount: a restart breaks running containers".to_owned(),
         keeper => format!("{keeper} keeps the mount over a restart"),
     };
-    let mut lines =
-        vec![format!("weightfs {version} on {root}, snapshotter at {snapshotter_address}"), kept];
+    let mut lines = vec![
+        format!("weightfs {version} on {root}"),
+        format!("snapshotter at {snapshotter_address}"),
+        kept,
+    ];
     lines.extend(status.peers.as_ref().map(super::peers::summary));
     if !metrics_address.is_empty() {
         lines.push(format!("status page and metrics at http://{metrics_address}/"));

@@ -21,17 +21,16 @@ use weightfs_tests::process::run_within;
 const COMMANDS: &[&str] = &[
     "weightfs mount registry.example.com/models/llama:8b /mnt/llama --daemon",
     "ls -sh --block-size=MiB /mnt/llama        # all files, nothing fetched",
-    "sha256sum /mnt/llama/model-00002-of-00004.safetensors",
+    "sha256sum < /mnt/llama/model-00002-of-00003.safetensors",
     "weightfs status",
     "weightfs map /mnt/llama",
 ];
 
 const MODEL: &[Part] = &[
     Part { path: "config.json", bytes: 600, mode: 0o644 },
-    Part { path: "model-00001-of-00004.safetensors", bytes: 128 << 20, mode: 0o644 },
-    Part { path: "model-00002-of-00004.safetensors", bytes: 128 << 20, mode: 0o644 },
-    Part { path: "model-00003-of-00004.safetensors", bytes: 128 << 20, mode: 0o644 },
-    Part { path: "model-00004-of-00004.safetensors", bytes: 96 << 20, mode: 0o644 },
+    Part { path: "model-00001-of-00003.safetensors", bytes: 76 << 20, mode: 0o644 },
+    Part { path: "model-00002-of-00003.safetensors", bytes: 76 << 20, mode: 0o644 },
+    Part { path: "model-00003-of-00003.safetensors", bytes: 76 << 20, mode: 0o644 },
 ];
 
 /// How long all of it may take.

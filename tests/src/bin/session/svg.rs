@@ -119,6 +119,6 @@ mod tests {
         assert!(text.contains("cat &lt;file&gt;") && text.contains("a &amp; b"), "{text}");
         assert!(text.contains("1.23 s") && text.contains(&format!(">{}<", "x".repeat(80))));
         assert!(text.contains("animation-delay:2.13s"), "{text}");
-        assert_eq!(text.matches("<text").count(), 2 + 2 + 3 + 2, "{text}");
+        assert_eq!(text.matches("<text").count(), 4 + 4, "{text}");
     }
 }
