@@ -164,8 +164,8 @@ fn peers_activity(peers: &Peers) -> PeersActivity {
     PeersActivity {
         members: status.peers.len() as u64,
         answering: answering as u64,
-        from_peers: status.from_peers,
-        to_peers: status.to_peers,
+        from_peers: status.from_peers.bytes,
+        to_peers: status.to_peers.bytes,
     }
 }
 
