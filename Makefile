@@ -3,12 +3,15 @@
 SHELL := /bin/bash
 CARGO ?= cargo
 TARGET ?= $(CURDIR)/target
+VERSION := $(shell sed -n 's/^version = "\(.*\)"/\1/p' Cargo.toml | head -n 1)
 DENY_VERSION := 0.20.2
 DENY := $(TARGET)/tools/bin/cargo-deny
 CARGO_DEB_VERSION := 3.7.0
 CARGO_DEB := $(TARGET)/tools/bin/cargo-deb
 BOLERO_VERSION := 0.13.5
 BOLERO := $(TARGET)/tools/bin/cargo-bolero
+DRAGONFLY_VERSION := 1.5.10
+DFDAEMON := $(TARGET)/dragonfly/bin/dfdaemon
 # Seconds that `make fuzz` spends on each target.
 DURATION ?= 300
 # The same random inputs in each run of the tests: a failure is the change's. `make fuzz` looks for others.
@@ -17,7 +20,7 @@ export BOLERO_RANDOM_SEED ?= 1
 TEST_TIMEOUT ?= 1500
 BENCH_TIMEOUT ?= $(if $(QUICK),300,3600)
 # A quick benchmark asserts no time: it takes what the tests have built.
-BENCH_PROFILE := $(if $(QUICK),dev,dist)
+BENCH_BUILD := $(if $(QUICK),$(CARGO) build --locked,packaging/release-build)
 BENCH_DIR := $(TARGET)/$(if $(QUICK),debug,dist)
 SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
 # Tests of the program as it is installed, not as it is debugged: they report times.
@@ -26,24 +29,24 @@ RELEASED := WEIGHTFS_BIN=$(TARGET)/dist/weightfs
 AS_ROOT := $(if $(SUDO),$(SUDO) --preserve-env env PATH="$$PATH" HOME="$$HOME",)
 export CARGO_TARGET_DIR := $(TARGET)
 
-.PHONY: help build demo deb image reproducible test test-install test-matrix left-out fuzz sanitize soak soak-store soak-contract soak-daemon bench simulate check docs deps test-deps clean
+.PHONY: help build demo deb image reproducible test test-install test-image test-dragonfly test-matrix left-out fuzz sanitize soak soak-store soak-contract soak-daemon bench simulate check docs deps test-deps clean
 
 help: ## Say what there is
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 build: deps ## Build the program as it is installed: target/dist/weightfs
-	$(CARGO) build --profile dist --locked -p weightfs
+	packaging/release-build
 
-deb: deps $(CARGO_DEB) ## Build the Debian package: target/deb/weightfs_*.deb
-	packaging/deb/build "$$(packaging/release-build)" $(CARGO_DEB)
+deb: build $(CARGO_DEB) ## Build the Debian package: target/deb/weightfs_*.deb
+	packaging/deb/build $(TARGET)/dist/weightfs $(CARGO_DEB)
 
-image: deps ## Build the container image: target/image, an OCI layout
+image: build ## Build the container image: target/image, an OCI layout
 	packaging/deps image
 	$(AS_ROOT) packaging/debian-root $(TARGET)/debian-image ca-certificates
-	$(AS_ROOT) packaging/image "$$(packaging/release-build)" $(TARGET)/debian-image $(TARGET)/image
+	$(AS_ROOT) packaging/image $(TARGET)/dist/weightfs $(TARGET)/debian-image $(TARGET)/image
 
-reproducible: deps ## Build the release binary twice, in two places: the same bytes?
-	packaging/reproducible $(TARGET)/reproducible
+reproducible: build ## Build it again, in another place: the same bytes?
+	packaging/reproducible $(TARGET)/dist/weightfs $(TARGET)/reproducible
 
 demo: deps ## A lazy mount and containers beside a pull (MODEL_DIR=...)
 	packaging/deps demo
@@ -79,8 +82,20 @@ test-install: deb ## The package on a bare Debian 12: install, mount, run, purge
 	packaging/deps test
 	packaging/deps install
 	$(AS_ROOT) packaging/debian-root $(TARGET)/debian12 ca-certificates containerd runc
-	$(CARGO) build --locked -p weightfs-tests --bin install
+	$(CARGO) build --locked --workspace --bin install
 	$(AS_ROOT) $(TARGET)/debug/install $(TARGET)/deb/weightfs_*.deb $(TARGET)/debian12
+
+test-image: image ## The image's installer on a bare Debian 12, with and without systemd
+	packaging/deps test
+	packaging/deps install
+	$(AS_ROOT) packaging/debian-root $(TARGET)/debian12 ca-certificates containerd runc
+	$(CARGO) build --locked --workspace --bin install_node
+	$(AS_ROOT) $(TARGET)/debug/install_node $(TARGET)/image:$(VERSION) $(TARGET)/debian12
+
+test-dragonfly: $(DFDAEMON) ## Load models through two real dfdaemons of Dragonfly
+	packaging/deps test
+	$(CARGO) build --locked --workspace --bin weightfs --bin dragonfly
+	$(AS_ROOT) timeout --kill-after=30 $(TEST_TIMEOUT) $(TARGET)/debug/dragonfly $(DFDAEMON)
 
 fuzz: deps $(BOLERO) ## Fuzz every parser (DURATION=seconds for each, TARGETS=part of a name)
 	PATH="$(TARGET)/tools/bin:$$PATH" packaging/fuzz $(DURATION) $(TARGETS)
@@ -103,8 +118,7 @@ soak-contract: deps ## Random snapshot calls, restarts and kills against a model
 	    WEIGHTFS_CONTRACT_KILLS=$(or $(KILLS),2000) \
 	    $(CARGO) test --locked -p weightfs --test contract -- --nocapture random
 
-soak-daemon: test-deps ## Kill the daemon under load, pull and remove (ROUNDS=50 PULLS=200)
-	$(CARGO) build --profile dist --locked -p weightfs
+soak-daemon: test-deps build ## Kill the daemon under load, pull and remove (ROUNDS=50 PULLS=200)
 	$(CARGO) test --locked -p weightfs-tests --test takeover --test pulls --no-run
 	$(AS_ROOT) env $(RELEASED) WEIGHTFS_ROUNDS=$(or $(ROUNDS),50) timeout --kill-after=30 \
 	    $(TEST_TIMEOUT) $(CARGO) test --locked -p weightfs-tests --test takeover -- \
@@ -115,8 +129,7 @@ soak-daemon: test-deps ## Kill the daemon under load, pull and remove (ROUNDS=50
 
 bench: test-deps ## Measure it beside a pull (QUICK=1, ROUNDS=n, LOADERS=all)
 	if [ "$(LOADERS)" = all ]; then packaging/loaders-env $(TARGET)/loaders-env; fi
-	$(CARGO) build --profile $(BENCH_PROFILE) --locked -p weightfs -p weightfs-tests \
-	    --bin weightfs --bin bench
+	$(BENCH_BUILD) -p weightfs -p weightfs-tests --bin weightfs --bin bench
 	$(AS_ROOT) timeout --kill-after=30 $(BENCH_TIMEOUT) $(BENCH_DIR)/bench
 
 simulate: deps ## Simulate many nodes that load one model (N=100,1000,3000 CHURN= SLOW= LATE=)
@@ -161,3 +174,10 @@ $(BOLERO):
 	$(CARGO) install --locked --version $(BOLERO_VERSION) --root $(TARGET)/tools \
 	    --target-dir $(TARGET)/tools/build cargo-bolero
 	rm -rf $(TARGET)/tools/build
+
+# Some 660 crates and RocksDB: most of an hour on two cores, once.
+$(DFDAEMON):
+	packaging/deps dragonfly
+	$(CARGO) install --locked --version $(DRAGONFLY_VERSION) --bin dfdaemon --root $(TARGET)/dragonfly \
+	    --target-dir $(TARGET)/dragonfly/build dragonfly-client
+	rm -rf $(TARGET)/dragonfly/build

@@ -127,6 +127,7 @@ impl ImageLayers {
         };
         let layer =
             LayerRecord { descriptor: descriptor.clone(), repository: artifact.repository.clone() };
+        opener.confirm(&layer).await?;
         let open = opener.open_layer(&layer, index.as_deref(), &Quiet).await?;
         if let Some(profile) = index.and_then(|index| index.profile_of(manifest, &[digest])) {
             profile.expect(std::slice::from_ref(&open));

@@ -206,6 +206,7 @@ impl Opener {
             .map(|record| {
                 let lookup = lookup.clone();
                 async move {
+                    self.confirm(&record).await?;
                     match self.open_one(&record, lookup, must, progress).await {
                         Err(error) if error.has_no_ranges() => {
                             self.open_without_ranges(&record, progress).await
@@ -234,6 +235,23 @@ impl Opener {
         if let Ok(Err(error)) = kept.await {
             warn!(%error, "the profile of an index is not kept");
         }
+    }
+
+    /// Learns whether a layer's repository gives it to us, if its bytes may come from elsewhere:
+    /// the cache may have it from another repository, and so may other nodes.
+    ///
+    /// # Errors
+    /// When it does not, or can't be asked.
+    pub async fn confirm(&self, record: &LayerRecord) -> Result<(), TreesError> {
+        let LayerRecord { descriptor, repository } = record;
+        let (store, id) = (Arc::clone(&self.store), blob_id(descriptor));
+        let look = tokio::task::spawn_blocking(move || store.layout(id).is_some());
+        if self.peers.is_none() && !look.await.unwrap_or(true) {
+            return Ok(());
+        }
+        let digest = descriptor.digest;
+        let confirmed = self.registries.confirm(repository, digest).await;
+        confirmed.map_err(|source| LayerError::Source { digest, source }.into())
     }
 
     /// Opens a layer, by what an index says of it where there is one. A layer of which enough is
@@ -333,6 +351,7 @@ impl Opener {
             let LayerRecord { descriptor, repository } = layer;
             let open = reopen_layer(&self.store, vec![self.source(layer)], descriptor)?;
             let open = open.ok_or(TreesError::Forgotten(descriptor.digest))?;
+            self.registries.assume_confirmed(repository, descriptor.digest);
             Ok(self.share(open, repository))
         };
         let layers = record.layers.iter().map(reopen).collect::<Result<_, TreesError>>()?;

@@ -21,6 +21,7 @@ mod push;
 mod reference;
 mod referrers;
 mod retry_after;
+mod small;
 mod target;
 
 use std::cmp::Reverse;
@@ -30,15 +31,14 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use bytes::{Bytes, BytesMut};
+use bytes::Bytes;
 use lru::LruCache;
 use oci_spec::distribution::Reference;
 use oci_spec::image::MediaType;
 use reqwest::header::{ACCEPT, CONTENT_TYPE, HeaderMap, HeaderValue};
-use reqwest::{Response, StatusCode};
 use serde::{Deserialize, Serialize};
-use tokio::time::Instant;
 
+use self::auth::Right;
 use self::blob::BlobSource;
 use self::credentials::Sources;
 pub use self::credentials::{
@@ -49,7 +49,8 @@ use self::host::Host;
 use self::hosts::Hosts;
 pub use self::reference::parse_reference;
 pub use self::referrers::Referrer;
-use crate::shared::{jittered, lock};
+use self::small::Asked;
+use crate::shared::lock;
 use crate::{Digest, Source, SourceError};
 
 /// What the configuration says of one registry.
@@ -88,6 +89,9 @@ pub const MAX_MANIFEST_BYTES: u64 = 4 << 20;
 
 /// Registries that are remembered at the most, with connections and tokens.
 const MAX_HOSTS: NonZeroUsize = NonZeroUsize::new(256).unwrap();
+
+/// Blobs of repositories that are known to be ours to read; each is asked for again at no great cost.
+const MAX_CONFIRMED: NonZeroUsize = NonZeroUsize::new(16 << 10).unwrap();
 
 /// Tries of a request for something small, where the registry doesn't say when to come again.
 const MAX_TRIES: usize = 4;
@@ -134,6 +138,8 @@ pub struct Registries {
     options: AccessOptions,
     credentials: Arc<Sources>,
     hosts: Mutex<LruCache<String, Arc<Hosts>>>,
+    /// Blobs that repositories gave to us.
+    confirmed: Mutex<LruCache<(Repository, Digest), ()>>,
 }
 
 impl Registries {
@@ -141,8 +147,9 @@ impl Registries {
     /// When a registry's CA file can't be used.
     pub fn new(options: AccessOptions) -> Result<Arc<Self>, SourceError> {
         let hosts = Mutex::new(LruCache::new(MAX_HOSTS));
+        let confirmed = Mutex::new(LruCache::new(MAX_CONFIRMED));
         let credentials = Arc::new(Sources::new(options.credentials.clone()));
-        let registries = Self { options, credentials, hosts };
+        let registries = Self { options, credentials, hosts, confirmed };
         for registry in registries.options.registries.keys() {
             registries.hosts(registry)?;
         }
@@ -237,75 +244,6 @@ impl Registries {
         };
         let media_type = media_type(&headers, &bytes);
         Ok(Manifest { repository: from.clone(), digest: found, media_type, bytes })
-    }
-
-    /// A whole body, tried again where that may help, all within the timeout.
-    async fn get_small(
-        &self,
-        asked: &Asked<'_>,
-        path: &str,
-        headers: &HeaderMap,
-    ) -> Result<(HeaderMap, Bytes), SourceError> {
-        use backon::Retryable;
-        let unreachable = |message: String| {
-            Err(SourceError::Unreachable { source_name: asked.from.to_string(), message })
-        };
-        let hosts = self.hosts(&asked.from.registry)?;
-        let Some(_turn) = hosts.turn(self.options.timeout * MAX_TIMEOUTS_IN_LINE).await else {
-            return unreachable(format!(
-                "too many requests wait before the one for {}",
-                asked.what
-            ));
-        };
-        let once = || self.get_small_once(asked, path, headers);
-        let pauses = backon::ExponentialBuilder::new()
-            .with_min_delay(Duration::from_millis(100))
-            .with_max_times(MAX_TRIES - 1)
-            .with_jitter();
-        let end = Instant::now() + self.options.timeout;
-        // As often as the host asks for time, while there is some.
-        let after = |error: &SourceError, pause: Option<Duration>| match error.asks_for_rest() {
-            None => pause,
-            Some(rest) => {
-                let pause = jittered(rest).saturating_add(pause.unwrap_or_default());
-                (pause < end.saturating_duration_since(Instant::now())).then_some(pause)
-            }
-        };
-        let tries = once.retry(pauses).when(SourceError::may_pass).adjust(after);
-        tokio::time::timeout_at(end, tries).await.unwrap_or_else(|_| {
-            unreachable(format!("no answer for {} within {:?}", asked.what, self.options.timeout))
-        })
-    }
-
-    /// One try at each host, until one gives it.
-    async fn get_small_once(
-        &self,
-        asked: &Asked<'_>,
-        path: &str,
-        headers: &HeaderMap,
-    ) -> Result<(HeaderMap, Bytes), SourceError> {
-        let hosts = self.hosts(&asked.from.registry)?;
-        let mut failure = Failures::default();
-        for host in hosts.by_health(|host| asked.may_come_from(host)) {
-            if let Some(error) = host.rests(asked.from, &asked.what) {
-                failure.keep(error);
-                continue;
-            }
-            let got = async {
-                let answer = host.get(asked.from, &asked.what, path, headers).await?;
-                let answer = asked.check_status(answer)?;
-                let headers = answer.headers().clone();
-                asked.read(answer).await.map(|bytes| (headers, bytes))
-            };
-            match got.await {
-                Ok(got) => {
-                    host.health().well();
-                    return Ok(got);
-                }
-                Err(error) => failure.add(host, error),
-            }
-        }
-        Err(failure.into_error(&asked.from.registry))
     }
 
     /// The hosts that answer for a registry, by what its files say now.
@@ -405,58 +343,6 @@ impl Repository {
 impl std::fmt::Display for Repository {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(f, "{}/{}", self.registry, self.name)
-    }
-}
-
-/// Something small that is asked for: what errors call it, and how large it may be.
-struct Asked<'a> {
-    from: &'a Repository,
-    what: String,
-    limit: u64,
-    /// Whether the answer can be checked against a digest.
-    checked: bool,
-}
-
-impl Asked<'_> {
-    fn may_come_from(&self, host: &Host) -> bool {
-        if self.checked { host.can().pull } else { host.can().resolve }
-    }
-
-    fn bad(&self, message: String) -> SourceError {
-        let source_name = self.from.to_string();
-        SourceError::BadAnswer { source_name, what: self.what.clone(), message }
-    }
-
-    fn check_status(&self, answer: Response) -> Result<Response, SourceError> {
-        match answer.status() {
-            StatusCode::OK => Ok(answer),
-            _ => Err(host::failed_status(self.from, &self.what, &answer)),
-        }
-    }
-
-    async fn read(&self, mut answer: Response) -> Result<Bytes, SourceError> {
-        let too_large = || self.bad(format!("it is over the limit of {} bytes", self.limit));
-        if answer.content_length().is_some_and(|len| len > self.limit) {
-            return Err(too_large());
-        }
-        let mut bytes = BytesMut::new();
-        loop {
-            let piece =
-                answer.chunk().await.map_err(|error| host::unreachable(self.from, error))?;
-            let Some(piece) = piece else { return Ok(bytes.freeze()) };
-            if bytes.len() as u64 + piece.len() as u64 > self.limit {
-                return Err(too_large());
-            }
-            bytes.extend_from_slice(&piece);
-        }
-    }
-
-    fn check_digest(&self, bytes: &[u8], promised: Digest) -> Result<Digest, SourceError> {
-        let actual = Digest::of(bytes);
-        if actual == promised {
-            return Ok(actual);
-        }
-        Err(self.bad(format!("it hashes to {actual}, not to {promised}")))
     }
 }
 

@@ -13,11 +13,12 @@ use weightfs_tests::cri::Cri;
 use weightfs_tests::layer::Layer;
 use weightfs_tests::model::{Part, SMALL_MODEL, write_safetensors};
 use weightfs_tests::modelpack::Dialect;
-use weightfs_tests::remote::Credentials;
+use weightfs_tests::remote::{Credentials, OCI_MANIFEST};
 use weightfs_tests::tokens::TokenServer;
 use weightfs_tests::tree::{self, Scope};
 use weightfs_tests::{
-    Area, Bed, Host, Proxy, Registry, RegistryOptions, Target, Weightfs, digest, wait_until,
+    Area, Bed, Fault, Host, Proxy, Registry, RegistryOptions, Target, Weightfs, digest, metrics,
+    wait_until,
 };
 
 const MIB: u64 = 1 << 20;
@@ -187,6 +188,49 @@ fn each_mount_is_authorised_by_its_own_repository() {
 }
 
 #[test]
+fn a_manifest_does_not_give_what_its_repository_does_not() {
+    let bed = Bed::new();
+    let source = bed.model(SMALL_MODEL);
+    let artifact = bed.pack_raw(&source, Dialect::Cncf);
+    let reference = bed.push(&artifact, "private/model");
+    let daemon = bed.weightfs.serve(&bed.area);
+    let mount = |reference: &str, dir: &Path| {
+        bed.weightfs.run_here(&["mount", "--daemon", reference, dir.to_str().unwrap()])
+    };
+    let (ours, theirs) = (bed.area.dir("ours"), bed.area.dir("theirs"));
+    mount(&reference, &ours).ok();
+    // All of it is here now.
+    tree::assert_same(&source, &ours, Scope::ModelFiles);
+    // Who knows the digests writes a manifest into a registry of their own.
+    let registry = Proxy::start(bed.registry.address());
+    let remote = bed.registry.remote();
+    let mut empty = artifact.clone();
+    empty.blobs.truncate(1);
+    empty.manifest["layers"] = serde_json::json!([]);
+    empty.push(remote, "others/model", "v1");
+    let manifest = serde_json::to_vec(&artifact.manifest).unwrap();
+    let media_type = OCI_MANIFEST.to_owned();
+    registry.fail(Target::Manifests, Fault::Replace { media_type, body: manifest.into() });
+    let forged = registry.reference("others/model", "v1");
+    let refused = mount(&forged, &theirs);
+    refused.assert_fails(1, &[&registry.address(), "others/model", "blob sha256:"]);
+    assert_eq!(fs::read_dir(&theirs).unwrap().count(), 0);
+    artifact.push(remote, "others/model", "v1");
+    registry.forget();
+    mount(&forged, &theirs).ok();
+    tree::assert_same(&source, &theirs, Scope::ModelFiles);
+    assert_eq!(registry.bytes(Target::Blobs), artifact.blobs[0].size);
+    // Learned once.
+    registry.forget();
+    weightfs_tests::weightfs::umount(&bed.weightfs, &theirs);
+    mount(&forged, &theirs).ok();
+    assert_eq!(registry.requests(Target::Blobs), 1, "more than its config");
+    weightfs_tests::weightfs::umount(&bed.weightfs, &ours);
+    weightfs_tests::weightfs::umount(&bed.weightfs, &theirs);
+    daemon.stop();
+}
+
+#[test]
 fn sources_are_asked_in_their_order_and_named_where_all_were_refused() {
     let who = user("someone", SECRET);
     let bed = with_password(&who);
@@ -254,6 +298,36 @@ fn sources_are_asked_in_their_order_and_named_where_all_were_refused() {
     fs::set_permissions(&path, Permissions::from_mode(0o644)).unwrap();
     bed.weightfs.log_out();
     bed.assert_refused(&reference, &["credentials.json", "0600"]);
+}
+
+#[test]
+fn a_credential_helper_is_asked_anew_and_named_where_it_fails() {
+    let who = user("someone", SECRET);
+    let mut bed = with_password(&who);
+    let path = std::env::var("PATH").unwrap();
+    let programs = bed.area.dir("programs");
+    bed.weightfs =
+        bed.weightfs.with_variable("PATH", &format!("{}:{path}", programs.to_str().unwrap()));
+    let source = bed.model(&SMALL_MODEL[..1]);
+    let reference = bed.push(&bed.pack_raw(&source, Dialect::Cncf), "private/model");
+    let registry = bed.proxy.address();
+    let config = serde_json::json!({ "credHelpers": { &registry: "vault" } }).to_string();
+    fs::write(bed.weightfs.config().with_file_name("config.json"), config).unwrap();
+    // As docker's helpers are: told the registry, they print a document.
+    let helper = |script: &str| {
+        let program = bed.area.file("programs/docker-credential-vault", script);
+        fs::set_permissions(program, Permissions::from_mode(0o700)).unwrap();
+    };
+    helper("#!/bin/sh\nexit 1\n");
+    bed.assert_refused(&reference, &[&registry, "docker-credential-vault failed"]);
+    let answer = serde_json::json!({ "Username": who.user, "Secret": who.password });
+    helper(&format!(
+        "#!/bin/sh\nread server; [ \"$1 $server\" = 'get {registry}' ] || exit 2\n\
+         cat <<'END'\n{answer}\nEND\n"
+    ));
+    let mounted = bed.mount(&reference);
+    tree::assert_same(&source, mounted.dir(), Scope::ModelFiles);
+    mounted.stop();
 }
 
 /// A node whose kubelet pulls through the daemon from a registry that wants a password.
@@ -370,6 +444,7 @@ fn a_secret_is_nowhere_but_in_memory() {
     let bed = Tokens::start(life, &["private/model", "others/model"], SMALL_MODEL);
     bed.server.allow(&who, &["private/model"]);
     bed.weightfs.log_in(bed.registry.address(), &who.user, &who.password);
+    metrics::configure(&bed.weightfs, "");
     let mut command = bed.weightfs.command(["keeper", "--"]);
     let serve = bed.weightfs.serve_command();
     command.arg(serve.get_program()).args(serve.get_args()).env("WEIGHTFS_LOG", "trace");
@@ -407,6 +482,9 @@ fn a_secret_is_nowhere_but_in_memory() {
             assert!(!found, "a secret in {place}");
         }
     };
+    let (_, _, figures) = metrics::get(&metrics::address(&bed.weightfs), "/metrics");
+    assert!(figures.contains("weightfs_fetched_bytes_total"), "no metrics: {figures}");
+    find("the metrics", figures.as_bytes());
     let log = keeper.log();
     assert!(log.contains("TRACE") || log.contains("DEBUG"), "no log of everything: {log}");
     find("the log", log.as_bytes());

@@ -8,9 +8,9 @@ use std::thread;
 use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
-use futures::{StreamExt as _, stream};
 use sha2::{Digest as _, Sha256};
 use tokio::sync::{mpsc, oneshot};
+use tokio_util::task::AbortOnDropHandle;
 use weightfs_store::blob::Read;
 use weightfs_store::{Blob, CHUNK_BYTES, Digest, Form, Layout, Source, Store, Trust, give_way};
 
@@ -19,12 +19,13 @@ use crate::artifact::{Compression, LayerDescriptor};
 use crate::layer::fetch::Remote;
 use crate::layer::{LayerError, OpenLayer, Progress, stored_points};
 
-/// Bytes of one request.
-const REQUEST_BYTES: u64 = 4 << 20;
-/// Requests in flight. With what waits for the threads, some 60 MiB are in memory at the most.
-const REQUESTS_AHEAD: usize = 8;
-/// Ranges that wait for a thread.
-const WAITING_RANGES: usize = 3;
+/// Bytes of one request: each costs a registry some milliseconds, whatever its size.
+const REQUEST_BYTES: u64 = 16 << 20;
+/// Requests in flight. What none of the threads is ready for waits in the sockets.
+const REQUESTS_AHEAD: usize = 4;
+/// Pieces of a request, or for a thread, that wait here. Few, so that they are hashed while the
+/// processor's caches have them: twice as many are hashed 15 % slower.
+const WAITING_PIECES: usize = 2;
 
 /// What an index is made of.
 #[derive(Clone, Copy)]
@@ -133,24 +134,28 @@ async fn stream_layer(
     progress: &dyn Progress,
 ) -> Result<Hashed, LayerError> {
     let digest = layer.digest;
-    let (to_whole, mut for_whole) = mpsc::channel::<Vec<Bytes>>(WAITING_RANGES);
-    let (to_chunks, mut for_chunks) = mpsc::channel::<Vec<Bytes>>(WAITING_RANGES);
+    let (to_whole, mut for_whole) = mpsc::channel::<Bytes>(WAITING_PIECES);
+    let (to_chunks, mut for_chunks) = mpsc::channel::<Bytes>(WAITING_PIECES);
     let whole = tokio::task::spawn_blocking(move || {
         let mut hash = Sha256::new();
-        while let Some(pieces) = for_whole.blocking_recv() {
-            pieces.iter().for_each(|piece| hash.update(piece));
+        while let Some(piece) = for_whole.blocking_recv() {
+            hash.update(piece);
         }
         Digest::from_raw(hash.finalize().into())
     });
     let chunks = tokio::task::spawn_blocking(move || {
         let mut chunks = ChunkHashes::new(layout);
-        while let Some(pieces) = for_chunks.blocking_recv() {
-            pieces.iter().for_each(|piece| chunks.update(piece));
+        while let Some(piece) = for_chunks.blocking_recv() {
+            chunks.update(&piece);
         }
         chunks.finish()
     });
     // The threads end when their channels do, also where this fails.
-    feed(remote, layer, progress, [to_whole, to_chunks]).await?;
+    let (sender, coming) = mpsc::channel(REQUESTS_AHEAD);
+    tokio::try_join!(
+        ask(remote, layer.size, sender),
+        hand_out(coming, layer, progress, [to_whole, to_chunks]),
+    )?;
     let stopped = |_| LayerError::Stopped { digest };
     let (actual, chunks) = (whole.await.map_err(stopped)?, chunks.await.map_err(stopped)?);
     if actual != digest {
@@ -159,26 +164,43 @@ async fn stream_layer(
     Ok((actual, chunks))
 }
 
-/// Fetches all ranges in order and gives each to both threads.
-async fn feed(
-    remote: &Remote,
+/// A range that is under way, by a task of its own: it comes also while nobody looks.
+struct Coming {
+    /// One past its last byte.
+    end: u64,
+    pieces: mpsc::Receiver<Bytes>,
+    read: AbortOnDropHandle<Result<(), LayerError>>,
+}
+
+/// Asks for all ranges in order.
+async fn ask(remote: &Remote, size: u64, ranges: mpsc::Sender<Coming>) -> Result<(), LayerError> {
+    for start in (0..size.div_ceil(REQUEST_BYTES)).map(|at| at * REQUEST_BYTES) {
+        let (remote, end) = (remote.clone(), size.min(start + REQUEST_BYTES));
+        let (mut sender, pieces) = mpsc::channel(WAITING_PIECES);
+        let Ok(room) = ranges.reserve().await else {
+            return Err(LayerError::Stopped { digest: remote.digest });
+        };
+        let read = tokio::spawn(async move { remote.read_to(start..end, &mut sender).await });
+        room.send(Coming { end, pieces, read: AbortOnDropHandle::new(read) });
+    }
+    Ok(())
+}
+
+/// Gives what comes, in order, to both threads.
+async fn hand_out(
+    mut ranges: mpsc::Receiver<Coming>,
     layer: &LayerDescriptor,
     progress: &dyn Progress,
-    threads: [mpsc::Sender<Vec<Bytes>>; 2],
+    [whole, chunks]: [mpsc::Sender<Bytes>; 2],
 ) -> Result<(), LayerError> {
-    let count = layer.size.div_ceil(REQUEST_BYTES);
-    let reads = (0..count).map(|at| async move {
-        let end = layer.size.min((at + 1) * REQUEST_BYTES);
-        remote.read(at * REQUEST_BYTES..end).await.map(|pieces| (pieces, end))
-    });
-    let mut reads = std::pin::pin!(stream::iter(reads).buffered(REQUESTS_AHEAD));
-    let stopped = |_| LayerError::Stopped { digest: layer.digest };
-    while let Some(read) = reads.next().await {
-        let (pieces, end) = read?;
-        let [whole, chunks] = &threads;
-        whole.send(pieces.clone()).await.map_err(stopped)?;
-        chunks.send(pieces).await.map_err(stopped)?;
-        progress.downloaded(layer, end);
+    let digest = layer.digest;
+    while let Some(mut coming) = ranges.recv().await {
+        while let Some(piece) = coming.pieces.recv().await {
+            let sent = whole.send(piece.clone()).await.and(chunks.send(piece).await);
+            sent.map_err(|_| LayerError::Stopped { digest })?;
+        }
+        coming.read.await.map_err(|_| LayerError::Stopped { digest })??;
+        progress.downloaded(layer, coming.end);
     }
     Ok(())
 }

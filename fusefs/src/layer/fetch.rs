@@ -8,6 +8,7 @@ use std::time::Duration;
 use backon::{BackoffBuilder as _, ExponentialBuilder};
 use bytes::Bytes;
 use futures::StreamExt as _;
+use tokio::sync::mpsc;
 use tokio::time::{Instant, sleep, timeout_at};
 use weightfs_store::{Digest, Source, SourceError, Urgency};
 
@@ -33,7 +34,21 @@ impl Remote {
     /// # Errors
     /// An error that does not pass, or the deadline.
     pub async fn read(&self, range: Range<u64>) -> Result<Vec<Bytes>, LayerError> {
-        let mut got = Got { pieces: Vec::new(), at: range.start, progress: Instant::now() };
+        let mut pieces = Vec::new();
+        self.read_to(range, &mut pieces).await?;
+        Ok(pieces)
+    }
+
+    /// The same, each piece as it comes.
+    ///
+    /// # Errors
+    /// As [`Remote::read`].
+    pub async fn read_to(
+        &self,
+        range: Range<u64>,
+        pieces: &mut impl Pieces,
+    ) -> Result<(), LayerError> {
+        let mut got = Got { pieces, at: range.start, progress: Instant::now() };
         let pauses = || {
             let pauses = ExponentialBuilder::default().with_jitter().without_max_times();
             pauses.with_min_delay(MIN_PAUSE).with_max_delay(MAX_PAUSE).build()
@@ -59,11 +74,11 @@ impl Remote {
                 Failure::Silence => return Err(self.late("it gave no answer")),
             }
         }
-        Ok(got.pieces)
+        Ok(())
     }
 
     /// One request for what is missing.
-    async fn attempt(&self, got: &mut Got, end: u64) -> Result<(), Failure> {
+    async fn attempt(&self, got: &mut Got<'_, impl Pieces>, end: u64) -> Result<(), Failure> {
         let silence = |_| Failure::Silence;
         let request = self.source.fetch(got.at..end, Urgency::Demand);
         let answer = timeout_at(got.progress + self.deadline, request).await.map_err(silence)?;
@@ -71,7 +86,7 @@ impl Remote {
         loop {
             let next = timeout_at(got.progress + self.deadline, stream.next()).await;
             match next.map_err(silence)? {
-                Some(piece) => got.take(piece.map_err(Failure::Source)?),
+                Some(piece) => got.take(piece.map_err(Failure::Source)?).await,
                 None if got.at == end => return Ok(()),
                 None => return Err(Failure::Source(self.wrong_length(got.at, end))),
             }
@@ -96,23 +111,42 @@ impl Remote {
     }
 }
 
+/// Where pieces go as they come.
+pub trait Pieces: Send {
+    /// Takes one; until then no other comes.
+    fn take(&mut self, piece: Bytes) -> impl Future<Output = ()> + Send;
+}
+
+impl Pieces for Vec<Bytes> {
+    async fn take(&mut self, piece: Bytes) {
+        self.push(piece);
+    }
+}
+
+impl Pieces for mpsc::Sender<Bytes> {
+    async fn take(&mut self, piece: Bytes) {
+        // Who does not want any more drops the read.
+        let _ = self.send(piece).await;
+    }
+}
+
 /// What has come of a range.
-struct Got {
-    pieces: Vec<Bytes>,
+struct Got<'a, P> {
+    pieces: &'a mut P,
     /// The byte of the blob that is wanted next.
     at: u64,
-    /// When the last byte came.
+    /// When the last byte was taken.
     progress: Instant,
 }
 
-impl Got {
-    fn take(&mut self, piece: Bytes) {
-        // An empty one is a sign of life.
-        self.progress = Instant::now();
+impl<P: Pieces> Got<'_, P> {
+    async fn take(&mut self, piece: Bytes) {
         if !piece.is_empty() {
             self.at = self.at.saturating_add(u64::try_from(piece.len()).unwrap_or(u64::MAX));
-            self.pieces.push(piece);
+            self.pieces.take(piece).await;
         }
+        // An empty one is a sign of life.
+        self.progress = Instant::now();
     }
 }
 

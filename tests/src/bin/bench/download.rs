@@ -27,8 +27,13 @@ pub(crate) struct Blobs {
 impl Blobs {
     /// Names blobs of `repository` at `host:port`.
     pub(crate) fn new(address: &str, repository: &str, blobs: &[Blob]) -> Self {
-        let base = format!("http://{address}/v2/{repository}/blobs");
-        Self { base, blobs: blobs.iter().map(|blob| (blob.digest, blob.size)).collect() }
+        let blobs = blobs.iter().map(|blob| (blob.digest, blob.size)).collect();
+        Self::of_sizes(address, repository, blobs)
+    }
+
+    /// The same of blobs that nobody has.
+    pub(crate) fn of_sizes(address: &str, repository: &str, blobs: Vec<(Digest, u64)>) -> Self {
+        Self { base: format!("http://{address}/v2/{repository}/blobs"), blobs }
     }
 
     /// Downloads all in parallel ranges and keeps nothing: no client can be faster. Gives bytes.

@@ -38,7 +38,12 @@ pub(crate) fn measure(bench: &Bench, figures: &mut Figures) {
     make(lab, &lab.reference(Line::Direct, "model"));
     figures.add("index_build_mbps", rate(bytes, start.elapsed()));
     let zeros = Zeros::start(if bench.quick { QUICK_ZEROS } else { ZEROS });
+    let start = Instant::now();
+    let bytes = zeros.blobs().download_to_nowhere();
+    figures.add("index_zeros_ceiling_mbps", rate(bytes, start.elapsed()));
+    let start = Instant::now();
     figures.add("index_build_rss_mib", make(lab, &zeros.reference()));
+    figures.add("index_zeros_mbps", rate(bytes, start.elapsed()));
     drop(zeros);
     mount_many(lab, figures);
     open_large(lab, figures);

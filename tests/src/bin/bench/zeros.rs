@@ -19,6 +19,8 @@ use tokio::task::{JoinHandle, JoinSet};
 use weightfs_store::Digest;
 use weightfs_tests::remote::{OCI_MANIFEST, block_on, spawn};
 
+use crate::download::Blobs;
+
 const PIECE: &[u8] = &[0; 256 << 10];
 
 const CONFIG: &[u8] =
@@ -30,13 +32,16 @@ type Body = http_body_util::combinators::UnsyncBoxBody<Bytes, Infallible>;
 #[derive(Debug)]
 pub(crate) struct Zeros {
     address: SocketAddr,
+    digest: Digest,
+    size: u64,
     acceptor: JoinHandle<()>,
 }
 
 impl Zeros {
     /// Starts one whose file has so many bytes.
     pub(crate) fn start(size: u64) -> Self {
-        let manifest = Bytes::from(manifest(size));
+        let digest = digest(size);
+        let manifest = Bytes::from(manifest(digest, size));
         let listener = block_on(TcpListener::bind("127.0.0.1:0")).expect("a free port");
         let address = listener.local_addr().expect("the address of a socket that listens");
         let acceptor = spawn(async move {
@@ -52,12 +57,17 @@ impl Zeros {
                 connections.spawn(async move { drop(connection.await) });
             }
         });
-        Self { address, acceptor }
+        Self { address, digest, size, acceptor }
     }
 
     /// The model's reference.
     pub(crate) fn reference(&self) -> String {
         format!("{}/zeros:v1", self.address)
+    }
+
+    /// Its file.
+    pub(crate) fn blobs(&self) -> Blobs {
+        Blobs::of_sizes(&self.address.to_string(), "zeros", vec![(self.digest, self.size)])
     }
 }
 
@@ -67,7 +77,7 @@ impl Drop for Zeros {
     }
 }
 
-fn manifest(size: u64) -> String {
+fn digest(size: u64) -> Digest {
     let mut hash = Sha256::new();
     let mut left = size;
     while left > 0 {
@@ -75,6 +85,10 @@ fn manifest(size: u64) -> String {
         hash.update(&PIECE[..usize::try_from(piece).unwrap_or_default()]);
         left -= piece;
     }
+    Digest::from_raw(hash.finalize().into())
+}
+
+fn manifest(digest: Digest, size: u64) -> String {
     let manifest = json!({
         "schemaVersion": 2,
         "mediaType": OCI_MANIFEST,
@@ -86,7 +100,7 @@ fn manifest(size: u64) -> String {
         },
         "layers": [{
             "mediaType": "application/vnd.cncf.model.weight.v1.raw",
-            "digest": Digest::from_raw(hash.finalize().into()).to_string(),
+            "digest": digest.to_string(),
             "size": size,
             "annotations": {"org.cncf.model.filepath": "zeros.bin"},
         }],
