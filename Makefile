@@ -16,11 +16,15 @@ DFDAEMON := $(TARGET)/dragonfly/bin/dfdaemon
 DURATION ?= 300
 # The same random inputs in each run of the tests: a failure is the change's. `make fuzz` looks for others.
 export BOLERO_RANDOM_SEED ?= 1
+# What is not in the program that `make build` makes, and is tested all the same.
+OPTIONAL := --features weightfs-peers/endpoint-slices
 # A hung test must not hang a build machine: the whole run ends after this many seconds.
 TEST_TIMEOUT ?= 1500
 BENCH_TIMEOUT ?= $(if $(QUICK),300,3600)
-# A quick benchmark asserts no time: it takes what the tests have built.
-BENCH_BUILD := $(if $(QUICK),$(CARGO) build --locked,packaging/release-build)
+# A quick benchmark asserts no time: it takes what the tests have built. Else the program is the one that is
+# installed: together with the benchmark it would be built with the features of both.
+BENCH_BUILD := $(if $(QUICK),$(CARGO) build --locked --workspace --bin weightfs --bin bench,\
+    packaging/release-build && packaging/release-build -p weightfs-tests --bin bench)
 BENCH_DIR := $(TARGET)/$(if $(QUICK),debug,dist)
 SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
 # Tests of the program as it is installed, not as it is debugged: they report times.
@@ -29,7 +33,15 @@ RELEASED := WEIGHTFS_BIN=$(TARGET)/dist/weightfs
 AS_ROOT := $(if $(SUDO),$(SUDO) --preserve-env env PATH="$$PATH" HOME="$$HOME",)
 export CARGO_TARGET_DIR := $(TARGET)
 
+<<<<<<< HEAD
 .PHONY: help build demo deb image reproducible test test-install test-image test-dragonfly test-matrix left-out fuzz sanitize soak soak-store soak-contract soak-daemon bench simulate check docs deps test-deps clean
+=======
+<<<<<<< HEAD
+.PHONY: help build demo deb image reproducible test test-install test-matrix fuzz sanitize soak soak-store soak-contract soak-daemon bench bench-peers simulate check docs deps test-deps clean
+=======
+.PHONY: help build demo deb image reproducible test test-install test-image test-dragonfly test-matrix fuzz sanitize soak soak-store soak-contract soak-daemon bench simulate check docs deps test-deps clean
+>>>>>>> main
+>>>>>>> main
 
 help: ## Say what there is
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -56,11 +68,11 @@ demo: deps ## A lazy mount and containers beside a pull (MODEL_DIR=...)
 	$(AS_ROOT) $(TARGET)/release/demo
 
 test: test-deps ## All tests, as root: real registry, containerd, runc
-	$(CARGO) build --workspace --locked --bins
-	$(CARGO) test --workspace --locked --no-run
-	$(CARGO) test --workspace --locked --doc
+	$(CARGO) build --workspace --locked --bins $(OPTIONAL)
+	$(CARGO) test --workspace --locked --no-run $(OPTIONAL)
+	$(CARGO) test --workspace --locked --doc $(OPTIONAL)
 	set -o pipefail; $(AS_ROOT) timeout --kill-after=30 $(TEST_TIMEOUT) $(CARGO) test \
-	    --workspace --locked --no-fail-fast --lib --bins --tests 2>&1 | tee $(TARGET)/test.log
+	    --workspace --locked $(OPTIONAL) --no-fail-fast --lib --bins --tests 2>&1 | tee $(TARGET)/test.log
 	@awk '/^test result:/ { passed += $$4; failed += $$6 } \
 	    END { print passed " passed, " failed " failed" }' $(TARGET)/test.log
 	@$(MAKE) --no-print-directory left-out
@@ -129,8 +141,13 @@ soak-daemon: test-deps build ## Kill the daemon under load, pull and remove (ROU
 
 bench: test-deps ## Measure it beside a pull (QUICK=1, ROUNDS=n, LOADERS=all)
 	if [ "$(LOADERS)" = all ]; then packaging/loaders-env $(TARGET)/loaders-env; fi
-	$(BENCH_BUILD) -p weightfs -p weightfs-tests --bin weightfs --bin bench
+	$(BENCH_BUILD)
 	$(AS_ROOT) timeout --kill-after=30 $(BENCH_TIMEOUT) $(BENCH_DIR)/bench
+
+bench-peers: test-deps ## 16 nodes on shaped links load a model (QUICK=1, NODES= MIB= MBIT=)
+	$(CARGO) build --profile $(BENCH_PROFILE) --locked -p weightfs -p weightfs-tests \
+	    --bin weightfs --bin bench-peers
+	$(AS_ROOT) timeout --kill-after=30 $(BENCH_TIMEOUT) $(BENCH_DIR)/bench-peers
 
 simulate: deps ## Simulate many nodes that load one model (N=100,1000,3000 CHURN= SLOW= LATE=)
 	$(CARGO) run --release --locked -p weightfs-swarm --example simulate -- \
@@ -139,7 +156,7 @@ simulate: deps ## Simulate many nodes that load one model (N=100,1000,3000 CHURN
 
 check: deps $(DENY) ## Format, lints, documentation, licences and sources
 	$(CARGO) fmt --all --check
-	$(CARGO) clippy --workspace --all-targets --locked -- -D warnings
+	$(CARGO) clippy --workspace --all-targets --locked $(OPTIONAL) -- -D warnings
 	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --workspace --no-deps --locked --document-private-items
 	$(DENY) --log-level warn check --hide-inclusion-graph licenses bans sources
 

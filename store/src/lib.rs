@@ -54,7 +54,7 @@ pub use registry::{
     Manifest, Noted, PluginOptions, PullSecrets, Registries, RegistryOptions, Repository, Secret,
     parse_reference,
 };
-pub use source::{ByteStream, Source, SourceKind, in_order};
+pub use source::{ByteStream, Piece, Source, SourceKind, in_order};
 pub use store::{
     Amount, Background, BlobId, BlobUsage, CacheOptions, Checked, Evicted, FetchOptions, Form,
     Ingest, KeepDigests, Others, Pruned, Recheck, Store, StoreOptions, Usage, Verify, VerifyError,

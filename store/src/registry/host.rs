@@ -23,6 +23,7 @@ use super::health::Health;
 use super::retry_after::retry_after;
 use crate::SourceError;
 use crate::shared::lock;
+use crate::source::SourceKind;
 
 /// What registries see of us.
 pub(super) const USER_AGENT: &str = concat!("weightfs/", env!("CARGO_PKG_VERSION"));
@@ -62,9 +63,13 @@ enum Way {
 }
 
 impl Host {
-    /// Whether it stands for the registry, and is not that itself.
-    pub(super) fn is_mirror(&self) -> bool {
-        self.stands_for.is_some()
+    /// What it is, for those who count what came from where.
+    pub(super) fn kind(&self) -> SourceKind {
+        match (self.way, &self.stands_for) {
+            (Way::Dragonfly, _) => SourceKind::Dragonfly,
+            (Way::Directly, Some(_)) => SourceKind::Mirror,
+            (Way::Directly, None) => SourceKind::Registry,
+        }
     }
 
     /// `timeout` bounds authentication. A connection that gives no byte for `silence` is given up.
