@@ -33,15 +33,7 @@ RELEASED := WEIGHTFS_BIN=$(TARGET)/dist/weightfs
 AS_ROOT := $(if $(SUDO),$(SUDO) --preserve-env env PATH="$$PATH" HOME="$$HOME",)
 export CARGO_TARGET_DIR := $(TARGET)
 
-<<<<<<< HEAD
-.PHONY: help build demo deb image reproducible test test-install test-image test-dragonfly test-matrix left-out fuzz sanitize soak soak-store soak-contract soak-daemon bench simulate check docs deps test-deps clean
-=======
-<<<<<<< HEAD
-.PHONY: help build demo deb image reproducible test test-install test-matrix fuzz sanitize soak soak-store soak-contract soak-daemon bench bench-peers simulate check docs deps test-deps clean
-=======
-.PHONY: help build demo deb image reproducible test test-install test-image test-dragonfly test-matrix fuzz sanitize soak soak-store soak-contract soak-daemon bench simulate check docs deps test-deps clean
->>>>>>> main
->>>>>>> main
+.PHONY: help build demo deb image reproducible test test-install test-image test-dragonfly test-matrix left-out fuzz sanitize soak soak-store soak-contract soak-daemon bench bench-peers simulate check docs deps test-deps clean
 
 help: ## Say what there is
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
