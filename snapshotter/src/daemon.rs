@@ -80,9 +80,6 @@ pub enum DaemonError {
     /// A socket can't be used.
     #[error(transparent)]
     Socket(#[from] SocketError),
-    /// The snapshotter's socket broke.
-    #[error(transparent)]
-    Containerd(#[from] containerd::ServeError),
     /// The control socket broke.
     #[error("control socket: {0}")]
     Control(#[from] tonic::transport::Error),
@@ -330,7 +327,7 @@ impl Daemon {
             () = ended(&trees) => {
                 (Err(DaemonError::Unmounted(trees.mountpoint().to_owned())), true)
             }
-            ended = &mut snapshotter => (flatten(ended), false),
+            ended = &mut snapshotter => (flatten(ended.map(Ok::<_, DaemonError>)), false),
             ended = &mut controller => (flatten(ended), false),
         };
         keeper.tell_stopping();
