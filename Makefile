@@ -17,7 +17,7 @@ DURATION ?= 300
 # The same random inputs in each run of the tests: a failure is the change's. `make fuzz` looks for others.
 export BOLERO_RANDOM_SEED ?= 1
 # What is not in the program that `make build` makes, and is tested all the same.
-OPTIONAL := --features weightfs-peers/endpoint-slices
+OPTIONAL := --features weightfs-peers/endpoint-slices,weightfs/otlp
 # A hung test must not hang a build machine: the whole run ends after this many seconds.
 TEST_TIMEOUT ?= 1500
 BENCH_TIMEOUT ?= $(if $(QUICK),300,3600)
@@ -33,11 +33,7 @@ RELEASED := WEIGHTFS_BIN=$(TARGET)/dist/weightfs
 AS_ROOT := $(if $(SUDO),$(SUDO) --preserve-env env PATH="$$PATH" HOME="$$HOME",)
 export CARGO_TARGET_DIR := $(TARGET)
 
-<<<<<<< HEAD
-.PHONY: help build demo deb image reproducible test test-install test-matrix fuzz sanitize soak soak-store soak-contract soak-daemon bench bench-peers simulate check docs deps test-deps clean
-=======
-.PHONY: help build demo deb image reproducible test test-install test-image test-dragonfly test-matrix fuzz sanitize soak soak-store soak-contract soak-daemon bench simulate check docs deps test-deps clean
->>>>>>> main
+.PHONY: help build demo deb image reproducible test test-page test-install test-image test-dragonfly test-matrix left-out fuzz sanitize soak soak-store soak-contract soak-daemon bench bench-peers simulate check docs session deps test-deps clean
 
 help: ## Say what there is
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -71,15 +67,26 @@ test: test-deps ## All tests, as root: real registry, containerd, runc
 	    --workspace --locked $(OPTIONAL) --no-fail-fast --lib --bins --tests 2>&1 | tee $(TARGET)/test.log
 	@awk '/^test result:/ { passed += $$4; failed += $$6 } \
 	    END { print passed " passed, " failed " failed" }' $(TARGET)/test.log
+	@$(MAKE) --no-print-directory left-out
 
 test-matrix: test-deps ## The end-to-end tests of containerd 1.6, 1.7 and 2.1
 	$(CARGO) build --locked -p weightfs --bins
 	$(CARGO) test --locked -p weightfs-tests --test matrix --test model_image --test node \
 	    --test doctor --test cri --no-run
-	@for version in 17 21; do [ -x $(TARGET)/containerd$$version/usr/bin/containerd ] || \
-	    echo "test-matrix: containerd$$version can't be had here and is left out" >&2; done
 	$(AS_ROOT) timeout --kill-after=30 $(TEST_TIMEOUT) $(CARGO) test --locked -p weightfs-tests \
 	    --test matrix --test model_image --test node --test doctor --test cri -- --nocapture
+	@$(MAKE) --no-print-directory left-out
+
+# Where a run ends, and not in the midst of what tests print: which of them had nothing to run on.
+left-out:
+	@for version in 1.7 2.1; do [ -x $(TARGET)/containerd$${version/./}/usr/bin/containerd ] || \
+	    echo "left out: the tests on containerd $$version, which can't be had here" >&2; done
+
+test-page: test-deps ## The status page in a headless browser; its picture is target/tmp/page.png
+	packaging/deps page
+	$(CARGO) build --locked -p weightfs --bins
+	$(AS_ROOT) timeout --kill-after=30 $(TEST_TIMEOUT) $(CARGO) test --locked -p weightfs-tests \
+	    --test page -- --nocapture
 
 test-install: deb ## The package on a bare Debian 12: install, mount, run, purge
 	packaging/deps test
@@ -150,6 +157,11 @@ check: deps $(DENY) ## Format, lints, documentation, licences and sources
 	$(CARGO) clippy --workspace --all-targets --locked $(OPTIONAL) -- -D warnings
 	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --workspace --no-deps --locked --document-private-items
 	$(DENY) --log-level warn check --hide-inclusion-graph licenses bans sources
+
+session: deps ## Record the terminal session of the README: docs/session.svg
+	packaging/deps demo
+	$(CARGO) build --release --locked -p weightfs -p weightfs-tests --bin weightfs --bin session
+	$(AS_ROOT) $(TARGET)/release/session docs/session.svg
 
 docs: deps ## Write the pages that are made from the code
 	WEIGHTFS_WRITE_DOCUMENTS=1 $(CARGO) test --locked -q -p weightfs --lib documents_

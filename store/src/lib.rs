@@ -52,7 +52,7 @@ pub use oci_spec::distribution::{ParseError, Reference};
 pub use registry::{
     AccessOptions, CredentialOptions, CredentialSource, Credentials, Dragonfly, MAX_MANIFEST_BYTES,
     Manifest, Noted, PluginOptions, PullSecrets, Registries, RegistryOptions, Repository, Secret,
-    parse_reference,
+    install_crypto, parse_reference,
 };
 pub use source::{ByteStream, Piece, Source, SourceKind, in_order};
 pub use store::{

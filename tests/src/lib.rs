@@ -8,6 +8,7 @@
 pub mod area;
 pub mod bed;
 pub mod certificates;
+pub mod collector;
 pub mod containerd;
 pub mod cri;
 pub mod csi;
@@ -19,6 +20,7 @@ pub mod host;
 pub mod id_mapped;
 pub mod image;
 pub mod interrupt;
+pub mod json;
 pub mod layer;
 pub mod many;
 pub mod metrics;

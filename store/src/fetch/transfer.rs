@@ -15,6 +15,7 @@ use std::time::Duration;
 
 use backon::{BackoffBuilder, ExponentialBackoff, ExponentialBuilder};
 use tokio::time::{Instant, timeout_at};
+use tracing::{Instrument as _, debug_span};
 
 use super::filler::Filler;
 use super::queue::Request;
@@ -354,8 +355,28 @@ async fn attempt(
     bytes: &mut u64,
     attempts: &mut Attempts,
 ) -> Result<(), Trouble> {
+    let sink = Sink::open(blob, request, first, room)?;
+    let wanted = sink.wanted();
+    let span = debug_span!(
+        "range",
+        blob = %blob.id().digest,
+        source = source.name(),
+        start = wanted.start,
+        end = wanted.end
+    );
+    receive(blob, source, request, sink, bytes, attempts).instrument(span).await
+}
+
+/// Has a sink filled by a source.
+async fn receive(
+    blob: &Arc<Blob>,
+    source: &dyn Source,
+    request: &Request,
+    mut sink: Sink<'_>,
+    bytes: &mut u64,
+    attempts: &mut Attempts,
+) -> Result<(), Trouble> {
     let patience = &*request.patience;
-    let mut sink = Sink::open(blob, request, first, room)?;
     let silent = || SourceError::Unreachable {
         source_name: source.name().to_owned(),
         message: "gives no data".into(),

@@ -356,8 +356,9 @@ pub(super) fn is_loopback(address: &str) -> bool {
     host == "localhost" || ip.is_ok_and(|ip| ip.is_loopback())
 }
 
-/// rustls wants one provider for the process; whoever came first has chosen.
-fn install_crypto() {
+/// Whoever makes a client for TLS needs a provider: rustls wants one for the process, and whoever came
+/// first has chosen.
+pub fn install_crypto() {
     static ONCE: Once = Once::new();
     ONCE.call_once(|| {
         let _ = rustls::crypto::ring::default_provider().install_default();
