@@ -23,8 +23,8 @@ TEST_TIMEOUT ?= 1500
 BENCH_TIMEOUT ?= $(if $(QUICK),300,3600)
 # A quick benchmark asserts no time: it takes what the tests have built. Else the program is the one that is
 # installed: together with the benchmark it would be built with the features of both.
-BENCH_BUILD := $(if $(QUICK),$(CARGO) build --locked --workspace --bin weightfs --bin bench,\
-    packaging/release-build && packaging/release-build -p weightfs-tests --bin bench)
+BENCH_BUILD = $(if $(QUICK),$(CARGO) build --locked --workspace --bin weightfs --bin $(1),\
+    packaging/release-build && packaging/release-build -p weightfs-tests --bin $(1))
 BENCH_DIR := $(TARGET)/$(if $(QUICK),debug,dist)
 SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
 # Tests of the program as it is installed, not as it is debugged: they report times.
@@ -139,12 +139,11 @@ soak-daemon: test-deps build ## Kill the daemon under load, pull and remove (ROU
 
 bench: test-deps ## Measure it beside a pull (QUICK=1, ROUNDS=n, LOADERS=all)
 	if [ "$(LOADERS)" = all ]; then packaging/loaders-env $(TARGET)/loaders-env; fi
-	$(BENCH_BUILD)
+	$(call BENCH_BUILD,bench)
 	$(AS_ROOT) timeout --kill-after=30 $(BENCH_TIMEOUT) $(BENCH_DIR)/bench
 
 bench-peers: test-deps ## 16 nodes on shaped links load a model (QUICK=1, NODES= MIB= MBIT=)
-	$(CARGO) build --profile $(BENCH_PROFILE) --locked -p weightfs -p weightfs-tests \
-	    --bin weightfs --bin bench-peers
+	$(call BENCH_BUILD,bench-peers)
 	$(AS_ROOT) timeout --kill-after=30 $(BENCH_TIMEOUT) $(BENCH_DIR)/bench-peers
 
 simulate: deps ## Simulate many nodes that load one model (N=100,1000,3000 CHURN= SLOW= LATE=)
