@@ -16,6 +16,8 @@ DFDAEMON := $(TARGET)/dragonfly/bin/dfdaemon
 DURATION ?= 300
 # The same random inputs in each run of the tests: a failure is the change's. `make fuzz` looks for others.
 export BOLERO_RANDOM_SEED ?= 1
+# What is not in the program that `make build` makes, and is tested all the same.
+OPTIONAL := --features weightfs-peers/endpoint-slices,weightfs/otlp
 # A hung test must not hang a build machine: the whole run ends after this many seconds.
 TEST_TIMEOUT ?= 1500
 BENCH_TIMEOUT ?= $(if $(QUICK),300,3600)
@@ -31,7 +33,7 @@ RELEASED := WEIGHTFS_BIN=$(TARGET)/dist/weightfs
 AS_ROOT := $(if $(SUDO),$(SUDO) --preserve-env env PATH="$$PATH" HOME="$$HOME",)
 export CARGO_TARGET_DIR := $(TARGET)
 
-.PHONY: help build demo deb image reproducible test test-install test-image test-dragonfly test-matrix fuzz sanitize soak soak-store soak-contract soak-daemon bench simulate check docs deps test-deps clean
+.PHONY: help build demo deb image reproducible test test-page test-install test-image test-dragonfly test-matrix left-out fuzz sanitize soak soak-store soak-contract soak-daemon bench bench-peers simulate check docs session deps test-deps clean
 
 help: ## Say what there is
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -58,22 +60,33 @@ demo: deps ## A lazy mount and containers beside a pull (MODEL_DIR=...)
 	$(AS_ROOT) $(TARGET)/release/demo
 
 test: test-deps ## All tests, as root: real registry, containerd, runc
-	$(CARGO) build --workspace --locked --bins
-	$(CARGO) test --workspace --locked --no-run
-	$(CARGO) test --workspace --locked --doc
+	$(CARGO) build --workspace --locked --bins $(OPTIONAL)
+	$(CARGO) test --workspace --locked --no-run $(OPTIONAL)
+	$(CARGO) test --workspace --locked --doc $(OPTIONAL)
 	set -o pipefail; $(AS_ROOT) timeout --kill-after=30 $(TEST_TIMEOUT) $(CARGO) test \
-	    --workspace --locked --no-fail-fast --lib --bins --tests 2>&1 | tee $(TARGET)/test.log
+	    --workspace --locked $(OPTIONAL) --no-fail-fast --lib --bins --tests 2>&1 | tee $(TARGET)/test.log
 	@awk '/^test result:/ { passed += $$4; failed += $$6 } \
 	    END { print passed " passed, " failed " failed" }' $(TARGET)/test.log
+	@$(MAKE) --no-print-directory left-out
 
 test-matrix: test-deps ## The end-to-end tests of containerd 1.6, 1.7 and 2.1
 	$(CARGO) build --locked -p weightfs --bins
 	$(CARGO) test --locked -p weightfs-tests --test matrix --test model_image --test node \
 	    --test doctor --test cri --no-run
-	@for version in 17 21; do [ -x $(TARGET)/containerd$$version/usr/bin/containerd ] || \
-	    echo "test-matrix: containerd$$version can't be had here and is left out" >&2; done
 	$(AS_ROOT) timeout --kill-after=30 $(TEST_TIMEOUT) $(CARGO) test --locked -p weightfs-tests \
 	    --test matrix --test model_image --test node --test doctor --test cri -- --nocapture
+	@$(MAKE) --no-print-directory left-out
+
+# Where a run ends, and not in the midst of what tests print: which of them had nothing to run on.
+left-out:
+	@for version in 1.7 2.1; do [ -x $(TARGET)/containerd$${version/./}/usr/bin/containerd ] || \
+	    echo "left out: the tests on containerd $$version, which can't be had here" >&2; done
+
+test-page: test-deps ## The status page in a headless browser; its picture is target/tmp/page.png
+	packaging/deps page
+	$(CARGO) build --locked -p weightfs --bins
+	$(AS_ROOT) timeout --kill-after=30 $(TEST_TIMEOUT) $(CARGO) test --locked -p weightfs-tests \
+	    --test page -- --nocapture
 
 test-install: deb ## The package on a bare Debian 12: install, mount, run, purge
 	packaging/deps test
@@ -129,6 +142,11 @@ bench: test-deps ## Measure it beside a pull (QUICK=1, ROUNDS=n, LOADERS=all)
 	$(BENCH_BUILD)
 	$(AS_ROOT) timeout --kill-after=30 $(BENCH_TIMEOUT) $(BENCH_DIR)/bench
 
+bench-peers: test-deps ## 16 nodes on shaped links load a model (QUICK=1, NODES= MIB= MBIT=)
+	$(CARGO) build --profile $(BENCH_PROFILE) --locked -p weightfs -p weightfs-tests \
+	    --bin weightfs --bin bench-peers
+	$(AS_ROOT) timeout --kill-after=30 $(BENCH_TIMEOUT) $(BENCH_DIR)/bench-peers
+
 simulate: deps ## Simulate many nodes that load one model (N=100,1000,3000 CHURN= SLOW= LATE=)
 	$(CARGO) run --release --locked -p weightfs-swarm --example simulate -- \
 	    --output $(TARGET)/bench $(if $(N),--nodes $(N)) $(if $(CHURN),--churn $(CHURN)) \
@@ -136,9 +154,14 @@ simulate: deps ## Simulate many nodes that load one model (N=100,1000,3000 CHURN
 
 check: deps $(DENY) ## Format, lints, documentation, licences and sources
 	$(CARGO) fmt --all --check
-	$(CARGO) clippy --workspace --all-targets --locked -- -D warnings
+	$(CARGO) clippy --workspace --all-targets --locked $(OPTIONAL) -- -D warnings
 	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --workspace --no-deps --locked --document-private-items
 	$(DENY) --log-level warn check --hide-inclusion-graph licenses bans sources
+
+session: deps ## Record the terminal session of the README: docs/session.svg
+	packaging/deps demo
+	$(CARGO) build --release --locked -p weightfs -p weightfs-tests --bin weightfs --bin session
+	$(AS_ROOT) $(TARGET)/release/session docs/session.svg
 
 docs: deps ## Write the pages that are made from the code
 	WEIGHTFS_WRITE_DOCUMENTS=1 $(CARGO) test --locked -q -p weightfs --lib documents_

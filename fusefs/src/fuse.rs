@@ -17,7 +17,7 @@ use fuser::{
 use nix::sys::mman::{MmapAdvise, madvise};
 use tokio::runtime::Handle;
 use tokio::sync::watch;
-use tracing::{debug, warn};
+use tracing::{Instrument as _, debug, debug_span, warn};
 use weightfs_store::{Read, ReadError, SegmentHold};
 
 use crate::counters::{MountCounters, ReadFrom, ReadResult};
@@ -271,7 +271,8 @@ impl fuser::Filesystem for Adapter {
             Ok(Some(Read::Missing(miss))) => {
                 let watched = self.watchdog.watch(asked.clone());
                 let counters = Arc::clone(&self.counters);
-                self.runtime.spawn(async move {
+                let span = debug_span!("miss", inode = ino.0, offset, size);
+                let answered = async move {
                     let _watched = watched;
                     let waited = miss.wait().await.map_err(FsError::from);
                     let (result, bytes) = match &waited {
@@ -283,7 +284,8 @@ impl fuser::Filesystem for Adapter {
                         Err(error) => refuse_read(&asked, &error, reply),
                     }
                     counters.read(ReadFrom::Fetch, result, bytes as u64, began.elapsed());
-                });
+                };
+                self.runtime.spawn(answered.instrument(span));
             }
             Err(error) => {
                 refuse_read(&asked, &error, reply);

@@ -11,7 +11,7 @@ use futures::{FutureExt as _, StreamExt as _, stream};
 use tempfile::TempDir;
 use weightfs_store::{
     Amount, Background, Blob, BlobId, ByteStream, CacheOptions, Digest, FetchOptions, Form,
-    KeepDigests, Layout, Recheck, Source, SourceError, Store, StoreOptions, Urgency, Verify,
+    KeepDigests, Layout, Piece, Recheck, Source, SourceError, Store, StoreOptions, Urgency, Verify,
 };
 
 use crate::artifact::{Compression, LayerContent, LayerDescriptor};
@@ -67,7 +67,7 @@ impl MemorySource {
         let bytes = self.bytes.slice(range.start as usize..range.end as usize);
         let refused =
             || SourceError::Unreachable { source_name: "memory".into(), message: "refused".into() };
-        let some = |length| stream::iter([Ok(bytes.slice(..length))]);
+        let some = |length| stream::iter([Ok(Piece::of_registry(bytes.slice(..length)))]);
         match fault {
             Some(Fault::NoRanges) if range != (0..self.size()) => {
                 Err(SourceError::NoRanges { source_name: "memory".into(), what: "blob".into() })
@@ -75,7 +75,8 @@ impl MemorySource {
             None | Some(Fault::NoRanges) => {
                 let pieces: Vec<_> =
                     bytes.chunks(100_000).map(|part| bytes.slice_ref(part)).collect();
-                Ok(stream::iter(pieces.into_iter().map(Ok)).boxed())
+                Ok(stream::iter(pieces.into_iter().map(|bytes| Ok(Piece::of_registry(bytes))))
+                    .boxed())
             }
             Some(Fault::Refuse) => Err(refused()),
             Some(Fault::NotFound) => {
@@ -97,10 +98,6 @@ impl Source for MemorySource {
 
     fn host(&self) -> &str {
         "memory"
-    }
-
-    fn kind(&self) -> weightfs_store::SourceKind {
-        weightfs_store::SourceKind::Registry
     }
 
     fn fetch(

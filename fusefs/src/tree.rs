@@ -276,9 +276,17 @@ impl Tree {
         Walk { tree: self, open: vec![(NodeId::ROOT, 0)], path: PathBuf::new() }
     }
 
+    /// The bytes of its regular files, each once, in no order.
+    pub fn contents(&self) -> impl Iterator<Item = &Content> {
+        self.nodes.iter().filter_map(|node| match &node.kind {
+            NodeKind::File(content) => Some(content),
+            _ => None,
+        })
+    }
+
     /// Number of regular files, each counted once.
     pub fn files(&self) -> u64 {
-        self.nodes.iter().filter(|node| matches!(node.kind, NodeKind::File(_))).count() as u64
+        self.contents().count() as u64
     }
 
     /// Bytes of all files, each counted once.

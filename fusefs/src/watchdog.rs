@@ -94,6 +94,14 @@ impl Watchdog {
             .collect()
     }
 
+    /// Says which reads are overdue.
+    fn tell(&self, now: Instant) {
+        for (WaitingRead { inode, offset, size }, waits) in self.overdue(now) {
+            let inode = format_args!("{inode:#x}");
+            error!(inode, offset, size, ?waits, "a read waits beyond its deadline");
+        }
+    }
+
     fn lock(&self) -> MutexGuard<'_, Table> {
         self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -110,16 +118,38 @@ async fn look_after(watchdog: Weak<Watchdog>) {
     loop {
         tokio::time::sleep(INTERVAL).await;
         let Some(watchdog) = watchdog.upgrade() else { return };
-        for (WaitingRead { inode, offset, size }, waits) in watchdog.overdue(Instant::now()) {
-            let inode = format_args!("{inode:#x}");
-            error!(inode, offset, size, ?waits, "a read waits beyond its deadline");
-        }
+        watchdog.tell(Instant::now());
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use tracing::subscriber::with_default;
+
     use super::*;
+
+    /// What is logged meanwhile.
+    fn logged(work: impl FnOnce()) -> String {
+        let log = tempfile::NamedTempFile::new().unwrap();
+        let file = Arc::new(log.reopen().unwrap());
+        let subscriber = tracing_subscriber::fmt().with_ansi(false).with_writer(file).finish();
+        with_default(subscriber, work);
+        std::fs::read_to_string(log.path()).unwrap()
+    }
+
+    #[tokio::test]
+    async fn the_log_says_which_read_waits_too_long() {
+        let (deadline, counters) = (Duration::from_secs(30), Arc::<MountCounters>::default());
+        let watchdog = Watchdog::start(deadline, &Handle::current(), Arc::clone(&counters));
+        let _waits = watchdog.watch(WaitingRead { inode: 0x2a_0007, offset: 4096, size: 131_072 });
+        let late = Instant::now() + deadline + MARGIN;
+        let log = logged(|| watchdog.tell(late + Duration::from_secs(1)));
+        assert_eq!(log.lines().count(), 1, "{log}");
+        for part in ["ERROR", "beyond its deadline", "0x2a0007", "offset=4096", "size=131072"] {
+            assert!(log.contains(part), "{part}: {log}");
+        }
+        assert_eq!(counters.hung.get(), 1);
+    }
 
     #[tokio::test]
     async fn each_read_that_waits_too_long_is_told_of_once() {

@@ -32,7 +32,7 @@ use weightfs_swarm::Limits;
 use self::client::Client;
 use self::coming::Coming;
 use self::counters::Counters;
-pub use self::counters::{PeerStatus, PeersStatus};
+pub use self::counters::{Amount, PeerStatus, PeersStatus};
 use self::source::PeerSource;
 use self::table::Table;
 pub use self::tls::Files;
@@ -57,7 +57,45 @@ pub enum Members {
     Listed(Vec<String>),
     /// All addresses of a name, `host:port`; looked up again and again.
     Dns(String),
+    /// The endpoints of a service, as Kubernetes tells a pod.
+    Service(Service),
 }
+
+/// A service of Kubernetes, and the port that peers listen on: `namespace/name:port`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Service {
+    namespace: String,
+    name: String,
+    port: u16,
+}
+
+impl std::str::FromStr for Service {
+    type Err = NoService;
+
+    fn from_str(text: &str) -> Result<Self, NoService> {
+        let (rest, port) = text.rsplit_once(':').ok_or(NoService)?;
+        let (namespace, name) = rest.split_once('/').ok_or(NoService)?;
+        // RFC 1123, as Kubernetes names things.
+        let fits = |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit() || byte == b'-';
+        let is_label = |text: &str| (1..=63).contains(&text.len()) && text.bytes().all(fits);
+        if !is_label(namespace) || !is_label(name) {
+            return Err(NoService);
+        }
+        let port = port.parse().map_err(|_| NoService)?;
+        Ok(Self { namespace: namespace.to_owned(), name: name.to_owned(), port })
+    }
+}
+
+impl std::fmt::Display for Service {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}/{}:{}", self.namespace, self.name, self.port)
+    }
+}
+
+/// A text that names no service.
+#[derive(Debug, thiserror::Error)]
+#[error("it is not namespace/name:port")]
+pub struct NoService;
 
 /// How peers know each other.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -105,6 +143,9 @@ pub enum PeersError {
         /// What is wrong with it.
         problem: String,
     },
+    /// This program can't ask Kubernetes.
+    #[error("peers.service needs a program that was built with the feature endpoint-slices")]
+    NoKubernetes,
     /// No threads.
     #[error("no threads for peers: {0}")]
     Threads(#[source] std::io::Error),
@@ -144,6 +185,9 @@ impl Peers {
     /// An address that is in use; certificates that can't be used.
     pub fn start(options: Options) -> Result<Arc<Self>, PeersError> {
         let Options { listen, name, members, transport, trust, uploads } = options;
+        if matches!(members, Members::Service(_)) && !cfg!(feature = "endpoint-slices") {
+            return Err(PeersError::NoKubernetes);
+        }
         let security = Arc::new(Security::new(transport)?);
         let failed = |source| PeersError::Listen { address: listen, source };
         let listener = std::net::TcpListener::bind(listen).map_err(failed)?;

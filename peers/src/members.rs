@@ -1,4 +1,8 @@
-//! Who the members are: a list, or what a name resolves to, looked up again and again.
+//! Who the members are: a list, what a name resolves to, looked up again and again, or the endpoints
+//! of a service of Kubernetes.
+
+#[cfg(feature = "endpoint-slices")]
+mod slices;
 
 use std::net::{IpAddr, SocketAddr, UdpSocket};
 use std::sync::Weak;
@@ -21,28 +25,28 @@ pub(crate) fn begin(peers: &Peers, members: &Members, listen: SocketAddr) {
         if peers.table.my_name().is_none() && own.is_none() {
             warn!("none of peers.members is this node: it asks others, and they don't know it");
         }
-        peers.table.set_members(names.clone(), own);
+        let _new = peers.table.set_members(names.clone(), own);
     }
 }
 
 /// Looks members up until there are no peers any more.
 pub(crate) async fn follow(peers: Weak<Peers>, members: Members, listen: SocketAddr) {
-    let Members::Dns(name) = members else { return };
-    let mut known: Vec<String> = vec![];
+    match members {
+        Members::Listed(_) => {}
+        Members::Dns(name) => follow_name(peers, name, listen).await,
+        #[cfg(feature = "endpoint-slices")]
+        Members::Service(service) => slices::follow(peers, service, listen).await,
+        #[cfg(not(feature = "endpoint-slices"))]
+        Members::Service(_) => {}
+    }
+}
+
+async fn follow_name(peers: Weak<Peers>, name: String, listen: SocketAddr) {
     loop {
         match tokio::net::lookup_host(name.as_str()).await {
             Ok(found) => {
-                let mut found: Vec<_> = found.map(|address| address.to_string()).collect();
-                found.sort_unstable();
-                found.dedup();
-                found.truncate(MAX_MEMBERS);
-                if found != known {
-                    debug!(name, members = found.len(), "members changed");
-                    let Some(peers) = peers.upgrade() else { return };
-                    let own = own_name(&found, listen);
-                    peers.table.set_members(found.clone(), own);
-                    known = found;
-                }
+                let Some(peers) = peers.upgrade() else { return };
+                set(&peers, found.map(|address| address.to_string()).collect(), listen);
             }
             // Who was known is asked on: they are set aside if they are gone.
             Err(error) => warn!(name, %error, "members can't be looked up"),
@@ -51,6 +55,17 @@ pub(crate) async fn follow(peers: Weak<Peers>, members: Members, listen: SocketA
         if peers.strong_count() == 0 {
             return;
         }
+    }
+}
+
+/// These are the members from now on.
+fn set(peers: &Peers, mut found: Vec<String>, listen: SocketAddr) {
+    found.sort_unstable();
+    found.dedup();
+    found.truncate(MAX_MEMBERS);
+    let own = own_name(&found, listen);
+    if peers.table.set_members(found, own) {
+        debug!(members = peers.table.member_count(), "members changed");
     }
 }
 

@@ -16,8 +16,7 @@ use http_body_util::BodyExt as _;
 use hyper::body::Incoming;
 use tokio::time::{sleep, timeout};
 use tracing::warn;
-use weightfs_proto::peer::{LocateReply, locate_reply};
-use weightfs_store::{ByteStream, Source, SourceError, SourceKind};
+use weightfs_store::{ByteStream, Piece, Source, SourceError, SourceKind};
 use weightfs_swarm::{Answer, GROUP_BYTES, Group, Inquiry, Node, Quest, Step, Urgency, Way};
 
 use crate::client::Failure;
@@ -34,11 +33,12 @@ const MAX_RANGE: u64 = 64 << 20;
 /// Who gave what, as far as it is remembered: what was checked by now.
 const MAX_GIVEN: usize = 256;
 
-/// How long a peer may give nothing before somebody else is asked.
+/// How long a peer may give nothing before somebody else is asked. What nobody waits for yet is
+/// waited for longer than the peer itself waits for the next chunk.
 const fn stall(urgency: Urgency) -> Duration {
     match urgency {
         Urgency::Demand => Duration::from_secs(1),
-        Urgency::Ahead | Urgency::Background => Duration::from_secs(3),
+        Urgency::Ahead | Urgency::Background => Duration::from_secs(6),
     }
 }
 
@@ -55,8 +55,6 @@ struct Inner {
     /// Whether the registry gives the blob as a whole only. Then peers are not asked: the whole
     /// is on its way anyway.
     whole_only: AtomicBool,
-    /// Whether a peer was asked last, and not the registry.
-    from_peer: AtomicBool,
 }
 
 /// Who gives, and gave, what.
@@ -74,7 +72,7 @@ fn overlap(a: &Range<u64>, b: &Range<u64>) -> bool {
     a.start < b.end && b.start < a.end
 }
 
-type Pieces = futures::channel::mpsc::Sender<Result<Bytes, SourceError>>;
+type Pieces = futures::channel::mpsc::Sender<Result<Piece, SourceError>>;
 
 /// Why there will be no more pieces.
 enum Ended {
@@ -92,7 +90,6 @@ impl PeerSource {
             name,
             given: Mutex::default(),
             whole_only: AtomicBool::new(false),
-            from_peer: AtomicBool::new(false),
         }))
     }
 
@@ -122,20 +119,12 @@ impl Source for PeerSource {
         self.0.registry.host()
     }
 
-    fn kind(&self) -> SourceKind {
-        match self.0.from_peer.load(Ordering::Relaxed) {
-            true => SourceKind::Peer,
-            false => self.0.registry.kind(),
-        }
-    }
-
     fn fetch(
         &self,
         range: Range<u64>,
         urgency: Urgency,
     ) -> BoxFuture<'_, Result<ByteStream, SourceError>> {
         if !self.asks_peers(&range) {
-            self.0.from_peer.store(false, Ordering::Relaxed);
             return self.0.registry.fetch(range, urgency);
         }
         let inner = Arc::clone(&self.0);
@@ -248,7 +237,7 @@ impl Inner {
         let names = [table.names(quest.except()), table.names(quest.gone())];
         let me = table.my_name().unwrap_or_default();
         let question = wire::question(&self.name, &inquiry, &me, urgency, names);
-        match client.locate(&member, question).await.ok().and_then(answer) {
+        match client.locate(&member, question).await.ok().and_then(wire::answer) {
             Some(answer) => {
                 let has_it = answer == Answer::Have;
                 table.answered(quest, peer, pull, answer);
@@ -271,7 +260,6 @@ impl Inner {
         urgency: Urgency,
         pieces: &mut Pieces,
     ) -> Result<u64, Ended> {
-        self.from_peer.store(true, Ordering::Relaxed);
         let Peers { table, client, counters, coming, .. } = &*self.peers;
         let Some(member) = table.name(peer) else {
             table.failed(quest, peer);
@@ -307,14 +295,21 @@ impl Inner {
                     table.refused(quest, peer);
                     return Ok(at);
                 }
-                Ok(Came::Broken) | Err(_) => {
+                Ok(Came::Broken) => {
                     table.failed(quest, peer);
+                    return Ok(at);
+                }
+                // It may wait for the next chunk itself. Who is dead does not answer the next
+                // question either.
+                Err(_) => {
+                    table.refused(quest, peer);
                     return Ok(at);
                 }
             };
             counters.came_from(peer, piece.len() as u64);
             self.note_given(peer, at..at + piece.len() as u64);
             table.progressed(quest);
+            let piece = Piece { bytes: piece, from: SourceKind::Peer };
             pieces.send(Ok(piece)).await.map_err(|_| Ended::Reader)?;
         }
     }
@@ -326,7 +321,6 @@ impl Inner {
         urgency: Urgency,
         pieces: &mut Pieces,
     ) -> Result<(), Ended> {
-        self.from_peer.store(false, Ordering::Relaxed);
         let mut body = match self.registry.fetch(bytes.clone(), urgency).await {
             Ok(body) => body,
             Err(error) => {
@@ -340,7 +334,7 @@ impl Inner {
         while let Some(piece) = body.next().await {
             match piece {
                 Ok(piece) => {
-                    self.peers.counters.came_from_registry(piece.len() as u64);
+                    self.peers.counters.came_from_registry(piece.bytes.len() as u64);
                     pieces.send(Ok(piece)).await.map_err(|_| Ended::Reader)?;
                 }
                 Err(error) => return fail(pieces, error).await,
@@ -421,23 +415,6 @@ async fn fail(pieces: &mut Pieces, error: SourceError) -> Result<(), Ended> {
     // Whether anybody hears it or not.
     let _ = pieces.send(Err(error)).await;
     Err(Ended::Registry)
-}
-
-/// What a peer's answer means; `None` if it means nothing.
-fn answer(reply: LocateReply) -> Option<Answer> {
-    use locate_reply::Answer as Wire;
-    let retry =
-        |later: weightfs_proto::peer::Later| Duration::from_millis(later.retry_milliseconds.into());
-    Some(match reply.answer? {
-        Wire::Have(_) => Answer::Have,
-        Wire::Refer(refer) => {
-            Answer::Refer(refer.members.iter().take(8).map(|name| node_of(name)).collect())
-        }
-        Wire::Fetching(later) => Answer::Fetching { retry: retry(later) },
-        Wire::Busy(later) => Answer::Busy { retry: retry(later) },
-        Wire::NotHome(_) => Answer::NotHome,
-        Wire::Absent(_) => Answer::Absent,
-    })
 }
 
 /// The bytes of a peer's answer, no more than were asked for.

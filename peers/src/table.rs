@@ -60,7 +60,8 @@ impl Table {
     }
 
     /// These are the members from now on; `own` is what this node is called, if it did not know.
-    pub(crate) fn set_members(&self, names: Vec<String>, own: Option<String>) {
+    /// Whether they are others than before.
+    pub(crate) fn set_members(&self, names: Vec<String>, own: Option<String>) -> bool {
         let mut state = lock(&self.state);
         if state.my_name.is_none()
             && let Some(own) = own
@@ -69,8 +70,16 @@ impl Table {
             state.my_name = Some(own.into());
             state.desk = Desk::new(state.me);
         }
-        state.names = names.into_iter().map(|name| (node_of(&name), name.into())).collect();
-        state.members = state.names.keys().copied().collect();
+        let names: BTreeMap<_, Arc<str>> =
+            names.into_iter().map(|name| (node_of(&name), name.into())).collect();
+        let changed = state.names != names;
+        state.members = names.keys().copied().collect();
+        state.names = names;
+        changed
+    }
+
+    pub(crate) fn member_count(&self) -> usize {
+        lock(&self.state).members.len()
     }
 
     pub(crate) fn my_name(&self) -> Option<Arc<str>> {

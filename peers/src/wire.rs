@@ -2,15 +2,17 @@
 //! HTTP/1.1. Answered by 206 with the bytes from the first one on, as far as they come; the body may
 //! end early. 404: not here, or not for the asker; 409: not these bytes; 503: too much is given.
 //!
-//! Invariant: what comes in is bounded and checked once, in [`Wanted::parse`] and [`inquiry`].
+//! Invariant: what comes in is bounded and checked once, in [`Wanted::parse`], [`inquiry`] and
+//! [`answer`].
 
 use std::ops::Range;
+use std::time::Duration;
 
 use hyper::header::{HeaderMap, HeaderValue, RANGE};
 use hyper::{Method, Request};
 use weightfs_proto::peer;
 use weightfs_store::Digest;
-use weightfs_swarm::{GROUP_BYTES, Group, Inquiry, Urgency};
+use weightfs_swarm::{Answer, GROUP_BYTES, Group, Inquiry, Urgency};
 
 use crate::Name;
 use crate::table::node_of;
@@ -34,6 +36,9 @@ const MAX_NAME: usize = 512;
 
 /// Members that are named in a question at the most.
 const MAX_NAMED: usize = 64;
+
+/// Members that an answer refers to at the most; what it names beyond them is not looked at.
+const MAX_REFERRED: usize = 8;
 
 /// Bytes that somebody wants.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -159,6 +164,22 @@ pub(crate) fn question(
     }
 }
 
+/// What a peer's answer means; `None` if it means nothing.
+pub(crate) fn answer(reply: peer::LocateReply) -> Option<Answer> {
+    use peer::locate_reply::Answer as Wire;
+    let retry = |later: peer::Later| Duration::from_millis(later.retry_milliseconds.into());
+    Some(match reply.answer? {
+        Wire::Have(_) => Answer::Have,
+        Wire::Refer(refer) => Answer::Refer(
+            refer.members.iter().take(MAX_REFERRED).map(|name| node_of(name)).collect(),
+        ),
+        Wire::Fetching(later) => Answer::Fetching { retry: retry(later) },
+        Wire::Busy(later) => Answer::Busy { retry: retry(later) },
+        Wire::NotHome(_) => Answer::NotHome,
+        Wire::Absent(_) => Answer::Absent,
+    })
+}
+
 /// The parts of a range that lie in one group each.
 pub(crate) fn by_group(bytes: &Range<u64>) -> impl Iterator<Item = Range<u64>> + use<> {
     let (mut at, end) = (bytes.start, bytes.end);
@@ -260,6 +281,27 @@ mod tests {
                 assert!(inquiry.bytes.start < inquiry.bytes.end);
                 assert!(inquiry.bytes.end <= inquiry.group.end());
                 assert!(inquiry.except.len().max(inquiry.gone.len()) <= MAX_NAMED);
+            }
+        });
+    }
+
+    #[test]
+    fn fuzz_answers_mean_nothing_or_refer_to_few() {
+        use peer::locate_reply::Answer as Wire;
+        use tonic::codegen::Bytes;
+        let sample =
+            |answer| prost::Message::encode_to_vec(&peer::LocateReply { answer: Some(answer) });
+        let members = (0..20).map(|number| format!("10.0.0.{number}:7700")).collect();
+        let samples = [
+            sample(Wire::Refer(peer::Refer { members })),
+            sample(Wire::Busy(peer::Later { retry_milliseconds: u32::MAX })),
+        ];
+        let samples = [samples[0].as_slice(), samples[1].as_slice()];
+        bolero::check!().for_each(|input: &[u8]| {
+            let bytes = Bytes::from(weightfs_fuzz::foreign(&samples, input));
+            let Ok(reply) = <peer::LocateReply as prost::Message>::decode(bytes) else { return };
+            if let Some(Answer::Refer(nodes)) = answer(reply) {
+                assert!(nodes.len() <= MAX_REFERRED);
             }
         });
     }

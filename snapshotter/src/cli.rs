@@ -91,6 +91,33 @@ pub enum Command {
         #[arg(long)]
         json: bool,
     },
+    /// Watch what the daemon does: mounts, their rates, where their chunks are
+    ///
+    /// Keys: up and down choose a mount, q ends.
+    Top,
+    /// Draw where the chunks of a model or image are that the daemon shows
+    Map(MapArgs),
+    /// Say or change what the daemon logs, until it is started again
+    Log {
+        /// error, warn, info, debug, trace, a filter as in WEIGHTFS_LOG, or `default`
+        #[arg(value_name = "LEVEL")]
+        directives: Option<String>,
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Print a shell's completions
+    #[command(hide = true)]
+    Completions {
+        /// The shell
+        shell: clap_complete::Shell,
+    },
+    /// Write the manual's pages into a directory
+    #[command(hide = true)]
+    Man {
+        /// The directory
+        dir: PathBuf,
+    },
     /// Put WeightFS in place on this node: containerd's configuration and systemd's units
     Node {
         /// What to do.
@@ -147,6 +174,20 @@ pub struct CsiArgs {
     /// Make the plugin known to the kubelet, in its directory of plugins
     #[arg(long, value_name = "DIR")]
     pub registration_dir: Option<PathBuf>,
+}
+
+/// `weightfs map`
+#[derive(Debug, Args)]
+pub struct MapArgs {
+    /// A model's reference or where it is mounted, or an image
+    #[arg(value_name = "REF|DIR")]
+    pub subject: String,
+    /// Write an SVG; without it, the map is drawn on the terminal
+    #[arg(long, short, value_name = "FILE")]
+    pub output: Option<PathBuf>,
+    /// Print JSON
+    #[arg(long, conflicts_with = "output")]
+    pub json: bool,
 }
 
 /// `weightfs node`

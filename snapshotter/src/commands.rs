@@ -4,9 +4,12 @@ pub mod cache;
 pub mod csi;
 pub mod doctor;
 pub mod fluid;
+pub mod generate;
 pub mod image;
 pub mod index;
+pub mod log;
 pub mod ls;
+pub mod map;
 pub mod mount;
 pub mod node;
 pub mod peers;
@@ -17,16 +20,20 @@ pub mod reach;
 pub mod rpull;
 pub mod serve;
 pub mod status;
+pub mod top;
 pub mod umount;
 pub mod verify;
 
 use std::sync::Arc;
 
 use anyhow::Context as _;
-use bytesize::ByteSize;
+use tonic::transport::Channel;
+pub use weightfs::activity::text::size;
 use weightfs::config::Config;
 use weightfs::references::References;
 use weightfs::trees::Opener;
+use weightfs::{control, owner};
+use weightfs_proto::control::control_client::ControlClient;
 use weightfs_store::{OpenError, Registries, Store};
 
 /// The registries that the configuration speaks of.
@@ -72,7 +79,17 @@ impl Scratch {
     }
 }
 
-/// A size for people.
-pub fn size(bytes: u64) -> String {
-    ByteSize::b(bytes).display().iec().to_string()
+/// The daemon that owns the state directory.
+pub async fn daemon(config: &Config) -> anyhow::Result<ControlClient<Channel>> {
+    let root = config.root.display();
+    let address = owner::control_address(&config.root)
+        .with_context(|| format!("no daemon owns {root}; start one with `weightfs serve`"))?;
+    control::connect(&address)
+        .await
+        .with_context(|| format!("the daemon's control socket {}", address.display()))
+}
+
+/// What a daemon refused, in its words.
+pub fn refused(status: &tonic::Status) -> anyhow::Error {
+    anyhow::anyhow!("{}", status.message())
 }

@@ -416,6 +416,7 @@ mod tests {
             ("[cache]\nmin_free = '101%'", "no percentage"),
             ("[peers]\nlisten = '0.0.0.0:7700'", "`peers.members`"),
             ("[peers]\nlisten = '0.0.0.0:7700'\nmembers = ['a']", "host:port"),
+            ("[peers]\nlisten = '0.0.0.0:7700'\nservice = 'a:1'", "namespace/name:port"),
             ("[peers]\nlisten = '0.0.0.0:7700'\nmembers = ['a:1']", "`peers.ca_file`"),
             ("[peers]\nlisten = '0.0.0.0:7700'\nmembers = ['a:1']\nplaintext = true", "loopback"),
             ("[peers]\nlisten = '[::1]:1'\ndns = 'a:1'\nplaintext = true\nuploads = 0", "1024"),

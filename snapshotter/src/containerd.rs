@@ -1,74 +1,42 @@
-//! containerd's snapshots service: the one file that knows crate containerd-snapshots. It reads
-//! requests, calls [`Snapshots`], and writes answers.
+//! containerd's snapshots service: the one place that knows crate containerd-snapshots. It reads
+//! requests, calls [`Snapshots`], and writes answers. What is below the messages is in `server.rs`.
 //!
 //! The crate brings its own tonic (0.9), whose types are not those of the rest of the daemon.
+
+mod server;
+mod wire;
 
 use std::collections::HashMap;
 use std::future::Future;
 use std::io;
 use std::iter;
-use std::pin::Pin;
 use std::sync::Arc;
-use std::task::{Context, Poll};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 use std::vec;
 
 use containerd_snapshots::api::types;
-use containerd_snapshots::tonic::transport::Server;
-use containerd_snapshots::tonic::transport::server::Connected;
 use containerd_snapshots::tonic::{Code, Status, async_trait};
 use containerd_snapshots::{Info, Snapshotter};
-use futures::Stream;
 use futures::stream;
-use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
-use tokio::net::{UnixListener, UnixStream};
-use tokio_util::sync::{CancellationToken, WaitForCancellationFutureOwned};
+use tokio::net::UnixListener;
 
 use crate::metadata::{Kind, Record, SnapshotInfo};
 use crate::metrics::{CallCode, Method};
 use crate::snapshots::{Mount, Prepared, SnapshotError, Snapshots, describe};
 
-/// How long the service waits for calls under way when it shuts down. containerd keeps its
-/// connection open and ignores the request to close it, so this time always passes.
-const SHUTDOWN_DEADLINE: Duration = Duration::from_secs(2);
-
-/// The pause after a failed accept: time for some other file to be closed.
-const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
-
 /// How much of an error's text is sent, in characters. It travels in an HTTP/2 header, and names
 /// in it can have 32 KiB.
 const MESSAGE_CHARS_MAX: usize = 2048;
-
-/// The service ended by itself.
-#[derive(Debug, thiserror::Error)]
-#[error("the snapshots service failed")]
-pub struct ServeError(#[from] containerd_snapshots::tonic::transport::Error);
 
 /// Serves containerd on a listening socket until `shutdown` is ready and the calls under way have
 /// ended, or were cut off after a short deadline. What such a call had begun still comes to its end.
 pub async fn serve(
     snapshots: Arc<Snapshots>,
     listener: UnixListener,
-    shutdown: impl Future<Output = ()> + Send,
-) -> Result<(), ServeError> {
-    let (stopping, cut) = (CancellationToken::new(), CancellationToken::new());
+    shutdown: impl Future<Output = ()>,
+) {
     let service = containerd_snapshots::server(Arc::new(Service(snapshots)));
-    let serving = Server::builder().add_service(service).serve_with_incoming_shutdown(
-        connections(listener, cut.clone()),
-        stopping.clone().cancelled_owned(),
-    );
-    tokio::pin!(serving);
-    tokio::select! {
-        ended = &mut serving => return Ok(ended?),
-        () = shutdown => stopping.cancel(),
-    }
-    match tokio::time::timeout(SHUTDOWN_DEADLINE, &mut serving).await {
-        Ok(ended) => Ok(ended?),
-        Err(_) => {
-            cut.cancel();
-            Ok(serving.await?)
-        }
-    }
+    server::serve(service, listener, shutdown).await;
 }
 
 /// As [`serve`], on a thread of its own: containerd asks for one thing after the other, and thousands
@@ -78,93 +46,9 @@ pub fn serve_alone(
     snapshots: Arc<Snapshots>,
     listener: UnixListener,
     shutdown: impl Future<Output = ()> + Send + 'static,
-) -> io::Result<tokio::task::JoinHandle<Result<(), ServeError>>> {
+) -> io::Result<tokio::task::JoinHandle<()>> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     Ok(tokio::task::spawn_blocking(move || runtime.block_on(serve(snapshots, listener, shutdown))))
-}
-
-/// The connections of a listener. A failed accept (no file descriptor left) is a pause, not the
-/// end: tonic's server stops at the first error.
-fn connections(
-    listener: UnixListener,
-    cut: CancellationToken,
-) -> impl Stream<Item = io::Result<Connection>> {
-    stream::unfold((listener, cut), |(listener, cut)| async {
-        loop {
-            match listener.accept().await {
-                Ok((stream, _)) => {
-                    let connection = Connection::new(stream, &cut);
-                    return Some((Ok(connection), (listener, cut)));
-                }
-                Err(error) => {
-                    tracing::warn!(%error, "cannot accept a connection from containerd");
-                    tokio::time::sleep(ACCEPT_PAUSE).await;
-                }
-            }
-        }
-    })
-}
-
-/// A connection that can be cut from our side: the server itself has no way to end one whose
-/// client does not answer its goodbye, and would go on serving it.
-struct Connection {
-    stream: UnixStream,
-    cut: Pin<Box<WaitForCancellationFutureOwned>>,
-}
-
-impl Connection {
-    fn new(stream: UnixStream, cut: &CancellationToken) -> Connection {
-        Connection { stream, cut: Box::pin(cut.clone().cancelled_owned()) }
-    }
-}
-
-impl Connected for Connection {
-    type ConnectInfo = ();
-
-    fn connect_info(&self) {}
-}
-
-impl AsyncRead for Connection {
-    fn poll_read(
-        mut self: Pin<&mut Self>,
-        context: &mut Context<'_>,
-        buffer: &mut ReadBuf<'_>,
-    ) -> Poll<io::Result<()>> {
-        if self.cut.as_mut().poll(context).is_ready() {
-            return Poll::Ready(Err(io::ErrorKind::ConnectionAborted.into()));
-        }
-        Pin::new(&mut self.stream).poll_read(context, buffer)
-    }
-}
-
-impl AsyncWrite for Connection {
-    fn poll_write(
-        mut self: Pin<&mut Self>,
-        context: &mut Context<'_>,
-        bytes: &[u8],
-    ) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.stream).poll_write(context, bytes)
-    }
-
-    fn poll_flush(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_flush(context)
-    }
-
-    fn poll_shutdown(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_shutdown(context)
-    }
-
-    fn poll_write_vectored(
-        mut self: Pin<&mut Self>,
-        context: &mut Context<'_>,
-        slices: &[io::IoSlice<'_>],
-    ) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.stream).poll_write_vectored(context, slices)
-    }
-
-    fn is_write_vectored(&self) -> bool {
-        self.stream.is_write_vectored()
-    }
 }
 
 struct Service(Arc<Snapshots>);

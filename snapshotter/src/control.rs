@@ -15,23 +15,27 @@ use tokio::sync::mpsc;
 use tokio_stream::wrappers::{ReceiverStream, UnixListenerStream};
 use tonic::transport::{Channel, Endpoint, Server};
 use tonic::{Request, Response, Status};
+use tracing::info;
 use weightfs_fusefs::{LayerDescriptor, Profile, Progress, Session, TreeNumber};
 use weightfs_peers::{PeerStatus, Peers, PeersStatus};
 use weightfs_proto::control::control_client::ControlClient;
 use weightfs_proto::control::control_server::{Control, ControlServer};
 use weightfs_proto::control::{
-    CacheReply, CacheRequest, Download, EvictReply, EvictRequest, Layer, Model, MountEvent,
-    MountRequest, Mounted, PeerState, PeersReply, PeersRequest, PinReply, PinRequest, PruneReply,
-    PruneRequest, PublishReply, PublishRequest, PullEvent, PullRequest, ReleaseReply,
-    ReleaseRequest, StatusReply, StatusRequest, UnpublishReply, VerifyEvent, VerifyRequest,
-    VolumeRequest, mount_event,
+    ActivityReply, ActivityRequest, CacheReply, CacheRequest, Download, EvictReply, EvictRequest,
+    Layer, LogReply, LogRequest, MapReply, MapRequest, Model, MountEvent, MountRequest, Mounted,
+    PeerState, PeersReply, PeersRequest, PinReply, PinRequest, PruneReply, PruneRequest,
+    PublishReply, PublishRequest, PullEvent, PullRequest, ReleaseReply, ReleaseRequest,
+    StatusReply, StatusRequest, UnpublishReply, VerifyEvent, VerifyRequest, VolumeRequest,
+    mount_event,
 };
 use weightfs_store::{Reference, parse_reference};
 
+use crate::activity::Observer;
 use crate::cache::{Cache, CacheError, Repair, Selection, Subject};
 use crate::handover::Keeper;
 use crate::indexes;
 use crate::layers;
+use crate::logging;
 use crate::metadata::Metadata;
 use crate::models::{Asked, Models, ShownModel};
 use crate::snapshots::Decisions;
@@ -69,6 +73,8 @@ pub struct ControlService {
     pub decisions: Arc<Decisions>,
     /// Where metrics can be had, for status.
     pub metrics_address: Option<SocketAddr>,
+    /// What goes on.
+    pub observer: Arc<Observer>,
 }
 
 /// Serves the control socket until `shutdown`.
@@ -210,6 +216,37 @@ impl Control for ControlService {
         Ok(Response::new(peers_message(peers.status())))
     }
 
+    async fn activity(
+        &self,
+        _request: Request<ActivityRequest>,
+    ) -> Result<Response<ActivityReply>, Status> {
+        let activity = self.observer.activity().await;
+        activity.map(Response::new).map_err(|error| Status::internal(error.to_string()))
+    }
+
+    async fn map(&self, request: Request<MapRequest>) -> Result<Response<MapReply>, Status> {
+        let MapRequest { subject, cells } = request.into_inner();
+        let observer = Arc::clone(&self.observer);
+        // It looks at each chunk.
+        let map = tokio::task::spawn_blocking(move || {
+            let unknown = || format!("no model or image {subject} is mounted here");
+            observer.map(&subject, cells).ok_or_else(|| Status::not_found(unknown()))
+        });
+        map.await.map_err(|error| Status::internal(error.to_string()))?.map(Response::new)
+    }
+
+    async fn log(&self, request: Request<LogRequest>) -> Result<Response<LogReply>, Status> {
+        let LogRequest { directives } = request.into_inner();
+        if !directives.is_empty() {
+            let changed = logging::change(&directives);
+            changed.map_err(|error| Status::invalid_argument(error.to_string()))?;
+            info!(directives, "the log is changed");
+        }
+        let directives = logging::current();
+        let directives = directives.map_err(|error| Status::internal(error.to_string()))?;
+        Ok(Response::new(LogReply { directives }))
+    }
+
     async fn cache(&self, _request: Request<CacheRequest>) -> Result<Response<CacheReply>, Status> {
         self.blocking(Cache::list).await
     }
@@ -292,14 +329,19 @@ fn peers_message(status: PeersStatus) -> PeersReply {
     let peer = |peer: PeerStatus| PeerState {
         name: peer.name,
         state: peer.state.to_owned(),
-        from: peer.from,
-        to: peer.to,
+        from: peer.from.bytes,
+        to: peer.to.bytes,
+        from_rate: peer.from.rate,
+        to_rate: peer.to.rate,
     };
     PeersReply {
         name: status.name,
-        from_registry: status.from_registry,
-        from_peers: status.from_peers,
-        to_peers: status.to_peers,
+        from_registry: status.from_registry.bytes,
+        from_peers: status.from_peers.bytes,
+        to_peers: status.to_peers.bytes,
+        from_registry_rate: status.from_registry.rate,
+        from_peers_rate: status.from_peers.rate,
+        to_peers_rate: status.to_peers.rate,
         lies: status.lies,
         fallbacks: status.fallbacks,
         peers: status.peers.into_iter().map(peer).collect(),

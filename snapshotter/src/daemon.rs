@@ -29,6 +29,7 @@ use weightfs_fusefs::index::signature::KeyError;
 use weightfs_peers::{Peers, PeersError};
 use weightfs_store::{OpenError, PullSecrets, SourceError, Store};
 
+use crate::activity::{Observed, Observer};
 use crate::cache::Cache;
 use crate::config::{Config, ListenAddress};
 use crate::containerd;
@@ -79,9 +80,6 @@ pub enum DaemonError {
     /// A socket can't be used.
     #[error(transparent)]
     Socket(#[from] SocketError),
-    /// The snapshotter's socket broke.
-    #[error(transparent)]
-    Containerd(#[from] containerd::ServeError),
     /// The control socket broke.
     #[error("control socket: {0}")]
     Control(#[from] tonic::transport::Error),
@@ -247,6 +245,15 @@ impl Daemon {
             metadata: Arc::clone(&metadata),
             models: Arc::clone(&models),
         };
+        let observer = Observer::new(Observed {
+            store: Arc::clone(&store),
+            trees: Arc::clone(&trees),
+            models: Arc::clone(&models),
+            metadata: Arc::clone(&metadata),
+            peers: peers.clone(),
+            root: config.root.display().to_string(),
+        });
+        observer.keep_history();
         let announcement = Announcement::new(&config.root, &config.control.address)
             .map_err(|source| OpenError::Io { path: config.root.clone(), source })?;
         let metrics_address = metrics_socket.as_ref().and_then(|socket| socket.local_addr().ok());
@@ -263,6 +270,7 @@ impl Daemon {
             peers,
             decisions: Arc::clone(snapshots.decisions()),
             metrics_address,
+            observer,
         };
         Ok(Self {
             store,
@@ -305,10 +313,11 @@ impl Daemon {
         );
         let snapshotter = containerd::serve_alone(snapshots, self.snapshotter_socket, wait());
         let mut snapshotter = snapshotter.map_err(DaemonError::Thread)?;
+        let observer = Arc::clone(&control.observer);
         let mut controller = tokio::spawn(control::serve(control, self.control_socket, wait()));
         if let Some(listener) = self.metrics_socket {
             let stopped = wait().map(drop);
-            tokio::spawn(web::serve(self.metrics, listener, stopped));
+            tokio::spawn(web::serve(self.metrics, observer, listener, stopped));
         }
         let cri = tokio::spawn(CriProxy::serve(self.cri, wait()));
         keeper.tell_ready();
@@ -318,7 +327,7 @@ impl Daemon {
             () = ended(&trees) => {
                 (Err(DaemonError::Unmounted(trees.mountpoint().to_owned())), true)
             }
-            ended = &mut snapshotter => (flatten(ended), false),
+            ended = &mut snapshotter => (flatten(ended.map(Ok::<_, DaemonError>)), false),
             ended = &mut controller => (flatten(ended), false),
         };
         keeper.tell_stopping();

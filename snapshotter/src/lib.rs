@@ -1,6 +1,7 @@
 //! WeightFS, the daemon and its command line: containerd's snapshots service and models, over
 //! one mount of lazily fetched layers.
 
+pub mod activity;
 pub mod bind;
 pub mod cache;
 pub mod cli;
@@ -21,12 +22,14 @@ pub mod index;
 pub mod indexes;
 pub mod keeper;
 pub mod layers;
+pub mod logging;
 pub mod metadata;
 pub mod metrics;
 pub mod model_image;
 pub mod models;
 pub mod node;
 pub mod owner;
+pub mod picture;
 pub mod prepare;
 pub mod profiles;
 pub mod publish;
@@ -35,6 +38,7 @@ pub mod references;
 pub mod rpull;
 pub mod snapshots;
 pub mod socket;
+mod traces;
 pub mod trees;
 pub mod volumes;
 pub mod web;

@@ -6,12 +6,9 @@ use std::process::ExitCode;
 
 use anyhow::Context as _;
 use clap::Parser as _;
-use tracing_subscriber::EnvFilter;
 use weightfs::cli::{Cli, Command};
 use weightfs::config::Config;
-
-/// Variable that sets the log filter, in the syntax of tracing's `EnvFilter`.
-const LOG_VARIABLE: &str = "WEIGHTFS_LOG";
+use weightfs::logging::{self, Detail};
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
@@ -71,6 +68,13 @@ fn run(cli: Cli) -> anyhow::Result<ExitCode> {
             runtime.block_on(commands::status::run(&config, subject, json))
         }
         Command::Peers { json } => runtime.block_on(commands::peers::run(&config, json)),
+        Command::Top => runtime.block_on(commands::top::run(&config)),
+        Command::Map(arguments) => runtime.block_on(commands::map::run(&config, &arguments)),
+        Command::Log { directives, json } => {
+            runtime.block_on(commands::log::run(&config, directives, json))
+        }
+        Command::Completions { shell } => commands::generate::completions(shell),
+        Command::Man { dir } => commands::generate::man(&dir),
         Command::Doctor { json } => {
             return runtime.block_on(commands::doctor::run(&config, json));
         }
@@ -102,26 +106,10 @@ fn describe(error: &anyhow::Error) -> String {
 
 /// Logs to stderr: a daemon's life in full, of a command only what went wrong.
 fn start_log(command: &Command) {
-    let default = match command {
-        Command::Serve
-        | Command::Keeper { .. }
-        | Command::Mount(_)
-        | Command::Csi(_)
-        | Command::Fluid { .. } => "info",
-        _ => "warn",
+    let detail = match command {
+        Command::Serve | Command::Mount(_) => Detail::Traces,
+        Command::Keeper { .. } | Command::Csi(_) | Command::Fluid { .. } => Detail::Life,
+        _ => Detail::Trouble,
     };
-    let filter = EnvFilter::builder()
-        .with_env_var(LOG_VARIABLE)
-        .with_default_directive(tracing::Level::WARN.into());
-    let filter = match std::env::var_os(LOG_VARIABLE) {
-        Some(_) => filter.from_env_lossy(),
-        None => EnvFilter::new(format!("warn,weightfs={default}")),
-    };
-    let terminal = std::io::IsTerminal::is_terminal(&std::io::stderr());
-    tracing_subscriber::fmt()
-        .with_env_filter(filter)
-        .with_writer(std::io::stderr)
-        .with_ansi(terminal)
-        .with_target(false)
-        .init();
+    logging::start(detail);
 }

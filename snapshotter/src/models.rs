@@ -258,6 +258,15 @@ impl Models {
         shown.iter().map(|(number, record)| self.describe(*number, record)).collect()
     }
 
+    /// All models that are shown: their trees, what was asked for, and where they are bound.
+    pub fn names(&self) -> Vec<(TreeNumber, String, PathBuf)> {
+        let shown = self.lock();
+        let name = |(number, record): (&TreeNumber, &ModelRecord)| {
+            (*number, record.reference.clone(), record.target.clone())
+        };
+        shown.iter().map(name).collect()
+    }
+
     /// How many models are shown.
     pub fn count(&self) -> usize {
         self.lock().len()

@@ -11,7 +11,7 @@ use std::sync::Arc;
 use bytes::Bytes;
 use containerd_client::types::Descriptor;
 use futures::future::{join, try_join, try_join3};
-use futures::{FutureExt as _, StreamExt as _, stream};
+use futures::{FutureExt as _, StreamExt as _, TryStreamExt as _, stream};
 use oci_spec::image::{ImageConfiguration, ImageManifest};
 use serde::Serialize;
 use sha2::{Digest as _, Sha256};
@@ -283,6 +283,7 @@ impl ImageParts {
             }
             let source = registries.source(&self.artifact.repository, digest, size);
             let bytes = source.fetch(0..size, Urgency::Demand).await?;
+            let bytes = bytes.map_ok(|piece| piece.bytes).boxed();
             containerd.write(digest, size, bytes, HashMap::new()).await
         };
         Ok(layer.content.get_or_try_init(fetch).await.copied()?)

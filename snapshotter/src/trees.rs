@@ -436,7 +436,8 @@ impl TreeStats {
     }
 }
 
-fn least(a: Trust, b: Trust) -> Trust {
+/// The lesser of two.
+pub(crate) fn least(a: Trust, b: Trust) -> Trust {
     match (a, b) {
         (Trust::Poisoned, _) | (_, Trust::Poisoned) => Trust::Poisoned,
         (Trust::Transport, _) | (_, Trust::Transport) => Trust::Transport,

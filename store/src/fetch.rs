@@ -32,6 +32,7 @@ use std::time::Duration;
 
 use tokio::sync::oneshot;
 use tokio::time::Instant;
+use tracing::Instrument as _;
 use weightfs_swarm::Scatter;
 
 pub(crate) use self::line::Priority;
@@ -317,8 +318,8 @@ fn pump(blob: &Arc<Blob>) {
     // once, and its guard comes back here.
     while let Some(next) = scheduler.next() {
         let blob = Arc::clone(&next.blob);
-        let running = Running::new(next);
-        blob.runtime().spawn(transfer::run(running));
+        let (span, running) = (next.request.span.clone(), Running::new(next));
+        blob.runtime().spawn(transfer::run(running).instrument(span));
     }
 }
 

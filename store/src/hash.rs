@@ -330,7 +330,7 @@ impl Pace {
 
 /// Judges the whole. What the chunks of the right bytes hash to is kept, if it is known, whatever has
 /// become of them meanwhile: what is fetched again is compared with it.
-fn judge(blob: &Arc<Blob>, actual: Digest, chunks: &[u8], era: Era) -> Settled {
+pub(crate) fn judge(blob: &Arc<Blob>, actual: Digest, chunks: &[u8], era: Era) -> Settled {
     if actual != blob.id().digest {
         return blob.judge(Verdict::Poisoned { actual }, era);
     }

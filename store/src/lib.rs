@@ -52,9 +52,9 @@ pub use oci_spec::distribution::{ParseError, Reference};
 pub use registry::{
     AccessOptions, CredentialOptions, CredentialSource, Credentials, Dragonfly, MAX_MANIFEST_BYTES,
     Manifest, Noted, PluginOptions, PullSecrets, Registries, RegistryOptions, Repository, Secret,
-    parse_reference,
+    install_crypto, parse_reference,
 };
-pub use source::{ByteStream, Source, SourceKind, in_order};
+pub use source::{ByteStream, Piece, Source, SourceKind, in_order};
 pub use store::{
     Amount, Background, BlobId, BlobUsage, CacheOptions, Checked, Evicted, FetchOptions, Form,
     Ingest, KeepDigests, Others, Pruned, Recheck, Store, StoreOptions, Usage, Verify, VerifyError,

@@ -46,6 +46,7 @@ pub use self::credentials::{
 };
 pub use self::dragonfly::Dragonfly;
 use self::host::Host;
+pub use self::host::install_crypto;
 use self::hosts::Hosts;
 pub use self::reference::parse_reference;
 pub use self::referrers::Referrer;

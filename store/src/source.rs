@@ -13,7 +13,23 @@ pub use self::in_order::in_order;
 use crate::{SourceError, Urgency};
 
 /// Bytes in order, as they arrive.
-pub type ByteStream = BoxStream<'static, Result<Bytes, SourceError>>;
+pub type ByteStream = BoxStream<'static, Result<Piece, SourceError>>;
+
+/// Bytes, and who gave them: of one request some may come from a peer and some from the registry.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Piece {
+    /// The bytes.
+    pub bytes: Bytes,
+    /// Who gave them.
+    pub from: SourceKind,
+}
+
+impl Piece {
+    /// Bytes of the registry itself.
+    pub const fn of_registry(bytes: Bytes) -> Self {
+        Self { bytes, from: SourceKind::Registry }
+    }
+}
 
 /// What a source is, for those who count what came from where.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -22,19 +38,22 @@ pub enum SourceKind {
     Registry,
     /// A mirror of it.
     Mirror,
+    /// Dragonfly's daemon on this node, wherever it has them from.
+    Dragonfly,
     /// Another node.
     Peer,
 }
 
 impl SourceKind {
     /// All of them, in the order in which they are declared.
-    pub const ALL: [Self; 3] = [Self::Registry, Self::Mirror, Self::Peer];
+    pub const ALL: [Self; 4] = [Self::Registry, Self::Mirror, Self::Dragonfly, Self::Peer];
 
     /// The word for it.
     pub const fn as_str(self) -> &'static str {
         match self {
             Self::Registry => "registry",
             Self::Mirror => "mirror",
+            Self::Dragonfly => "dragonfly",
             Self::Peer => "peer",
         }
     }
@@ -48,9 +67,6 @@ pub trait Source: Debug + Send + Sync {
 
     /// The host that answers (`host:port`): what it bears is shared by all of its blobs.
     fn host(&self) -> &str;
-
-    /// What it is. Of one that has several hosts: what the one is that answered last.
-    fn kind(&self) -> SourceKind;
 
     /// Bytes `range` of the blob, in order. The stream ends with an error or after exactly
     /// `range.end - range.start` bytes; it never gives more. A piece may be empty, as a sign of life.

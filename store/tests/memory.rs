@@ -13,7 +13,8 @@ use futures::stream;
 use tokio::time::sleep;
 use weightfs_store::{
     Amount, Background, Blob, BlobId, ByteStream, CacheOptions, Digest, FetchOptions, Form,
-    KeepDigests, Layout, Read, Recheck, Source, SourceError, Store, StoreOptions, Urgency, Verify,
+    KeepDigests, Layout, Piece, Read, Recheck, Source, SourceError, Store, StoreOptions, Urgency,
+    Verify,
 };
 
 const MIB: u64 = 1 << 20;
@@ -60,10 +61,6 @@ impl Source for Zeros {
         "zeros"
     }
 
-    fn kind(&self) -> weightfs_store::SourceKind {
-        weightfs_store::SourceKind::Registry
-    }
-
     fn fetch(
         &self,
         range: Range<u64>,
@@ -75,7 +72,7 @@ impl Source for Zeros {
                 sleep(Duration::from_millis(1)).await;
                 let piece = left.min(50_001);
                 let bytes = Bytes::from(vec![0; piece as usize]);
-                (piece > 0).then(|| (Ok(bytes), left - piece))
+                (piece > 0).then(|| (Ok(Piece::of_registry(bytes)), left - piece))
             });
             Ok(pieces.boxed())
         })

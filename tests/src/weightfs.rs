@@ -4,11 +4,13 @@ use std::ffi::OsStr;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::Arc;
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
 use crate::area::{Area, is_mount_point};
+use crate::network::NetHost;
 use crate::process::{Outcome, Service, exit_code, run, run_within};
 use crate::wait::{PATIENCE, wait_until};
 
@@ -21,6 +23,8 @@ pub struct Weightfs {
     binary: PathBuf,
     home: PathBuf,
     environment: Vec<(&'static str, String)>,
+    /// Where its commands run, if not on this machine's network.
+    host: Option<Arc<NetHost>>,
 }
 
 impl Weightfs {
@@ -32,7 +36,7 @@ impl Weightfs {
         assert!(Path::new("/dev/fuse").exists(), "/dev/fuse is missing: run `modprobe fuse`");
         let home = tempfile::Builder::new().prefix("w").tempdir_in(area.path()).unwrap().keep();
         fs::create_dir(home.join("root")).unwrap();
-        let weightfs = Self { binary: binary(), home, environment: vec![] };
+        let weightfs = Self { binary: binary(), home, environment: vec![], host: None };
         weightfs.configure("");
         weightfs
     }
@@ -81,7 +85,10 @@ impl Weightfs {
 
     /// A command, not started. It sees the credentials of [`Weightfs::log_in`] and no proxy.
     pub fn command(&self, arguments: impl IntoIterator<Item = impl AsRef<OsStr>>) -> Command {
-        let mut command = Command::new(&self.binary);
+        let mut command = match &self.host {
+            None => Command::new(&self.binary),
+            Some(host) => host.command(&self.binary),
+        };
         command.args(arguments).env("DOCKER_CONFIG", &self.home);
         for name in ["http_proxy", "https_proxy", "all_proxy"] {
             command.env_remove(name).env_remove(name.to_uppercase());
@@ -94,6 +101,13 @@ impl Weightfs {
     #[must_use]
     pub fn with_variable(mut self, name: &'static str, value: &str) -> Self {
         self.environment.push((name, value.to_owned()));
+        self
+    }
+
+    /// With its commands on that host.
+    #[must_use]
+    pub fn on(mut self, host: &Arc<NetHost>) -> Self {
+        self.host = Some(Arc::clone(host));
         self
     }
 

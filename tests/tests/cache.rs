@@ -7,6 +7,7 @@ use std::path::PathBuf;
 
 use serde_json::Value;
 use weightfs_store::Digest;
+use weightfs_tests::json::{assert_documented, documented};
 use weightfs_tests::model::{Part, SMALL_MODEL};
 use weightfs_tests::modelpack::Dialect;
 use weightfs_tests::process::Outcome;
@@ -29,11 +30,21 @@ fn run(bed: &Bed, arguments: &[&str]) -> Outcome {
 
 fn json(bed: &Bed, arguments: &[&str]) -> Value {
     let text = run(bed, &[arguments, &["--json"]].concat()).ok();
-    serde_json::from_str(&text).unwrap_or_else(|error| panic!("{error}: {text}"))
+    let command = match arguments {
+        ["cache", what, ..] => format!("cache {what}"),
+        ["unpin", ..] => "pin".to_owned(),
+        [command, ..] => (*command).to_owned(),
+        [] => unreachable!("a command"),
+    };
+    documented(&command, &text)
 }
 
 fn listed(bed: &Bed) -> Value {
-    json(bed, &["cache", "ls"])
+    let listed = json(bed, &["cache", "ls"]);
+    if listed["blobs"].as_array().is_some_and(|blobs| !blobs.is_empty()) {
+        assert_documented("a blob of the cache", &listed["blobs"]);
+    }
+    listed
 }
 
 fn blob(listed: &Value, digest: Digest) -> &Value {

@@ -2,8 +2,8 @@
 
 use std::fs;
 
-use serde_json::Value;
 use weightfs_tests::containerd::Version;
+use weightfs_tests::json::documented;
 use weightfs_tests::process::Outcome;
 use weightfs_tests::{Bed, Containerd, Host};
 
@@ -18,7 +18,7 @@ fn doctor(bed: &Bed, containerd: &Containerd, words: &[&str]) -> Outcome {
 
 /// What is to be mended.
 fn to_mend(outcome: &Outcome) -> Vec<String> {
-    let report: Value = serde_json::from_str(&outcome.stdout).unwrap();
+    let report = documented("doctor", &outcome.stdout);
     let findings = report["findings"].as_array().unwrap().iter();
     let findings = findings.filter(|finding| finding["level"] == "mend");
     findings.map(|finding| finding["found"].as_str().unwrap().to_owned()).collect()

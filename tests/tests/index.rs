@@ -4,6 +4,7 @@ use std::fs;
 
 use weightfs_fusefs::index::Index;
 use weightfs_store::{CHUNK_BYTES, Digest};
+use weightfs_tests::json::documented;
 use weightfs_tests::layer::Compression;
 use weightfs_tests::model::SMALL_MODEL;
 use weightfs_tests::modelpack::{Dialect, Plan};
@@ -31,7 +32,7 @@ fn push_model(bed: &Bed) -> (std::path::PathBuf, Artifact, String) {
 
 fn index(bed: &Bed, reference: &str, more: &[&str]) -> serde_json::Value {
     let arguments = [&["index", reference, "--json"], more].concat();
-    serde_json::from_str(&bed.weightfs.run_here(&arguments).ok()).unwrap()
+    documented("index", &bed.weightfs.run_here(&arguments).ok())
 }
 
 #[test]

@@ -182,6 +182,53 @@ fn the_chart_renders_what_kubernetes_knows() {
 }
 
 #[test]
+fn the_daemon_understands_the_configuration_that_the_chart_writes() {
+    let secret = ["registryCredentials.secretName=registry", "peers.tls.secretName=weightfs-tls"];
+    let own = |name: &str| format!("peers.tls.serverName={name}");
+    for (values, expected) in [
+        (vec![], vec!["# listen ="]),
+        (
+            [&secret[..], &["peers.service=true"]].concat(),
+            vec![
+                "listen = \"0.0.0.0:9480\"",
+                "dns = \"weightfs-peers.weightfs.svc:9480\"",
+                "trust = \"digest\"",
+                "cert_file = \"/etc/weightfs/tls/tls.crt\"",
+                "server_name = \"weightfs-peers.weightfs.svc\"",
+            ],
+        ),
+        (
+            vec![
+                "peers.service=true",
+                "peers.tls.secretName=t",
+                &own("peer.example"),
+                "peers.address=[::]",
+                "peers.port=7000",
+                "peers.trust=cluster",
+                "peers.uploads=8",
+            ],
+            vec![
+                "listen = \"[::]:7000\"",
+                "trust = \"cluster\"",
+                "uploads = 8",
+                "server_name = \"peer.example\"",
+            ],
+        ),
+    ] {
+        let found = documents(&helm_template(&values).ok());
+        let map = found.iter().find(|document| document["kind"] == "ConfigMap").unwrap();
+        let map: ConfigMap = serde_json::from_value(map.clone()).unwrap();
+        let file = tempfile::NamedTempFile::new().unwrap();
+        fs::write(file.path(), &map.data.unwrap()["config.toml"]).unwrap();
+        let mut command = Command::new(weightfs_tests::weightfs::binary());
+        let understood = run(command.args(["config", "--config"]).arg(file.path())).ok();
+        for line in expected {
+            assert!(understood.contains(line), "{values:?}: no {line} in\n{understood}");
+        }
+    }
+}
+
+#[test]
 fn only_the_daemon_is_privileged_and_its_mounts_are_seen_on_the_node() {
     for (way, privileged) in [("host", 0), ("pod", 1)] {
         let found = documents(&helm_template(&[&format!("daemon={way}")]).ok());
@@ -214,6 +261,7 @@ fn wrong_values_are_refused_with_their_name() {
         ("csi.driverName=-x", "driverName"),
         ("kubeletDir=relative", "kubeletDir"),
         ("peers.port=0", "port"),
+        ("peers.trust=nobody", "trust"),
         ("containerd.restrat=true", "restrat"),
         ("imagge.tag=1", "imagge"),
         ("image.pullPolicy=Sometimes", "pullPolicy"),

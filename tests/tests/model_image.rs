@@ -9,6 +9,7 @@ use weightfs_tests::containerd::Version;
 use weightfs_tests::cri::Cri;
 use weightfs_tests::digest;
 use weightfs_tests::host::SNAPSHOTTER;
+use weightfs_tests::json::documented;
 use weightfs_tests::layer::Compression;
 use weightfs_tests::model::SMALL_MODEL;
 use weightfs_tests::modelpack::{Dialect, Plan};
@@ -33,7 +34,7 @@ fn push_model(bed: &Bed) -> (std::path::PathBuf, Artifact, String) {
 /// Makes the model image; what the program says of it.
 fn make_image(bed: &Bed, reference: &str) -> serde_json::Value {
     let outcome = bed.weightfs.run_here(&["image", reference, "--json"]);
-    serde_json::from_str(&outcome.ok()).unwrap()
+    documented("image", &outcome.ok())
 }
 
 fn bytes_of_blobs(bed: &Bed, artifact: &Artifact) -> u64 {

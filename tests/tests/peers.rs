@@ -8,12 +8,13 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use serde_json::Value;
+use weightfs_tests::certificates::PeerAuthority;
+use weightfs_tests::metrics::{self, Metrics};
 use weightfs_tests::model::Part;
 use weightfs_tests::modelpack::Dialect;
-use weightfs_tests::process::run;
 use weightfs_tests::tree::{self, Scope};
 use weightfs_tests::wait::wait_until;
-use weightfs_tests::weightfs::{Mounted, Weightfs};
+use weightfs_tests::weightfs::{Mounted, Weightfs, binary};
 use weightfs_tests::{Artifact, Bed, Daemon, Target};
 
 const MODEL: &[Part] = &[
@@ -49,10 +50,11 @@ impl Cluster {
         let nodes = (0..count).map(|number| {
             let weightfs = Weightfs::new(&bed.area);
             let Way { transport, trust } = part(number);
-            weightfs.configure(&format!(
+            let peers = format!(
                 "[peers]\nlisten = {:?}\nmembers = {members:?}\ntrust = {trust:?}\n{transport}\n",
                 members[number],
-            ));
+            );
+            metrics::configure(&weightfs, &peers);
             let daemon = Some(weightfs.serve(&bed.area));
             Node { weightfs, daemon }
         });
@@ -118,6 +120,7 @@ fn the_registry_gives_a_model_once_whatever_the_number_of_nodes() {
     let (source, artifact, reference) = push(&bed, "models/once");
     let cluster = Cluster::start(&bed, 0, 4, |_| plaintext("cluster"));
     let mounts = cluster.mount(&bed, &reference);
+    let by_mounting = sent(&bed, &artifact);
     bed.proxy.forget();
     read_all(&source, &mounts);
     let (sent, all) = (sent(&bed, &artifact), artifact.layer_bytes());
@@ -127,6 +130,17 @@ fn the_registry_gives_a_model_once_whatever_the_number_of_nodes() {
     assert!(per_node.iter().sum::<u64>() >= 3 * all - all / 10, "{per_node:?}");
     let status = cluster.nodes[0].weightfs.run_here(&["peers"]).ok();
     assert!(status.contains("3 of 3 peers answer"), "{status}");
+    // Each byte is counted with who gave it; what a cancelled request has left is not.
+    let labelled = |from: &str| -> Vec<u64> {
+        let name = format!("weightfs_fetched_bytes_total{{source=\"{from}\"}}");
+        let metrics =
+            cluster.nodes.iter().map(|node| Metrics::of(&metrics::address(&node.weightfs)));
+        metrics.map(|metrics| metrics.series[&name] as u64).collect()
+    };
+    let [from_peers, from_registry] = ["peer", "registry"].map(labelled);
+    assert!(from_peers.iter().zip(&per_node).all(|(metric, told)| metric <= told));
+    assert!(from_peers.iter().sum::<u64>() >= 3 * all - all / 10, "{from_peers:?}");
+    assert!(from_registry.iter().sum::<u64>() <= by_mounting + sent, "{from_registry:?}, {sent}");
 }
 
 #[test]
@@ -197,28 +211,6 @@ fn without_digests_of_chunks_peers_are_not_believed_unless_the_cluster_is_truste
     assert!(cluster.nodes.iter().all(|node| node.bytes_of_peers() == 0));
 }
 
-/// Certificates of one authority, and of another one, in a directory.
-fn make_certificates(dir: &Path) {
-    let openssl =
-        |line: &str| run(Command::new("openssl").current_dir(dir).args(line.split(' '))).ok();
-    let extensions = "subjectAltName=DNS:weightfs-peer\nbasicConstraints=CA:FALSE\n\
-                      extendedKeyUsage=serverAuth,clientAuth\n";
-    fs::write(dir.join("peer.cnf"), extensions).unwrap();
-    let key = "-newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes";
-    for (ca, peer, days) in [("ca", "peer", "2"), ("other-ca", "other", "2"), ("ca", "old", "-1")] {
-        if !dir.join(format!("{ca}.pem")).exists() {
-            openssl(&format!(
-                "req -x509 {key} -days 2 -subj /CN={ca} -keyout {ca}-key.pem -out {ca}.pem"
-            ));
-        }
-        openssl(&format!("req {key} -subj /CN=peer -keyout {peer}-key.pem -out {peer}.csr"));
-        openssl(&format!(
-            "x509 -req -in {peer}.csr -CA {ca}.pem -CAkey {ca}-key.pem -CAcreateserial \
-             -days {days} -extfile peer.cnf -out {peer}.pem"
-        ));
-    }
-}
-
 /// What a peer with these certificates is answered to a request; nothing if it is not let in.
 fn ask(dir: &Path, address: &str, certificate: Option<&str>, request: &str) -> String {
     let mut command = Command::new("openssl");
@@ -236,33 +228,33 @@ fn ask(dir: &Path, address: &str, certificate: Option<&str>, request: &str) -> S
     String::from_utf8_lossy(&output.stdout[..output.stdout.len().min(300)]).into_owned()
 }
 
+/// A request for the first bytes of a blob.
+fn request(digest: &str, repository: &str) -> String {
+    format!(
+        "GET /v1/blobs/{digest} HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\
+         range: bytes=0-9\r\nweightfs-repository: {repository}\r\nweightfs-asker: me:1\r\n\
+         weightfs-urgency: demand\r\n\r\n"
+    )
+}
+
 #[test]
 fn only_members_get_what_they_may_read() {
     let bed = Bed::new();
     let dir = tempfile::tempdir_in(bed.area.path()).unwrap();
-    make_certificates(dir.path());
+    let authority = PeerAuthority::make(dir.path(), "ca");
+    authority.certify("peer", 2);
+    authority.certify("old", -1);
+    PeerAuthority::make(dir.path(), "other-ca").certify("other", 2);
     let (source, artifact, reference) = push(&bed, "models/secret");
-    let cluster = Cluster::start(&bed, 4, 2, |_| {
-        let file = |name: &str| dir.path().join(name).display().to_string();
-        let [ca, cert, key] = ["ca.pem", "peer.pem", "peer-key.pem"].map(file);
-        let transport = format!(
-            "ca_file = {ca:?}\ncert_file = {cert:?}\nkey_file = {key:?}\n\
-             server_name = \"weightfs-peer\""
-        );
-        Way { transport, trust: "cluster" }
+    let cluster = Cluster::start(&bed, 4, 2, |_| Way {
+        transport: authority.config("peer"),
+        trust: "cluster",
     });
     let mounts = cluster.mount(&bed, &reference);
     read_all(&source, &mounts);
     assert!(cluster.nodes.iter().any(|node| node.bytes_of_peers() > 0), "over TLS");
 
     let repository = reference.rsplit_once(':').unwrap().0.to_owned();
-    let request = |digest: &str, repository: &str| {
-        format!(
-            "GET /v1/blobs/{digest} HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\
-             range: bytes=0-9\r\nweightfs-repository: {repository}\r\nweightfs-asker: me:1\r\n\
-             weightfs-urgency: demand\r\n\r\n"
-        )
-    };
     let digest = artifact.layer_digest(0).to_string();
     let answer = |certificate: Option<&str>, request: &str| {
         ask(dir.path(), &address(4, 0), certificate, request)
@@ -286,4 +278,103 @@ fn only_members_get_what_they_may_read() {
         let answer = answer(Some("peer"), nonsense);
         assert!(answer.is_empty() || answer.starts_with("HTTP/1.1 4"), "{answer}");
     }
+}
+
+#[test]
+fn who_has_no_certificate_of_the_authority_gives_nothing() {
+    let bed = Bed::new();
+    let dir = tempfile::tempdir_in(bed.area.path()).unwrap();
+    let ours = PeerAuthority::make(dir.path(), "ca");
+    let other = PeerAuthority::make(dir.path(), "other-ca");
+    ours.certify("peer", 2);
+    other.certify("other", 2);
+    let (source, _, reference) = push(&bed, "models/impostor");
+    let cluster = Cluster::start(&bed, 5, 2, |number| {
+        let transport = if number == 0 { ours.config("peer") } else { other.config("other") };
+        Way { transport, trust: "cluster" }
+    });
+    let (honest, impostor) = (&cluster.nodes[0], &cluster.nodes[1]);
+    read_all(&source, &[impostor.mount(&bed, &reference)]);
+    read_all(&source, &[honest.mount(&bed, &reference)]);
+    let told = honest.peers();
+    assert_eq!(told["from_peers"], 0, "{told:#}");
+    assert_eq!(told["peers"][0]["state"], "aside", "{told:#}");
+    assert_eq!(impostor.peers()["to_peers"], 0);
+}
+
+#[test]
+fn certificates_that_change_hold_without_a_restart() {
+    let bed = Bed::new();
+    let dir = tempfile::tempdir_in(bed.area.path()).unwrap();
+    let authority = PeerAuthority::make(dir.path(), "ca");
+    authority.certify("peer", 2);
+    authority.certify("before", 2);
+    let (source, artifact, reference) = push(&bed, "models/renewed");
+    let cluster = Cluster::start(&bed, 6, 2, |_| Way {
+        transport: authority.config("peer"),
+        trust: "cluster",
+    });
+    let first = cluster.nodes[0].mount(&bed, &reference);
+    read_all(&source, std::slice::from_ref(&first));
+    // Another authority takes over.
+    PeerAuthority::make(dir.path(), "next").certify("renewed", 2);
+    for (from, to) in [("next", "ca"), ("renewed", "peer"), ("renewed-key", "peer-key")] {
+        let file = |name: &str| dir.path().join(format!("{name}.pem"));
+        fs::rename(file(from), file(to)).unwrap();
+    }
+    let request =
+        request(&artifact.layer_digest(0).to_string(), reference.rsplit_once(':').unwrap().0);
+    let answer = |name: &str| ask(dir.path(), &address(6, 0), Some(name), &request);
+    wait_until("the new certificates hold", || answer("peer").starts_with("HTTP/1.1 206"));
+    assert_eq!(answer("before"), "", "the old authority's still hold");
+    let second = cluster.nodes[1].mount(&bed, &reference);
+    read_all(&source, std::slice::from_ref(&second));
+    assert!(cluster.nodes[1].bytes_of_peers() > 0, "peers don't find each other any more");
+}
+
+#[test]
+fn members_are_what_a_name_resolves_to_and_follow_it() {
+    let bed = Bed::new();
+    let hosts = bed.area.path().join("hosts");
+    let write_hosts = |nodes: &[usize]| {
+        let line = |node: &usize| {
+            let address = address(7, *node);
+            format!("{} peers.test\n", address.rsplit_once(':').unwrap().0)
+        };
+        fs::write(&hosts, nodes.iter().map(line).collect::<String>()).unwrap();
+    };
+    write_hosts(&[0, 1, 2]);
+    // The daemon sees another /etc/hosts, and nobody else does.
+    let wrapper = bed.area.program(
+        "weightfs-with-hosts",
+        &format!(
+            "#!/bin/sh\nexec unshare --mount --propagation private -- sh -c \
+             'mount --bind {} /etc/hosts && exec \"$@\"' sh {} \"$@\"\n",
+            hosts.display(),
+            binary().display()
+        ),
+    );
+    let weightfs = Weightfs::new(&bed.area).with_binary(&wrapper);
+    weightfs.configure(&format!(
+        "[peers]\nlisten = {:?}\ndns = \"peers.test:7700\"\nplaintext = true\n",
+        address(7, 0)
+    ));
+    let _daemon = weightfs.serve(&bed.area);
+    let told = || -> Value {
+        serde_json::from_str(&weightfs.run_here(&["peers", "--json"]).ok()).unwrap()
+    };
+    let others = || -> Vec<String> {
+        let told = told();
+        let peers = told["peers"].as_array().unwrap();
+        peers.iter().map(|peer| peer["name"].as_str().unwrap().to_owned()).collect()
+    };
+    let both = [address(7, 1), address(7, 2)];
+    wait_until("two others are found", || {
+        let mut others = others();
+        others.sort();
+        others == both
+    });
+    assert_eq!(told()["name"], address(7, 0), "it finds itself among them");
+    write_hosts(&[0, 2]);
+    wait_until("one has gone", || others() == both[1..]);
 }

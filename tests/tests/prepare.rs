@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use serde_json::{Value, json};
 use weightfs_tests::containerd::Version;
 use weightfs_tests::host::SNAPSHOTTER;
+use weightfs_tests::json::documented;
 use weightfs_tests::layer::Compression;
 use weightfs_tests::model::SMALL_MODEL;
 use weightfs_tests::modelpack::{Dialect, Plan};
@@ -42,7 +43,7 @@ fn run(host: &Host, command: &str, reference: &str, more: &[&str]) -> Outcome {
 
 fn json_of(host: &Host, command: &str, reference: &str, more: &[&str]) -> Value {
     let outcome = run(host, command, reference, &[&["--json"], more].concat());
-    serde_json::from_str(&outcome.ok()).unwrap()
+    documented(command, &outcome.ok())
 }
 
 /// What a new container sums the weights to, with the model mounted as we say.

@@ -6,6 +6,7 @@ use std::process::Command;
 use std::time::SystemTime;
 
 use serde_json::{Value, json};
+use weightfs_tests::json::documented;
 use weightfs_tests::model::{Part, SMALL_MODEL};
 use weightfs_tests::modelpack::Dialect;
 use weightfs_tests::process::{self, Outcome, Service};
@@ -33,7 +34,7 @@ fn pull(bed: &Bed, reference: &str, more: &[&str]) -> Outcome {
 }
 
 fn pulled(bed: &Bed, reference: &str, more: &[&str]) -> Value {
-    serde_json::from_str(&pull(bed, reference, more).ok()).unwrap()
+    documented("pull", &pull(bed, reference, more).ok())
 }
 
 /// No registry is needed any more for what was pulled.

@@ -3,6 +3,7 @@
 use serde_json::Value;
 use weightfs_tests::Host;
 use weightfs_tests::host::SNAPSHOTTER;
+use weightfs_tests::json::assert_documented;
 use weightfs_tests::layer::{Attributes, Compression, Layer, LayerBuilder};
 use weightfs_tests::model::noise;
 
@@ -16,6 +17,7 @@ fn layers(host: &Host, subject: &[&str]) -> Vec<Value> {
     let arguments = [&["status", "--json"], subject].concat();
     let status = host.bed.weightfs.run_here(&arguments).ok();
     let status: Value = serde_json::from_str(&status).unwrap();
+    assert_documented("a layer", &status["layers"]);
     status["layers"].as_array().unwrap().clone()
 }
 
@@ -48,7 +50,7 @@ fn each_layer_is_lazy_or_says_why_not() {
     assert_eq!(modes(&everything), ["no-labels"], "{everything:?}");
 
     let table = host.bed.weightfs.run_here(&["status", &named]).ok();
-    for text in ["MODE", "compressed with gzip", &named] {
+    for text in ["MOUNTS", "1 layer is pulled: small", "MODE", "compressed with gzip", &named] {
         assert!(table.contains(text), "{text} in {table}");
     }
     let log = host.daemon.log();

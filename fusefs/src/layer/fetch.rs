@@ -86,7 +86,7 @@ impl Remote {
         loop {
             let next = timeout_at(got.progress + self.deadline, stream.next()).await;
             match next.map_err(silence)? {
-                Some(piece) => got.take(piece.map_err(Failure::Source)?).await,
+                Some(piece) => got.take(piece.map_err(Failure::Source)?.bytes).await,
                 None if got.at == end => return Ok(()),
                 None => return Err(Failure::Source(self.wrong_length(got.at, end))),
             }

@@ -21,19 +21,31 @@ pub async fn run(config: &Config, as_json: bool) -> anyhow::Result<()> {
     if as_json {
         println!("{}", serde_json::to_string_pretty(&to_json(&peers))?);
     } else {
-        println!("{}", summary(&peers));
+        println!("{}\n{}", summary(&peers), now(&peers));
         print!("{}", table(&peers.peers));
     }
     Ok(())
 }
 
 pub fn to_json(reply: &PeersReply) -> serde_json::Value {
-    let peer = |peer: &PeerState| json!({ "name": peer.name, "state": peer.state, "from": peer.from, "to": peer.to });
+    let peer = |peer: &PeerState| {
+        json!({
+            "name": peer.name,
+            "state": peer.state,
+            "from": peer.from,
+            "from_rate": peer.from_rate,
+            "to": peer.to,
+            "to_rate": peer.to_rate,
+        })
+    };
     json!({
         "name": reply.name,
         "from_registry": reply.from_registry,
         "from_peers": reply.from_peers,
         "to_peers": reply.to_peers,
+        "from_registry_rate": reply.from_registry_rate,
+        "from_peers_rate": reply.from_peers_rate,
+        "to_peers_rate": reply.to_peers_rate,
         "lies": reply.lies,
         "fallbacks": reply.fallbacks,
         "peers": reply.peers.iter().map(peer).collect::<Vec<_>>(),
@@ -52,13 +64,57 @@ pub fn summary(reply: &PeersReply) -> String {
     )
 }
 
+/// What flows at this moment, in one line.
+fn now(reply: &PeersReply) -> String {
+    let PeersReply { from_registry_rate, from_peers_rate, to_peers_rate, .. } = reply;
+    format!(
+        "now: {} from peers, {} from registries, {} given",
+        rate(*from_peers_rate),
+        rate(*from_registry_rate),
+        rate(*to_peers_rate)
+    )
+}
+
+fn rate(bytes: u64) -> String {
+    format!("{}/s", size(bytes))
+}
+
 fn table(peers: &[PeerState]) -> String {
     let width = peers.iter().map(|peer| peer.name.len()).max().unwrap_or(0).max(4);
-    let [state, from, to] = ["STATE", "FROM", "TO"];
-    let mut text = format!("\n{:<width$}  {state:<7}  {from:>10}  {to:>10}\n", "PEER");
-    for peer in peers {
-        let (from, to) = (size(peer.from), size(peer.to));
-        text += &format!("{:<width$}  {:<7}  {from:>10}  {to:>10}\n", peer.name, peer.state);
+    let row = |name: &str, state: &str, numbers: [String; 4]| {
+        let [from, from_rate, to, to_rate] = numbers;
+        format!("{name:<width$}  {state:<6}  {from:>9}  {from_rate:>11}  {to:>9}  {to_rate:>11}\n")
+    };
+    let mut text = String::from("\n");
+    text += &row("PEER", "STATE", ["FROM", "NOW", "TO", "NOW"].map(str::to_owned));
+    for PeerState { name, state, from, to, from_rate, to_rate } in peers {
+        let numbers = [size(*from), rate(*from_rate), size(*to), rate(*to_rate)];
+        text += &row(name, state, numbers);
     }
     text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_table_fits_a_terminal_and_says_what_flows() {
+        let (from, to) = (123_400_000_000, 567 << 20);
+        let peer = PeerState {
+            name: "10.255.255.255:9480".into(),
+            state: "banned".into(),
+            from,
+            to,
+            from_rate: 1_250_000_000,
+            to_rate: 0,
+        };
+        let text = table(&[peer]);
+        assert!(text.lines().all(|line| line.len() <= 80), "{text}");
+        let row = text.lines().last().unwrap();
+        for part in ["10.255.255.255:9480", "banned", &size(from), &rate(1_250_000_000), &size(to)]
+        {
+            assert!(row.contains(part), "{part:?} in {row}");
+        }
+    }
 }

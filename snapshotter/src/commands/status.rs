@@ -1,36 +1,43 @@
 //! `weightfs status`: what the daemon serves.
 
-use anyhow::Context as _;
+mod table;
+
 use serde_json::json;
 use weightfs::config::Config;
-use weightfs::{control, owner};
-use weightfs_proto::control::{Layer, Model, StatusReply, StatusRequest};
-
-use super::size;
-
-/// Columns that a line takes at the most.
-const WIDTH: usize = 80;
+use weightfs_proto::control::{
+    ActivityReply, ActivityRequest, Layer, Model, MountActivity, StatusReply, StatusRequest,
+};
 
 /// Asks the daemon that owns the state directory.
 pub async fn run(config: &Config, subject: Option<String>, as_json: bool) -> anyhow::Result<()> {
-    let root = config.root.display();
-    let address = owner::control_address(&config.root)
-        .with_context(|| format!("no daemon owns {root}; start one with `weightfs serve`"))?;
-    let mut daemon = control::connect(&address)
-        .await
-        .with_context(|| format!("the daemon's control socket {}", address.display()))?;
-    let request = StatusRequest { subject: subject.unwrap_or_default() };
+    let mut daemon = super::daemon(config).await?;
+    let request = StatusRequest { subject: subject.as_ref().cloned().unwrap_or_default() };
     let status = daemon.status(request).await;
-    let status = status.map_err(|status| anyhow::anyhow!("{}", status.message()))?.into_inner();
+    let status = status.map_err(|status| super::refused(&status))?.into_inner();
+    let activity = daemon.activity(ActivityRequest {}).await;
+    let mut activity = activity.map_err(|status| super::refused(&status))?.into_inner();
+    if subject.is_some() {
+        activity.mounts.retain(|mount| is_of(mount, &status));
+        activity.mounts_total = activity.mounts.len() as u64;
+    }
     if as_json {
-        println!("{}", serde_json::to_string_pretty(&to_json(&status))?);
+        println!("{}", serde_json::to_string_pretty(&to_json(&status, &activity))?);
     } else {
-        print(&status);
+        print!("{}{}", heading(&status), table::of(&activity, &status.layers));
     }
     Ok(())
 }
 
-fn to_json(status: &StatusReply) -> serde_json::Value {
+/// Whether a mount has something of what is shown.
+fn is_of(mount: &MountActivity, shown: &StatusReply) -> bool {
+    let model = |model: &Model| model.reference == mount.name && model.target == mount.target;
+    match mount.kind.as_str() {
+        "image" => shown.layers.iter().any(|layer| layer.image == mount.name),
+        _ => shown.models.iter().any(model),
+    }
+}
+
+fn to_json(status: &StatusReply, activity: &ActivityReply) -> serde_json::Value {
     let model = |model: &Model| {
         json!({
             "reference": model.reference,
@@ -59,6 +66,30 @@ fn to_json(status: &StatusReply) -> serde_json::Value {
             "trust": layer.trust,
         })
     };
+    let mount = |mount: &MountActivity| {
+        json!({
+            "name": mount.name,
+            "kind": mount.kind,
+            "target": mount.target,
+            "files": mount.files,
+            "files_complete": mount.files_complete,
+            "size": mount.size,
+            "cached": mount.cached,
+            "fetched": mount.fetched,
+            "hits": mount.hits,
+            "hit_bytes": mount.hit_bytes,
+            "misses": mount.misses,
+            "missed_bytes": mount.missed_bytes,
+            "read_rate": mount.read_rate,
+            "fetch_rate": mount.fetch_rate,
+            "requests": mount.requests,
+            "in_flight": mount.in_flight,
+            "trust": mount.trust,
+            "state": mount.state,
+            "reasons": mount.reasons,
+            "rejected": mount.rejected,
+        })
+    };
     json!({
         "peers": status.peers.as_ref().map(super::peers::to_json),
         "version": status.version,
@@ -66,159 +97,28 @@ fn to_json(status: &StatusReply) -> serde_json::Value {
         "snapshotter_address": status.snapshotter_address,
         "keeper": status.keeper,
         "metrics_address": status.metrics_address,
+        "uptime": activity.uptime_seconds,
+        "mounts": activity.mounts.iter().map(mount).collect::<Vec<_>>(),
         "models": status.models.iter().map(model).collect::<Vec<_>>(),
         "layers": status.layers.iter().map(layer).collect::<Vec<_>>(),
         "decisions": status.decisions,
     })
 }
 
-fn print(status: &StatusReply) {
-    let StatusReply { version, root, snapshotter_address, models, layers, keeper, .. } = status;
-    println!("weightfs {version} on {root}, snapshotter at {snapshotter_address}");
-    if let Some(peers) = &status.peers {
-        println!("{}", super::peers::summary(peers));
-    }
-    match keeper.as_str() {
-        "" => println!("nobody keeps the mount: a restart breaks running containers"),
-        keeper => println!("{keeper} keeps the mount over a restart"),
-    }
-    if !models.is_empty() {
-        println!("\nMODELS");
-    }
-    for model in models {
-        println!("{} on {}", model.reference, model.target);
-        println!("  {} files, {}", model.files, cached(model.cached, model.size, &model.trust));
-        print!("{}", indented(&rejected(model.rejected)));
-    }
-    print!("{}", table(layers));
-}
-
-/// The layers, image by image.
-fn table(layers: &[Layer]) -> String {
-    let mut text = String::new();
-    let mut image = None;
-    for layer in layers {
-        if image != Some(&layer.image) {
-            image = Some(&layer.image);
-            text += &heading(&layer.image);
-        }
-        text += &row(layer);
-    }
-    text
-}
-
-fn heading(image: &str) -> String {
-    let image = if image.is_empty() { "(layers that came without a name)" } else { image };
-    let [digest, size, here, trust] = ["LAYER", "SIZE", "HERE", "TRUST"];
-    format!("\n{image}\n  {digest:<12}  {size:>10}  {here:>5}  {trust:<9}  MODE\n")
-}
-
-fn row(layer: &Layer) -> String {
-    // Of a layer that came without its digest, the snapshot's name ends with it or its chain's.
-    let digest = if layer.digest.is_empty() { &layer.snapshot } else { &layer.digest };
-    let digest = digest.rsplit([':', '/', ' ']).next().unwrap_or_default();
-    let here = match layer.trust.as_str() {
-        "" => "-".to_owned(),
-        _ => format!("{} %", percent(layer.cached, layer.size)),
+fn heading(status: &StatusReply) -> String {
+    let StatusReply { version, root, snapshotter_address, keeper, metrics_address, .. } = status;
+    let kept = match keeper.as_str() {
+        "" => "nobody keeps the mount: a restart breaks running containers".to_owned(),
+        keeper => format!("{keeper} keeps the mount over a restart"),
     };
-    let trust = if layer.trust.is_empty() { "-" } else { &layer.trust };
-    let (bytes, mode) = (size(layer.size), &layer.mode);
-    let line = format!("  {digest:<12.12}  {bytes:>10}  {here:>5}  {trust:<9}  {mode}\n");
-    let rejected = indented(&rejected(layer.rejected));
-    line + &indented(&layer.reason) + &rejected + &indented(advice(trust))
-}
-
-/// What is said of chunks that were not what they should be.
-fn rejected(count: u64) -> String {
-    match count {
-        0 => String::new(),
-        1 => "1 wrong chunk was refused; see the daemon's log for where it came from".to_owned(),
-        _ => format!(
-            "{count} wrong chunks were refused; see the daemon's log for where they came from"
-        ),
+    let mut lines = vec![
+        format!("weightfs {version} on {root}"),
+        format!("snapshotter at {snapshotter_address}"),
+        kept,
+    ];
+    lines.extend(status.peers.as_ref().map(super::peers::summary));
+    if !metrics_address.is_empty() {
+        lines.push(format!("status page and metrics at http://{metrics_address}/"));
     }
-}
-
-/// A text below a row, in lines that fit.
-fn indented(text: &str) -> String {
-    let mut lines: Vec<String> = Vec::new();
-    for word in text.split_whitespace() {
-        match lines.last_mut() {
-            Some(line) if line.len() + 1 + word.len() <= WIDTH => *line += &format!(" {word}"),
-            _ => lines.push(format!("    {word}")),
-        }
-    }
-    lines.into_iter().map(|line| line + "\n").collect()
-}
-
-fn cached(cached: u64, total: u64, trust: &str) -> String {
-    let percent = percent(cached, total);
-    let advice = match advice(trust) {
-        "" => String::new(),
-        advice => format!(": {advice}"),
-    };
-    format!("{} of {} here ({percent} %), {trust}{advice}", size(cached), size(total))
-}
-
-fn percent(cached: u64, total: u64) -> u64 {
-    cached.saturating_mul(100).checked_div(total).unwrap_or(100)
-}
-
-fn advice(trust: &str) -> &'static str {
-    match trust {
-        "poisoned" => "it does not hash to its digest and is not served; see `weightfs verify`",
-        _ => "",
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn layers() -> Vec<Layer> {
-        let lazy = Layer {
-            image: "registry.example.com/models/llama:8b".to_owned(),
-            digest: format!("sha256:{}", "5d13da7718a9".repeat(5)),
-            mode: "lazy".to_owned(),
-            size: u64::MAX,
-            cached: u64::MAX / 2,
-            trust: "transport".to_owned(),
-            ..Layer::default()
-        };
-        let reason = "containerd did not say which image it is of; set \
-                      disable_snapshot_annotations = false, see `weightfs doctor`";
-        let declined = Layer {
-            mode: "no-annotations".to_owned(),
-            reason: reason.to_owned(),
-            size: 34 << 10,
-            cached: 34 << 10,
-            trust: String::new(),
-            ..lazy.clone()
-        };
-        let unnamed = Layer {
-            snapshot: "k8s.io/7/sha256:aabbccddeeff00112233".to_owned(),
-            image: String::new(),
-            digest: String::new(),
-            ..declined.clone()
-        };
-        let poisoned = Layer { trust: "poisoned".to_owned(), rejected: 7, ..lazy.clone() };
-        vec![lazy, declined, poisoned, unnamed]
-    }
-
-    #[test]
-    fn the_table_fits_eighty_columns_and_says_why() {
-        let table = table(&layers());
-        assert!(table.lines().all(|line| line.chars().count() <= WIDTH), "{table}");
-        assert_eq!(table.matches("LAYER").count(), 2, "an image's layers stand together");
-        for text in
-            ["lazy", "no-annotations", "disable_snapshot_annotations", "aabbccddeeff", "7 wrong"]
-        {
-            assert!(table.contains(text), "{text} in {table}");
-        }
-    }
-
-    #[test]
-    fn a_share_of_nothing_is_all_of_it() {
-        assert_eq!((percent(0, 0), percent(1, 3), percent(3, 3)), (100, 33, 100));
-    }
+    lines.join("\n") + "\n"
 }

@@ -103,6 +103,10 @@ pub(super) const KEYS: &[(&str, &str)] = &[
         "Instead: a name whose addresses are the members (\"name:port\"), as of a headless service.",
     ),
     (
+        "peers.service",
+        "Instead: a service of Kubernetes whose endpoints are the members (\"namespace/name:port\"), for a daemon in a pod that may watch endpointslices, built with the feature endpoint-slices.",
+    ),
+    (
         "peers.trust",
         "\"digest\": bytes of peers are used where each chunk has a digest (an index); \"cluster\": always, and the whole is hashed when it is here.",
     ),

@@ -18,6 +18,8 @@ pub struct PeersConfig {
     pub members: Option<Vec<String>>,
     /// A name whose addresses are the members.
     pub dns: Option<String>,
+    /// A service of Kubernetes whose endpoints are the members.
+    pub service: Option<String>,
     /// Whose bytes are used.
     pub trust: PeerTrust,
     /// Answers to others at once.
@@ -51,6 +53,7 @@ impl Default for PeersConfig {
             name: None,
             members: None,
             dns: None,
+            service: None,
             trust: PeerTrust::Digest,
             uploads: 32,
             ca_file: None,
@@ -72,14 +75,21 @@ impl PeersConfig {
     /// A key that is missing or makes no sense.
     pub fn options(&self) -> Result<Option<Options>, Problem> {
         let Some(listen) = self.listen else { return Ok(None) };
-        let members = match (&self.members, &self.dns) {
-            (Some(members), None) => Members::Listed(members.clone()),
-            (None, Some(name)) => Members::Dns(name.clone()),
-            _ => return Err(("peers.members", "or peers.dns must be given, and only one of them")),
+        let members = match (&self.members, &self.dns, &self.service) {
+            (Some(members), None, None) => Members::Listed(members.clone()),
+            (None, Some(name), None) => Members::Dns(name.clone()),
+            (None, None, Some(service)) => Members::Service(
+                service.parse().map_err(|_| ("peers.service", "must be namespace/name:port"))?,
+            ),
+            _ => {
+                let wanted = "or peers.dns or peers.service must be given, and only one of them";
+                return Err(("peers.members", wanted));
+            }
         };
         let names = match &members {
             Members::Listed(names) => names.as_slice(),
             Members::Dns(name) => std::slice::from_ref(name),
+            Members::Service(_) => &[],
         };
         if !names.iter().chain(&self.name).all(|name| is_host_and_port(name)) {
             return Err(("peers.members", "must be host:port each, as peers.name and peers.dns"));

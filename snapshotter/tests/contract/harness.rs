@@ -166,7 +166,7 @@ impl Harness {
         let (stop, stopped) = oneshot::channel::<()>();
         let service = tokio::spawn(async move {
             let shutdown = async { stopped.await.unwrap_or_default() };
-            containerd::serve(snapshots, listener, shutdown).await.unwrap();
+            containerd::serve(snapshots, listener, shutdown).await;
         });
         let client = SnapshotsClient::new(containerd_client::connect(&socket).await.unwrap());
         Harness { root, metadata, mounter, client, restored, stop, service, directory }

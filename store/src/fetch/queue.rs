@@ -13,6 +13,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 
 use tokio::sync::oneshot;
 use tokio::time::Instant;
+use tracing::{Span, debug_span};
 use weightfs_swarm::Scatter;
 
 use super::line::Priority;
@@ -68,6 +69,8 @@ pub(super) struct Request {
     chunks: Range<ChunkNo>,
     end: Arc<AtomicU32>,
     pub(super) patience: Arc<Patience>,
+    /// What is traced of it, below what was the first to want it.
+    pub(super) span: Span,
 }
 
 impl Request {
@@ -75,7 +78,8 @@ impl Request {
     pub(super) fn alone(chunks: Range<ChunkNo>, until: Instant) -> Self {
         let end = Arc::new(AtomicU32::new(chunks.end.0));
         let (id, patience) = (RequestId(u64::MAX), Arc::new(Patience::new(until)));
-        Self { id, priority: Priority::ReadAhead, chunks, end, patience }
+        let priority = Priority::ReadAhead;
+        Self { id, priority, chunks, end, patience, span: Span::none() }
     }
 
     pub(super) fn start(&self) -> ChunkNo {
@@ -346,7 +350,8 @@ impl Queue {
             self.flights.insert(chunk, Flight { request: id, patience, waiters });
         }
         let end = Arc::new(AtomicU32::new(chunks.end.0));
-        Request { id, priority, chunks, end, patience }
+        let span = span(priority, &chunks);
+        Request { id, priority, chunks, end, patience, span }
     }
 
     /// If the chunk is part of a read-ahead that waits, that goes to the end of the demand, from
@@ -390,6 +395,19 @@ impl Queue {
         } else {
             let rest = self.request(rest, Priority::ReadAhead, until);
             self.read_ahead.push_front(rest);
+        }
+    }
+}
+
+/// The span of a request. What is planned is wanted by nobody.
+fn span(priority: Priority, chunks: &Range<ChunkNo>) -> Span {
+    let (first, count) = (chunks.start.0, chunks.end.0 - chunks.start.0);
+    match priority {
+        Priority::Demand | Priority::ReadAhead => {
+            debug_span!("request", ?priority, first_chunk = first, chunks = count)
+        }
+        Priority::Profile | Priority::Background => {
+            debug_span!(parent: None, "request", ?priority, first_chunk = first, chunks = count)
         }
     }
 }

@@ -7,7 +7,6 @@
 
 use std::ops::Range;
 
-use bytes::Bytes;
 use futures::future::FutureExt;
 use futures::stream::{BoxStream, StreamExt, TryStreamExt};
 use tokio::time::{Instant, sleep_until};
@@ -15,10 +14,10 @@ use tokio::time::{Instant, sleep_until};
 use super::hedge::{Hedging, Usual};
 use super::line::Priority;
 use super::scheduler::{Place, Scheduler};
-use crate::source::Source;
+use crate::source::{Piece, Source, SourceKind};
 use crate::{SourceError, Urgency};
 
-type Piece = Option<Result<Bytes, SourceError>>;
+type Next = Option<Result<Piece, SourceError>>;
 
 /// One answer.
 struct Runner<'a> {
@@ -26,7 +25,7 @@ struct Runner<'a> {
     at: u64,
     wanted: Range<u64>,
     began: Instant,
-    body: BoxStream<'a, Result<Bytes, SourceError>>,
+    body: BoxStream<'a, Result<Piece, SourceError>>,
 }
 
 impl<'a> Runner<'a> {
@@ -40,10 +39,11 @@ impl<'a> Runner<'a> {
     }
 
     /// Takes a piece; what of it lies behind `position`.
-    fn take(&mut self, piece: Bytes, position: u64) -> Bytes {
+    fn take(&mut self, mut piece: Piece, position: u64) -> Piece {
         let known = usize::try_from(position - self.at).unwrap_or(usize::MAX);
-        self.at += piece.len() as u64;
-        piece.slice(known.min(piece.len())..)
+        self.at += piece.bytes.len() as u64;
+        piece.bytes = piece.bytes.split_off(known.min(piece.bytes.len()));
+        piece
     }
 }
 
@@ -58,8 +58,8 @@ enum Second<'a> {
 
 /// Who has something to say.
 enum Said {
-    First(Piece),
-    Second(Piece),
+    First(Next),
+    Second(Next),
     /// The first is slow.
     Slow,
 }
@@ -73,8 +73,8 @@ pub(super) struct Race<'a> {
     position: u64,
     first: Runner<'a>,
     second: Second<'a>,
-    /// Bytes that came and were known already.
-    dropped: u64,
+    /// Bytes that came and were known already, and from whom.
+    dropped: Vec<(SourceKind, u64)>,
 }
 
 impl<'a> Race<'a> {
@@ -92,11 +92,11 @@ impl<'a> Race<'a> {
         };
         let urgency = priority.urgency();
         let (position, first) = (wanted.start, Runner::new(source, wanted, urgency));
-        Self { source, urgency, scheduler, position, first, second, dropped: 0 }
+        Self { source, urgency, scheduler, position, first, second, dropped: Vec::new() }
     }
 
     /// The next bytes, as [`Source::fetch`] gives them.
-    pub(super) async fn next(&mut self) -> Piece {
+    pub(super) async fn next(&mut self) -> Next {
         loop {
             match self.listen().await {
                 Said::Slow => self.ask_again(),
@@ -127,7 +127,7 @@ impl<'a> Race<'a> {
     }
 
     /// Bytes that came for nothing since the last call.
-    pub(super) fn take_dropped(&mut self) -> u64 {
+    pub(super) fn take_dropped(&mut self) -> Vec<(SourceKind, u64)> {
         std::mem::take(&mut self.dropped)
     }
 
@@ -166,7 +166,7 @@ impl<'a> Race<'a> {
         self.scheduler.hedging()
     }
 
-    fn first_said(&mut self, piece: Bytes) -> Option<Bytes> {
+    fn first_said(&mut self, piece: Piece) -> Option<Piece> {
         if !self.first.has_begun() {
             self.hedging().began(self.source.host(), self.first.began.elapsed());
             if matches!(self.second, Second::Runs(..)) {
@@ -178,12 +178,15 @@ impl<'a> Race<'a> {
         self.advance(new)
     }
 
-    fn second_said(&mut self, piece: Bytes) -> Option<Bytes> {
+    fn second_said(&mut self, piece: Piece) -> Option<Piece> {
         let Second::Runs(second, _) = &mut self.second else { return None };
-        let len = piece.len() as u64;
+        let len = piece.bytes.len();
         let new = second.take(piece, self.position);
-        self.dropped += len - new.len() as u64;
-        if !new.is_empty()
+        let known = len - new.bytes.len();
+        if known > 0 {
+            self.dropped.push((new.from, known as u64));
+        }
+        if !new.bytes.is_empty()
             && let Second::Runs(second, _) = std::mem::replace(&mut self.second, Second::Never)
         {
             // How long the first would have taken is not known; longer than this at least.
@@ -195,13 +198,13 @@ impl<'a> Race<'a> {
         self.advance(new)
     }
 
-    fn advance(&mut self, new: Bytes) -> Option<Bytes> {
-        self.position += new.len() as u64;
-        if self.position >= self.first.wanted.end && !new.is_empty() {
+    fn advance(&mut self, new: Piece) -> Option<Piece> {
+        self.position += new.bytes.len() as u64;
+        if self.position >= self.first.wanted.end && !new.bytes.is_empty() {
             let bytes = self.first.wanted.end - self.first.wanted.start;
             self.hedging().ended(self.source.host(), bytes, self.first.began.elapsed());
             self.second = Second::Never;
         }
-        (!new.is_empty()).then_some(new)
+        (!new.bytes.is_empty()).then_some(new)
     }
 }

@@ -15,6 +15,7 @@ use std::time::Duration;
 
 use backon::{BackoffBuilder, ExponentialBackoff, ExponentialBuilder};
 use tokio::time::{Instant, timeout_at};
+use tracing::{Instrument as _, debug_span};
 
 use super::filler::Filler;
 use super::queue::Request;
@@ -23,7 +24,7 @@ use super::room::{self, Gatherer, Room};
 use super::{Attempts, Failure, Outcome, Patience, Running, whole};
 use crate::chunk::{ChunkNo, Unfit};
 use crate::shared::jittered;
-use crate::source::Source;
+use crate::source::{Piece, Source};
 use crate::{Blob, Digest, SourceError};
 
 /// A source that gives no byte for this long is asked again on another connection.
@@ -354,8 +355,28 @@ async fn attempt(
     bytes: &mut u64,
     attempts: &mut Attempts,
 ) -> Result<(), Trouble> {
+    let sink = Sink::open(blob, request, first, room)?;
+    let wanted = sink.wanted();
+    let span = debug_span!(
+        "range",
+        blob = %blob.id().digest,
+        source = source.name(),
+        start = wanted.start,
+        end = wanted.end
+    );
+    receive(blob, source, request, sink, bytes, attempts).instrument(span).await
+}
+
+/// Has a sink filled by a source.
+async fn receive(
+    blob: &Arc<Blob>,
+    source: &dyn Source,
+    request: &Request,
+    mut sink: Sink<'_>,
+    bytes: &mut u64,
+    attempts: &mut Attempts,
+) -> Result<(), Trouble> {
     let patience = &*request.patience;
-    let mut sink = Sink::open(blob, request, first, room)?;
     let silent = || SourceError::Unreachable {
         source_name: source.name().to_owned(),
         message: "gives no data".into(),
@@ -363,12 +384,14 @@ async fn attempt(
     let mut race = Race::new(source, blob.scheduler(), sink.wanted(), request.priority);
     loop {
         let piece = timeout_at(next_byte_by(blob, patience), race.next()).await;
-        blob.count_fetched(source.kind(), race.take_dropped());
+        for (from, bytes) in race.take_dropped() {
+            blob.count_fetched(from, bytes);
+        }
         match piece.map_err(|_| silent())? {
             // More than it was asked for; what follows is not ours.
             Some(_) if sink.is_done() => break,
             Some(piece) => {
-                let piece = piece?;
+                let Piece { bytes: piece, from } = piece?;
                 if piece.is_empty() {
                     patience.extend(Instant::now() + blob.fetch_options().deadline);
                     continue;
@@ -376,7 +399,7 @@ async fn attempt(
                 if let Some(wait) = attempts.answer() {
                     blob.counters().first_byte.observe_time(wait);
                 }
-                blob.count_fetched(source.kind(), piece.len() as u64);
+                blob.count_fetched(from, piece.len() as u64);
                 *bytes += piece.len() as u64;
                 sink.take(blob, &piece)?;
                 if sink.was_cut_short() {

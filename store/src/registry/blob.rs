@@ -3,7 +3,6 @@
 
 use std::collections::HashMap;
 use std::ops::Range;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -18,7 +17,7 @@ use super::host::{Host, failed_status};
 use super::target::{Target, is_stale};
 use super::{Failures, Registries, Repository, dragonfly};
 use crate::shared::lock;
-use crate::source::{ByteStream, Source, SourceKind};
+use crate::source::{ByteStream, Piece, Source};
 use crate::{Digest, SourceError, Urgency};
 
 /// How long what a host can't do is believed. Not for good: a proxy that caches has ranges as soon
@@ -44,8 +43,6 @@ struct RemoteBlob {
     size: u64,
     target: Target,
     limits: Limits,
-    /// Whether a mirror was the last host that answered.
-    mirrored: AtomicBool,
 }
 
 /// What a host can't do for a blob.
@@ -95,7 +92,6 @@ impl BlobSource {
             size,
             target: Target::default(),
             limits: Limits::default(),
-            mirrored: AtomicBool::new(false),
         }))
     }
 }
@@ -110,14 +106,12 @@ struct Reading {
 }
 
 /// The next bytes of a range. Where its body is cut, the next one begins.
-async fn next(
-    reading: Option<Reading>,
-) -> Option<(Result<bytes::Bytes, SourceError>, Option<Reading>)> {
+async fn next(reading: Option<Reading>) -> Option<(Result<Piece, SourceError>, Option<Reading>)> {
     let mut reading = reading?;
     loop {
         match reading.body.next().await? {
             Ok(piece) => {
-                let len = piece.len() as u64;
+                let len = piece.bytes.len() as u64;
                 reading.rest.start += len;
                 reading.came += len;
                 return Some((Ok(piece), Some(reading)));
@@ -201,7 +195,6 @@ impl RemoteBlob {
             dragonfly::check(&self.from, &self.what, &answer)?;
         }
         self.check(&answer, range)?;
-        self.mirrored.store(host.is_mirror(), Ordering::Relaxed);
         Ok(body(host, &self.from, answer, range.end - range.start, slow))
     }
 
@@ -319,13 +312,6 @@ impl Source for BlobSource {
 
     fn host(&self) -> &str {
         &self.0.from.registry
-    }
-
-    fn kind(&self) -> SourceKind {
-        match self.0.mirrored.load(Ordering::Relaxed) {
-            true => SourceKind::Mirror,
-            false => SourceKind::Registry,
-        }
     }
 
     fn fetch(

@@ -14,7 +14,7 @@ use tokio::time::Instant;
 use super::Repository;
 use super::host::{Host, unreachable};
 use crate::SourceError;
-use crate::source::ByteStream;
+use crate::source::{ByteStream, Piece};
 
 /// How long a body may be slow before another host is asked. A few fail-overs fit into a read's
 /// deadline.
@@ -67,7 +67,9 @@ pub(super) fn body(
         answer.bytes_stream().map(move |piece| piece.map_err(|e| unreachable(&repository, e)));
     let end = End { host: Arc::clone(host), name, slow };
     let rest = Rest { pieces: pieces.boxed(), left: wanted, fresh: 0, pace: Pace::default(), end };
-    stream::unfold(Some(rest), next).boxed()
+    let from = host.kind();
+    let pieces = stream::unfold(Some(rest), next);
+    pieces.map(move |piece| piece.map(|bytes| Piece { bytes, from })).boxed()
 }
 
 async fn next(rest: Option<Rest>) -> Option<(Result<Bytes, SourceError>, Option<Rest>)> {

@@ -23,6 +23,7 @@ use super::health::Health;
 use super::retry_after::retry_after;
 use crate::SourceError;
 use crate::shared::lock;
+use crate::source::SourceKind;
 
 /// What registries see of us.
 pub(super) const USER_AGENT: &str = concat!("weightfs/", env!("CARGO_PKG_VERSION"));
@@ -62,9 +63,13 @@ enum Way {
 }
 
 impl Host {
-    /// Whether it stands for the registry, and is not that itself.
-    pub(super) fn is_mirror(&self) -> bool {
-        self.stands_for.is_some()
+    /// What it is, for those who count what came from where.
+    pub(super) fn kind(&self) -> SourceKind {
+        match (self.way, &self.stands_for) {
+            (Way::Dragonfly, _) => SourceKind::Dragonfly,
+            (Way::Directly, Some(_)) => SourceKind::Mirror,
+            (Way::Directly, None) => SourceKind::Registry,
+        }
     }
 
     /// `timeout` bounds authentication. A connection that gives no byte for `silence` is given up.
@@ -351,8 +356,9 @@ pub(super) fn is_loopback(address: &str) -> bool {
     host == "localhost" || ip.is_ok_and(|ip| ip.is_loopback())
 }
 
-/// rustls wants one provider for the process; whoever came first has chosen.
-fn install_crypto() {
+/// Whoever makes a client for TLS needs a provider: rustls wants one for the process, and whoever came
+/// first has chosen.
+pub fn install_crypto() {
     static ONCE: Once = Once::new();
     ONCE.call_once(|| {
         let _ = rustls::crypto::ring::default_provider().install_default();

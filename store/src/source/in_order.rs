@@ -7,12 +7,11 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use bytes::Bytes;
 use futures::future::BoxFuture;
 use futures::{StreamExt as _, stream};
 use tokio::sync::{Mutex, OwnedMutexGuard};
 
-use super::{ByteStream, Source, SourceKind};
+use super::{ByteStream, Piece, Source};
 use crate::{SourceError, Urgency};
 
 /// See the module.
@@ -27,7 +26,7 @@ struct InOrder {
 struct Cursor {
     body: ByteStream,
     /// What came and was not taken yet.
-    rest: Bytes,
+    rest: Option<Piece>,
     /// The offset of the next byte, that of `rest` if there is one.
     position: u64,
 }
@@ -60,7 +59,7 @@ impl InOrder {
             _ => {
                 let body = self.source.fetch(0..self.size, urgency).await;
                 let body = body.map_err(not_even_whole)?;
-                Cursor { body, rest: Bytes::new(), position: 0 }
+                Cursor { body, rest: None, position: 0 }
             }
         };
         let name = self.source.name().to_owned();
@@ -76,10 +75,6 @@ impl Source for InOrder {
 
     fn host(&self) -> &str {
         self.source.host()
-    }
-
-    fn kind(&self) -> SourceKind {
-        self.source.kind()
     }
 
     fn fetch(
@@ -102,7 +97,7 @@ fn not_even_whole(error: SourceError) -> SourceError {
     }
 }
 
-async fn next(reading: Option<Reading>) -> Option<(Result<Bytes, SourceError>, Option<Reading>)> {
+async fn next(reading: Option<Reading>) -> Option<(Result<Piece, SourceError>, Option<Reading>)> {
     let mut reading = reading?;
     if reading.cursor.position >= reading.range.end {
         let Reading { mut place, cursor, .. } = reading;
@@ -110,9 +105,9 @@ async fn next(reading: Option<Reading>) -> Option<(Result<Bytes, SourceError>, O
         return None;
     }
     let cursor = &mut reading.cursor;
-    let piece = match std::mem::take(&mut cursor.rest) {
-        rest if rest.is_empty() => cursor.body.next().await,
-        rest => Some(Ok(rest)),
+    let piece = match cursor.rest.take() {
+        Some(rest) if !rest.bytes.is_empty() => Some(Ok(rest)),
+        _ => cursor.body.next().await,
     };
     match piece {
         Some(Ok(piece)) => Some((Ok(cursor.cut(piece, &reading.range)), Some(reading))),
@@ -127,21 +122,24 @@ async fn next(reading: Option<Reading>) -> Option<(Result<Bytes, SourceError>, O
 
 impl Cursor {
     /// What of the next bytes is in the range; nothing, as a sign of life, where they lie before.
-    fn cut(&mut self, mut piece: Bytes, range: &Range<u64>) -> Bytes {
+    fn cut(&mut self, piece: Piece, range: &Range<u64>) -> Piece {
+        let Piece { bytes: mut piece, from } = piece;
         let before = range.start.saturating_sub(self.position);
         let before = usize::try_from(before).unwrap_or(usize::MAX).min(piece.len());
         let mut piece = piece.split_off(before);
         self.position += before as u64;
         let wanted = range.end.saturating_sub(self.position);
         let wanted = usize::try_from(wanted).unwrap_or(usize::MAX).min(piece.len());
-        self.rest = piece.split_off(wanted);
+        self.rest = Some(Piece { bytes: piece.split_off(wanted), from });
         self.position += wanted as u64;
-        piece
+        Piece { bytes: piece, from }
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use bytes::Bytes;
+
     use super::*;
 
     /// Gives all of its bytes in pieces of 7, and counts how often.
@@ -163,10 +161,6 @@ mod tests {
             "whole"
         }
 
-        fn kind(&self) -> SourceKind {
-            SourceKind::Registry
-        }
-
         fn fetch(
             &self,
             range: Range<u64>,
@@ -175,7 +169,8 @@ mod tests {
             assert_eq!(range, 0..SIZE);
             self.0.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
             let all: Vec<u8> = range.map(byte).collect();
-            let pieces: Vec<_> = all.chunks(7).map(|p| Ok(Bytes::copy_from_slice(p))).collect();
+            let pieces: Vec<_> =
+                all.chunks(7).map(|p| Ok(Piece::of_registry(Bytes::copy_from_slice(p)))).collect();
             Box::pin(async move { Ok(stream::iter(pieces).boxed()) })
         }
     }
@@ -183,7 +178,7 @@ mod tests {
     async fn read(source: &Arc<dyn Source>, range: Range<u64>) {
         let pieces: Vec<_> =
             source.fetch(range.clone(), Urgency::Demand).await.unwrap().collect().await;
-        let bytes: Vec<u8> = pieces.into_iter().flat_map(Result::unwrap).collect();
+        let bytes: Vec<u8> = pieces.into_iter().flat_map(|piece| piece.unwrap().bytes).collect();
         assert_eq!(bytes, range.map(byte).collect::<Vec<_>>());
     }
 
@@ -205,7 +200,7 @@ mod tests {
         let whole = Arc::new(Whole::default());
         let source = in_order(Arc::clone(&whole) as _, SIZE);
         let mut body = source.fetch(0..50, Urgency::Demand).await.unwrap();
-        assert_eq!(body.next().await.unwrap().unwrap().len(), 7);
+        assert_eq!(body.next().await.unwrap().unwrap().bytes.len(), 7);
         drop(body);
         read(&source, 10..20).await;
         assert_eq!(whole.0.load(std::sync::atomic::Ordering::Relaxed), 2);

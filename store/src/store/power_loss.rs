@@ -230,17 +230,13 @@ impl Source for Memory {
         "memory"
     }
 
-    fn kind(&self) -> crate::SourceKind {
-        crate::SourceKind::Registry
-    }
-
     fn fetch(
         &self,
         range: Range<u64>,
         _urgency: Urgency,
     ) -> BoxFuture<'_, Result<ByteStream, SourceError>> {
         let bytes = self.0.slice(range.start as usize..range.end as usize);
-        Box::pin(async { Ok(stream::iter([Ok(bytes)]).boxed()) })
+        Box::pin(async { Ok(stream::iter([Ok(crate::Piece::of_registry(bytes))]).boxed()) })
     }
 }
 

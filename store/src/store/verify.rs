@@ -8,6 +8,7 @@ use sha2::{Digest as _, Sha256};
 use super::{Store, read_layout};
 use crate::blob::Compared;
 use crate::chunk::each;
+use crate::hash::judge;
 use crate::state::Verdict;
 use crate::trust::Settled;
 use crate::{Blob, BlobId, Digest, Form, OpenError, ReadError};
@@ -88,13 +89,12 @@ impl Store {
             return Ok(Checked::NoDigest);
         }
         let era = blob.era();
-        let Some(actual) = hash(&blob, &mut progress)? else { return Ok(Checked::Partial) };
-        let good = actual == id.digest;
-        let verdict = if good { Verdict::Verified } else { Verdict::Poisoned { actual } };
-        match blob.judge(verdict, era) {
+        let hashed = hash(&blob, &mut progress)?;
+        let Some((actual, chunks)) = hashed else { return Ok(Checked::Partial) };
+        match judge(&blob, actual, &chunks, era) {
             // A part of it was evicted and fetched again meanwhile.
             Settled::Outdated => Ok(Checked::Partial),
-            Settled::Now | Settled::Before if good => Ok(Checked::Good),
+            Settled::Now | Settled::Before if actual == id.digest => Ok(Checked::Good),
             Settled::Now | Settled::Before => Ok(Checked::Bad { actual }),
         }
     }
@@ -123,13 +123,19 @@ fn compare(blob: &Arc<Blob>, progress: &mut dyn FnMut(u64)) -> Result<Checked, R
     })
 }
 
-/// The digest of all bytes; `None` if some are missing.
-fn hash(blob: &Arc<Blob>, progress: &mut dyn FnMut(u64)) -> Result<Option<Digest>, ReadError> {
-    let mut hasher = Sha256::new();
+/// The digest of all bytes, and those of the chunks where they are kept; `None` if some are missing.
+fn hash(
+    blob: &Arc<Blob>,
+    progress: &mut dyn FnMut(u64),
+) -> Result<Option<(Digest, Vec<u8>)>, ReadError> {
+    let (mut hasher, mut chunks) = (Sha256::new(), Vec::new());
     for chunk in each(&blob.table().all()) {
         let Some(bytes) = blob.chunk_bytes(chunk)? else { return Ok(None) };
         hasher.update(&*bytes);
+        if blob.keeps_digests() {
+            chunks.extend_from_slice(Digest::of(&bytes).as_raw());
+        }
         progress(bytes.len() as u64);
     }
-    Ok(Some(Digest::from_raw(hasher.finalize().into())))
+    Ok(Some((Digest::from_raw(hasher.finalize().into()), chunks)))
 }

@@ -9,7 +9,7 @@ use bytes::Bytes;
 use futures::future::BoxFuture;
 use futures::stream::{self, StreamExt};
 use tokio::time::{Instant, sleep};
-use weightfs_store::{Blob, ByteStream, Layout, Source, SourceError, Store, Urgency};
+use weightfs_store::{Blob, ByteStream, Layout, Piece, Source, SourceError, Store, Urgency};
 
 use super::source::status;
 use super::{MIB, id, noise, open, read};
@@ -52,10 +52,6 @@ impl Source for Scripted {
         "scripted"
     }
 
-    fn kind(&self) -> weightfs_store::SourceKind {
-        weightfs_store::SourceKind::Registry
-    }
-
     fn fetch(
         &self,
         range: Range<u64>,
@@ -72,7 +68,8 @@ impl Source for Scripted {
                     Err(status(500, None))
                 }
                 Answer::Stall(bytes) => {
-                    let some = stream::iter([Ok(data.slice(..bytes.min(data.len())))]);
+                    let some =
+                        stream::iter([Ok(Piece::of_registry(data.slice(..bytes.min(data.len()))))]);
                     Ok(some.chain(stream::pending()).boxed())
                 }
                 Answer::After(first, rest) => {
@@ -84,7 +81,7 @@ impl Source for Scripted {
                         }
                         sleep(rest / PIECES as u32).await;
                         let piece = data.split_to(size.min(data.len()));
-                        Some((Ok(piece), data))
+                        Some((Ok(Piece::of_registry(piece)), data))
                     });
                     Ok(pieces.boxed())
                 }

@@ -9,7 +9,7 @@ use bytes::Bytes;
 use futures::future::BoxFuture;
 use futures::stream::{self, StreamExt};
 use tokio::time::{Instant, sleep, sleep_until};
-use weightfs_store::{ByteStream, Source, SourceError, Urgency};
+use weightfs_store::{ByteStream, Piece, Source, SourceError, Urgency};
 
 use super::source::status;
 
@@ -105,10 +105,6 @@ impl Source for FarSource {
         "far"
     }
 
-    fn kind(&self) -> weightfs_store::SourceKind {
-        weightfs_store::SourceKind::Registry
-    }
-
     fn fetch(
         &self,
         range: Range<u64>,
@@ -129,7 +125,8 @@ impl Source for FarSource {
                     return None;
                 }
                 open.0.carry(len).await;
-                Some((Ok(Bytes::from_static(&ZEROS[..len])), (left - len, open)))
+                let piece = Piece::of_registry(Bytes::from_static(&ZEROS[..len]));
+                Some((Ok(piece), (left - len, open)))
             });
             Ok(pieces.boxed())
         })

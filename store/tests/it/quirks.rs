@@ -73,7 +73,7 @@ impl Bed {
     async fn first_byte(&self, size: u64, range: std::ops::Range<u64>) -> Result<u8, SourceError> {
         let source = self.registries.source(&repository(), Digest::of(b"x"), size);
         let piece = source.fetch(range, Urgency::Demand).await?.next().await.unwrap();
-        piece.map(|piece| piece[0])
+        piece.map(|piece| piece.bytes[0])
     }
 }
 
@@ -166,7 +166,7 @@ async fn a_mirror_without_ranges_is_asked_for_one_once() {
     for at in 1..10 {
         let piece =
             source.fetch(at..at + 1, Urgency::Demand).await.unwrap().next().await.unwrap().unwrap();
-        assert_eq!(piece, data[at as usize..=at as usize]);
+        assert_eq!(piece.bytes, data[at as usize..=at as usize]);
     }
     assert_eq!((whole.take_requests().len(), registry.take_requests().len()), (1, 9));
 }

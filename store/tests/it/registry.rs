@@ -64,7 +64,7 @@ async fn fetch(server: &Server, size: u64, range: Range<u64>) -> Result<Vec<u8>,
     let mut body = source.fetch(range, Urgency::Demand).await?;
     let mut bytes = vec![];
     while let Some(piece) = body.next().await {
-        bytes.extend_from_slice(&piece?);
+        bytes.extend_from_slice(&piece?.bytes);
     }
     Ok(bytes)
 }
@@ -261,7 +261,7 @@ async fn a_cut_body_is_an_error_after_the_bytes_that_came() {
     let (mut bytes, mut error) = (vec![], None);
     while let Some(piece) = body.next().await {
         match piece {
-            Ok(piece) => bytes.extend_from_slice(&piece),
+            Ok(piece) => bytes.extend_from_slice(&piece.bytes),
             Err(cut) => error = Some(cut),
         }
     }

@@ -10,7 +10,7 @@ use bytes::Bytes;
 use futures::future::BoxFuture;
 use futures::stream::{self, StreamExt};
 use tokio::sync::watch;
-use weightfs_store::{ByteStream, Source, SourceError, Urgency};
+use weightfs_store::{ByteStream, Piece, Source, SourceError, Urgency};
 
 /// Bytes of a piece: neither a divisor nor a multiple of a chunk.
 const PIECE_BYTES: u64 = 100_003;
@@ -136,7 +136,8 @@ impl TestSource {
                 }
                 let limit = start.saturating_add(*allowed.borrow());
                 let next = (at + PIECE_BYTES).min(end).min(limit);
-                Some((Ok(data.slice(at as usize..next as usize)), (next, allowed, breaks)))
+                let piece = Piece::of_registry(data.slice(at as usize..next as usize));
+                Some((Ok(piece), (next, allowed, breaks)))
             }
         })
         .boxed()
@@ -147,7 +148,7 @@ impl TestSource {
 fn trickle(data: Bytes) -> ByteStream {
     stream::unfold(data, async |mut data| {
         tokio::time::sleep(Duration::from_secs(1)).await;
-        (!data.is_empty()).then(|| (Ok(data.split_to(1)), data))
+        (!data.is_empty()).then(|| (Ok(Piece::of_registry(data.split_to(1))), data))
     })
     .boxed()
 }
@@ -169,10 +170,6 @@ impl Source for TestSource {
 
     fn host(&self) -> &str {
         &self.name
-    }
-
-    fn kind(&self) -> weightfs_store::SourceKind {
-        weightfs_store::SourceKind::Registry
     }
 
     fn fetch(

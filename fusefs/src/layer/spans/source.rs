@@ -7,7 +7,7 @@ use std::sync::Arc;
 use bytes::{Buf as _, Bytes};
 use futures::future::BoxFuture;
 use futures::stream::{self, StreamExt as _};
-use weightfs_store::{ByteStream, Source, SourceError, SourceKind, Urgency, in_order};
+use weightfs_store::{ByteStream, Piece, Source, SourceError, SourceKind, Urgency, in_order};
 
 use super::decoder::Decoder;
 use super::points::Points;
@@ -48,6 +48,7 @@ impl InflatedSource {
             body,
             decoder,
             pending: Bytes::new(),
+            from: SourceKind::Registry,
             skip: range.start - span.content(),
             left: range.end - range.start,
             source_name: self.compressed.name().to_owned(),
@@ -65,10 +66,6 @@ impl Source for InflatedSource {
         self.compressed.host()
     }
 
-    fn kind(&self) -> SourceKind {
-        self.compressed.kind()
-    }
-
     fn fetch(
         &self,
         range: Range<u64>,
@@ -82,8 +79,9 @@ impl Source for InflatedSource {
 struct Inflating {
     body: ByteStream,
     decoder: Decoder,
-    /// What came and is not inflated yet.
+    /// What came and is not inflated yet, and from whom.
     pending: Bytes,
+    from: SourceKind,
     /// Bytes that come before what was asked for, and bytes of that.
     skip: u64,
     left: u64,
@@ -93,7 +91,7 @@ struct Inflating {
 impl Inflating {
     /// The next bytes. Inflating them takes about as long as the write that follows: too short
     /// to hand it to another thread.
-    async fn next(mut self) -> Result<Option<(Bytes, Self)>, SourceError> {
+    async fn next(mut self) -> Result<Option<(Piece, Self)>, SourceError> {
         while self.left > 0 {
             let step = self.decoder.step(&self.pending).map_err(|error| self.bad(&error))?;
             self.pending.advance(step.consumed.min(self.pending.len()));
@@ -106,11 +104,11 @@ impl Inflating {
             if let Some(wanted @ [_, ..]) = wanted.get(..count) {
                 let bytes = Bytes::copy_from_slice(wanted);
                 self.left -= bytes.len() as u64;
-                return Ok(Some((bytes, self)));
+                return Ok(Some((Piece { bytes, from: self.from }, self)));
             }
             if step.consumed == 0 && step.produced.is_empty() {
                 match self.body.next().await {
-                    Some(piece) => self.pending = piece?,
+                    Some(piece) => Piece { bytes: self.pending, from: self.from } = piece?,
                     None => {
                         let error = io::Error::from(io::ErrorKind::UnexpectedEof);
                         return Err(self.bad(&error));

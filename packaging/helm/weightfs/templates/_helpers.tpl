@@ -6,3 +6,7 @@ app.kubernetes.io/instance: {{ .Release.Name }}
 {{- define "weightfs.image" -}}
 {{ .Values.image.repository }}:{{ .Values.image.tag | default .Chart.AppVersion }}
 {{- end }}
+
+{{- define "weightfs.peersName" -}}
+{{ .Values.peers.tls.serverName | default (printf "weightfs-peers.%s.svc" .Release.Namespace) }}
+{{- end }}

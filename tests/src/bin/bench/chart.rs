@@ -2,7 +2,7 @@
 
 use std::fmt::Write as _;
 
-use crate::figures::Figures;
+use weightfs_tests::figures::Figures;
 
 const WIDTH: u32 = 720;
 const LABEL_WIDTH: u32 = 250;
@@ -130,10 +130,11 @@ fn draw_group(to: &mut String, mut y: u32, title: &str, unit: &str, bars: &[(&Ba
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::figures::CATALOGUE;
 
     #[test]
     fn what_was_measured_has_a_bar_and_nothing_else() {
-        let mut figures = Figures::default();
+        let mut figures = Figures::new(CATALOGUE);
         assert_eq!(draw(&figures).matches("<rect").count(), 1);
         figures.add("all_read_direct_s", 1.5);
         figures.add("containerd21_all_read_direct_s", 3.0);

@@ -5,11 +5,11 @@ use std::os::unix::fs::FileExt as _;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use weightfs_tests::figures::Figures;
 use weightfs_tests::wait::holds_within;
 use weightfs_tests::{Mounted, Target};
 
 use crate::Bench;
-use crate::figures::Figures;
 use crate::lab::{Line, drop_caches, rate};
 use crate::read;
 use crate::usage::{MemoryWatch, cpu_seconds, wait_quiet};

@@ -9,13 +9,13 @@ use std::time::{Duration, Instant};
 use nix::mount::{MntFlags, umount2};
 use nix::unistd::Pid;
 use tempfile::TempDir;
+use weightfs_tests::figures::Figures;
 use weightfs_tests::process::run;
 use weightfs_tests::wait::wait_until;
 use weightfs_tests::{Containerd, ContainerdOptions, Daemon};
 
 use crate::Bench;
 use crate::cold::read_first_byte;
-use crate::figures::Figures;
 use crate::lab::{Fresh, IN_IMAGE, Lab, Line, drop_caches};
 use crate::read;
 

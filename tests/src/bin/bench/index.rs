@@ -9,11 +9,11 @@ use nix::unistd::Pid;
 use weightfs_fusefs::index::{Index, LayerIndex};
 use weightfs_fusefs::{Compression, Listing};
 use weightfs_store::{CHUNK_BYTES, Digest};
+use weightfs_tests::figures::Figures;
 use weightfs_tests::image::image;
 use weightfs_tests::layer::{Attributes, Compression as Packed, LayerBuilder};
 
 use crate::Bench;
-use crate::figures::Figures;
 use crate::lab::{Lab, Line, drop_caches, rate};
 use crate::usage::MemoryWatch;
 use crate::zeros::Zeros;

@@ -9,10 +9,10 @@ use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use weightfs_tests::Blob;
+use weightfs_tests::figures::Figures;
 use weightfs_tests::process::run_within;
 
 use crate::download::Blobs;
-use crate::figures::Figures;
 use crate::lab::{Lab, Line, drop_caches};
 use crate::{Bench, Options};
 

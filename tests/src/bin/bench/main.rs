@@ -30,8 +30,9 @@ use std::process::ExitCode;
 use std::time::Instant;
 
 use weightfs_tests::containerd::{Containerd, ContainerdOptions, Version};
+use weightfs_tests::figures::Figures;
 
-use crate::figures::Figures;
+use crate::figures::CATALOGUE;
 use crate::lab::Lab;
 use crate::loaders::Loaders;
 use crate::polling::Polled;
@@ -133,7 +134,7 @@ fn main() -> ExitCode {
         }
     };
     let start = Instant::now();
-    let mut figures = Figures::default();
+    let mut figures = Figures::new(CATALOGUE);
     let failed = measure_all(&options, &mut figures);
     report::print(&options, &figures, start.elapsed());
     if let Err(error) = write_files(&options, &figures) {

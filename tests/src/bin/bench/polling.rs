@@ -6,11 +6,11 @@ use std::time::{Duration, Instant};
 
 use weightfs_tests::Host;
 use weightfs_tests::containerd::Version;
+use weightfs_tests::figures::Figures;
 use weightfs_tests::host::SNAPSHOTTER;
 use weightfs_tests::snapshots::{Labels, Snapshots, labels};
 
 use crate::Bench;
-use crate::figures::Figures;
 use crate::usage::cpu_seconds;
 
 /// How often CRI asks (its `stats_collect_period`).

@@ -1,47 +1,14 @@
 //! The run as text and as JSON.
 
-use std::fs;
 use std::time::Duration;
 
 use serde_json::{Value, json};
+use weightfs_tests::figures::{
+    Bound, Figures, Judgement, Reach, machine, median, print_reaches, print_table, ratio,
+    reaches_json, value,
+};
 
 use crate::Options;
-use crate::figures::{CATALOGUE, Figures, Summary};
-
-/// A figure that is to be reached, and how it is judged.
-struct Reach {
-    title: &'static str,
-    /// What is reached, and what is to be, from the medians of one run.
-    judge: fn(&Figures) -> Option<Judgement>,
-}
-
-struct Judgement {
-    found: f64,
-    bound: Bound,
-}
-
-/// What a value must keep to.
-#[derive(Debug, Clone, Copy)]
-enum Bound {
-    AtMost(f64),
-    AtLeast(f64),
-}
-
-impl Judgement {
-    fn reached(&self) -> bool {
-        match self.bound {
-            Bound::AtMost(limit) => self.found <= limit,
-            Bound::AtLeast(limit) => self.found >= limit,
-        }
-    }
-
-    fn bound(&self) -> String {
-        match self.bound {
-            Bound::AtMost(limit) => format!("<= {}", short(limit)),
-            Bound::AtLeast(limit) => format!(">= {}", short(limit)),
-        }
-    }
-}
 
 const REACHES: &[Reach] = &[
     Reach {
@@ -265,20 +232,8 @@ const REACHES: &[Reach] = &[
     },
 ];
 
-fn median(figures: &Figures, name: &str) -> Option<f64> {
-    figures.get(name).map(|summary| summary.median)
-}
-
-fn value(figures: &Figures, name: &str, bound: Bound) -> Option<Judgement> {
-    Some(Judgement { found: median(figures, name)?, bound })
-}
-
 fn warm(figures: &Figures, name: &str) -> Option<Judgement> {
     value(figures, name, Bound::AtLeast(0.95))
-}
-
-fn ratio(figures: &Figures, of: &str, to: &str, bound: Bound) -> Option<Judgement> {
-    Some(Judgement { found: median(figures, of)? / median(figures, to)?, bound })
 }
 
 /// Prints the tables.
@@ -290,118 +245,39 @@ pub(crate) fn print(options: &Options, figures: &Figures, took: Duration) {
         took.as_secs_f64(),
         machine()
     );
-    println!("{:<50} {:>9} {:>9} {:>9}", "", "median", "min", "max");
-    for kind in CATALOGUE {
-        if let Some(Summary { median, min, max, .. }) = figures.get(kind.name) {
-            let [median, min, max] = [median, min, max].map(short);
-            println!("{:<50} {median:>9} {min:>9} {max:>9}  {}", kind.title, kind.unit.name());
-        }
-    }
-    for (prefix, reason) in figures.left_out() {
-        println!("left out: {prefix}*: {reason}");
-    }
+    print_table(figures);
     if options.quick {
         println!(
             "\nQUICK: this run shows that everything can be measured; its times mean nothing."
         );
     } else {
-        print_reaches(figures);
-    }
-}
-
-fn print_reaches(figures: &Figures) {
-    println!("\n{:<50} {:>9}  {:>12}", "reach (medians of this run)", "found", "wanted");
-    for reach in REACHES {
-        let Some(judgement) = (reach.judge)(figures) else { continue };
-        let word = if judgement.reached() { "reached" } else { "NOT reached" };
-        let (found, bound) = (short(judgement.found), judgement.bound());
-        println!("{:<50} {found:>9}  {bound:>12}  {word}", reach.title);
+        print_reaches(REACHES, figures);
     }
 }
 
 /// The run as a JSON document.
 pub(crate) fn to_json(options: &Options, figures: &Figures) -> Value {
     let left_out = figures.left_out().iter().map(|(prefix, reason)| json!([prefix, reason]));
-    let reaches = REACHES.iter().filter_map(|reach| {
-        let judgement = (reach.judge)(figures)?;
-        Some(json!({
-            "title": reach.title,
-            "found": judgement.found,
-            "wanted": judgement.bound(),
-            "reached": judgement.reached(),
-        }))
-    });
     json!({
         "quick": options.quick,
         "machine": machine(),
         "shard_bytes": options.shard_bytes,
         "figures": figures.to_json(),
-        "reach": reaches.collect::<Vec<_>>(),
+        "reach": reaches_json(REACHES, figures),
         "left_out": left_out.collect::<Vec<_>>(),
     })
-}
-
-/// What the figures depend on: processors, kernel, and how busy others keep the machine.
-fn machine() -> String {
-    let read = |path: &str| fs::read_to_string(path).unwrap_or_default().trim().to_owned();
-    let cpus = std::thread::available_parallelism().map_or(0, usize::from);
-    let load = read("/proc/loadavg");
-    let load = load.split(' ').next().unwrap_or_default();
-    format!("{cpus} CPUs, Linux {}, load {load}", read("/proc/sys/kernel/osrelease"))
-}
-
-/// Three significant digits; whole numbers from 1,000 on, with a comma for each thousand.
-fn short(value: f64) -> String {
-    match value.abs() {
-        size if size >= 999.5 => thousands(value.round()),
-        size if size >= 99.95 => format!("{value:.0}"),
-        size if size >= 9.995 => format!("{value:.1}"),
-        size if size >= 0.9995 => format!("{value:.2}"),
-        _ => format!("{value:.3}"),
-    }
-}
-
-fn thousands(whole: f64) -> String {
-    let digits = format!("{:.0}", whole.abs());
-    let mut text = String::new();
-    for (place, digit) in digits.chars().enumerate() {
-        if place > 0 && (digits.len() - place) % 3 == 0 {
-            text.push(',');
-        }
-        text.push(digit);
-    }
-    if whole < 0.0 { format!("-{text}") } else { text }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::figures::CATALOGUE;
 
     #[test]
-    fn numbers_have_three_digits_and_commas() {
-        let cases = [
-            (0.0123, "0.012"),
-            (1.0, "1.00"),
-            (12.34, "12.3"),
-            (99.97, "100"),
-            (999.9, "1,000"),
-            (1_052_672.0, "1,052,672"),
-            (-0.5, "-0.500"),
-        ];
-        for (value, text) in cases {
-            assert_eq!(short(value), text);
-        }
-    }
-
-    #[test]
-    fn a_reach_is_judged_from_the_medians_of_the_run() {
-        let mut figures = Figures::default();
+    fn every_reach_is_of_figures_that_are_in_the_catalogue() {
+        let mut figures = Figures::new(CATALOGUE);
         assert!(REACHES.iter().all(|reach| (reach.judge)(&figures).is_none()));
-        figures.add("all_read_direct_s", 2.0);
-        figures.add("containerd21_all_read_direct_s", 4.0);
-        let judgement = (REACHES[0].judge)(&figures).unwrap();
-        assert!(!judgement.reached());
-        figures.add("containerd21_all_read_direct_s", 8.0);
-        assert!((REACHES[0].judge)(&figures).unwrap().reached());
+        CATALOGUE.iter().for_each(|kind| figures.add(kind.name, 1.0));
+        assert!(REACHES.iter().all(|reach| (reach.judge)(&figures).is_some()));
     }
 }

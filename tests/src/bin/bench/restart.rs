@@ -1,10 +1,10 @@
 //! A start of the daemon with 1,000 lazy snapshots and 200 models.
 
+use weightfs_tests::figures::Figures;
 use weightfs_tests::readers::Pulse;
 use weightfs_tests::{Host, Many};
 
 use crate::Bench;
-use crate::figures::Figures;
 
 /// How long the mount does not answer while a daemon is killed and the next one takes over.
 pub(crate) fn measure(bench: &Bench, figures: &mut Figures) {

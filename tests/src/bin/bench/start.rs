@@ -11,12 +11,12 @@ use futures::{StreamExt as _, stream};
 use tokio::runtime::Runtime;
 use weightfs_store::{
     Amount, Background, Blob, BlobId, ByteStream, CHUNK_BYTES, CacheOptions, Digest, FetchOptions,
-    Form, KeepDigests, Layout, Read, Recheck, Source, SourceError, Store, StoreOptions, Urgency,
-    Verify,
+    Form, KeepDigests, Layout, Piece, Read, Recheck, Source, SourceError, Store, StoreOptions,
+    Urgency, Verify,
 };
+use weightfs_tests::figures::Figures;
 
 use crate::Bench;
-use crate::figures::Figures;
 use crate::lab::drop_caches;
 
 const BLOBS: u64 = 100;
@@ -92,10 +92,6 @@ impl Source for Zeros {
         "zeros"
     }
 
-    fn kind(&self) -> weightfs_store::SourceKind {
-        weightfs_store::SourceKind::Registry
-    }
-
     fn fetch(
         &self,
         range: Range<u64>,
@@ -106,7 +102,7 @@ impl Source for Zeros {
             let pieces = stream::unfold((range.end - range.start, chunk), async |(left, chunk)| {
                 let piece = left.min(CHUNK_BYTES);
                 let bytes = chunk.slice(..usize::try_from(piece).unwrap_or(0));
-                (piece > 0).then(|| (Ok(bytes), (left - piece, chunk)))
+                (piece > 0).then(|| (Ok(Piece::of_registry(bytes)), (left - piece, chunk)))
             });
             Ok(pieces.boxed())
         })

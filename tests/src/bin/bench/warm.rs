@@ -9,10 +9,10 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use tempfile::TempDir;
+use weightfs_tests::figures::Figures;
 use weightfs_tests::{Containerd, Mounted};
 
 use crate::Bench;
-use crate::figures::Figures;
 use crate::images::{Node, OVERLAYFS, SNAPSHOTTER, View};
 use crate::lab::{Fresh, Lab, Line, Model, drop_caches, rate};
 use crate::read;

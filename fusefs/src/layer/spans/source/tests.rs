@@ -49,7 +49,7 @@ async fn read(source: &InflatedSource, range: Range<u64>) -> Result<Vec<u8>, Sou
     let mut stream = source.fetch(range, Urgency::Demand).await?;
     let mut bytes = vec![];
     while let Some(piece) = stream.next().await {
-        bytes.extend_from_slice(&piece?);
+        bytes.extend_from_slice(&piece?.bytes);
     }
     Ok(bytes)
 }
