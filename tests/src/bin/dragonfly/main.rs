@@ -81,8 +81,8 @@ impl Lab {
         let [first, second] = [0, 1].map(|node| self.nodes[node].endpoint());
         let alone = self.step("the first node loads one", &one, || self.load(&first, &one));
         let then = self.step("then the second node", &one, || self.load(&second, &one));
-        self.bed.proxy.fail(Target::Blobs, Fault::Status(503));
-        let cached = self.step("again; the registry fails", &one, || self.load(&second, &one));
+        self.bed.proxy.fail(one.blob, Fault::Status(503));
+        let cached = self.step("again; the registry refuses", &one, || self.load(&second, &one));
         self.bed.proxy.heal();
         let two = self.model("models/two");
         self.step("both load another at once", &two, || {

@@ -48,6 +48,8 @@ mkdir -p /etc/weightfs/certs.d/registry.example.com /mnt/llama /var/lib/weightfs
 mount --bind state /var/lib/weightfs
 cp hosts.toml /etc/weightfs/certs.d/registry.example.com/
 printf '[mirrors]\nhosts_dir = "/etc/weightfs/certs.d"\n' > /etc/weightfs/config.toml
+# How full this machine's disk is belongs to no session.
+printf '[cache]\nmin_free = "0B"\n' >> /etc/weightfs/config.toml
 ln -s "$PROGRAM" bin/weightfs
 PATH="$PWD/bin:$PATH"
 weightfs keeper -- weightfs serve > daemon.log 2>&1 &

@@ -54,7 +54,7 @@ pub(super) fn document(session: &[Step]) -> String {
              text-anchor=\"end\" textLength=\"{:.1}\">{took}</text>",
             at.as_secs_f64(),
             MARGIN as f64 + COLUMNS as f64 * COLUMN,
-            y(row - 1),
+            y(row),
             width as f64 * COLUMN,
         );
         row += 1;
