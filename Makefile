@@ -23,7 +23,7 @@ TEST_TIMEOUT ?= 1500
 BENCH_TIMEOUT ?= $(if $(QUICK),300,3600)
 # A quick benchmark asserts no time: it takes what the tests have built. Else the program is the one that is
 # installed: together with the benchmark it would be built with the features of both.
-BENCH_BUILD = $(if $(QUICK),$(CARGO) build --locked --workspace --bin weightfs --bin $(1),\
+BENCH_BUILD = $(if $(QUICK),$(CARGO) build --locked --workspace $(OPTIONAL) --bin weightfs --bin $(1),\
     packaging/release-build && packaging/release-build -p weightfs-tests --bin $(1))
 BENCH_DIR := $(TARGET)/$(if $(QUICK),debug,dist)
 SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
