@@ -16,7 +16,7 @@ pub(crate) const CATALOGUE: &[Kind] = &[
     kind("slow_makespan_s", Unit::Seconds, "  until the last other one had all"),
     kind("lying_egress_blobs", Unit::Blobs, "one that lies: registry"),
     kind("lying_makespan_s", Unit::Seconds, "  until the last other one had all"),
-    kind("registry_gone_egress_blobs", Unit::Blobs, "registry gone after one blob: registry"),
+    kind("registry_gone_egress_blobs", Unit::Blobs, "registry gone once a node has all: registry"),
     kind("registry_gone_makespan_s", Unit::Seconds, "  until the last one had all"),
     kind("late_egress_blobs", Unit::Blobs, "a quarter joins at half time: registry"),
     kind("late_makespan_s", Unit::Seconds, "  the longest load of any of them"),

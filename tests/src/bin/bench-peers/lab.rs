@@ -1,8 +1,6 @@
 //! What everything is measured on: hosts on a bridge, a registry, and a model in it.
 
-use std::collections::BTreeMap;
 use std::fs;
-use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -11,7 +9,6 @@ use weightfs_tests::certificates::PeerAuthority;
 use weightfs_tests::digest;
 use weightfs_tests::model::{write_noise, write_safetensors};
 use weightfs_tests::modelpack::{Dialect, pack, raw_plan};
-use weightfs_tests::proxy::Seen;
 use weightfs_tests::{Area, Megabits, NetHost, Network, Proxy, Registry, Target, Weightfs};
 
 use crate::{Options, REGISTRY_LINKS};
@@ -112,33 +109,6 @@ impl Lab {
     pub(crate) fn egress(&self) -> f64 {
         self.proxy.bytes(Target::Blobs) as f64 / self.model_bytes() as f64
     }
-
-    /// Whether the registry has sent each byte of the model once.
-    pub(crate) fn has_sent_all(&self) -> bool {
-        let mut sent: BTreeMap<String, Vec<Range<u64>>> = BTreeMap::new();
-        for seen in self.proxy.seen() {
-            let Some(range) = range_of(&seen) else { continue };
-            let range = range.start..(range.start + seen.bytes()).min(range.end);
-            sent.entry(seen.path).or_default().push(range);
-        }
-        self.model.iter().all(|file| {
-            let blob = format!("/blobs/{}", file.digest);
-            sent.iter_mut().any(|(path, ranges)| {
-                ranges.sort_by_key(|range| range.start);
-                let end = ranges.iter().fold(0, |end, range| match range.start <= end {
-                    true => range.end.max(end),
-                    false => end,
-                });
-                path.ends_with(&blob) && end == file.bytes
-            })
-        })
-    }
-}
-
-/// Bytes that a request asks for.
-fn range_of(seen: &Seen) -> Option<Range<u64>> {
-    let (first, last) = seen.range.as_deref()?.strip_prefix("bytes=")?.split_once('-')?;
-    Some(first.parse().ok()?..last.parse::<u64>().ok()? + 1)
 }
 
 fn push(area: &Area, registry: &Registry, dir: &Path, repository: &str) {
