@@ -9,12 +9,13 @@ step() {
     say "$(cat "$here/$1")"
     bash -euo pipefail "$here/$1"
 }
-# All files but those that dpkg, apt and containerd keep for themselves.
+# All files but those that dpkg, apt and containerd keep for themselves. A directory that had many
+# entries stays as large.
 files() {
     find / -xdev \( -path /proc -o -path /sys -o -path /dev -o -path /run -o -path /tmp \
         -o -path /var/lib/dpkg -o -path /var/lib/apt -o -path /var/cache -o -path /var/log \
         -o -path /var/lib/containerd -o -path /etc/cni -o -path "$here" \) -prune \
-        -o -printf '%p %y %s\n' | sort
+        -o -type d -printf '%p %y\n' -o -printf '%p %y %s\n' | sort
 }
 wait_for() {
     for _ in $(seq 600); do
