@@ -253,15 +253,21 @@ impl Registries {
         if let Some(known) = known.as_ref().filter(|known| known.are_current()) {
             return Ok(Arc::clone(known));
         }
-        let hosts = match (self.open_hosts(registry), known) {
+        let hosts = match (self.open_hosts(registry), &known) {
             (Ok(hosts), _) => Arc::new(hosts),
             (Err(error), None) => return Err(error),
             (Err(error), Some(known)) => {
                 tracing::warn!(%error, "the registry's hosts stay as they were");
-                known
+                Arc::clone(known)
             }
         };
-        lock(&self.hosts).put(registry.to_owned(), Arc::clone(&hosts));
+        let mut all = lock(&self.hosts);
+        let is_known = |other: &Arc<Hosts>| known.iter().any(|known| Arc::ptr_eq(known, other));
+        // Whoever opened them first: their bounds are the registry's, not each caller's.
+        if let Some(first) = all.get(registry).filter(|other| !is_known(other)) {
+            return Ok(Arc::clone(first));
+        }
+        all.put(registry.to_owned(), Arc::clone(&hosts));
         Ok(hosts)
     }
 
