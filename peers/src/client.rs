@@ -23,9 +23,11 @@ use tower_service::Service;
 use weightfs_proto::peer::peer_client::PeerClient;
 use weightfs_proto::peer::{LocateReply, LocateRequest};
 
+use weightfs_swarm::Urgency;
+
+use crate::lock;
 use crate::tls::{Io, Protocol, Security};
 use crate::wire::Wanted;
-use crate::{PATIENCE, lock};
 
 /// Peers to which a connection for questions is kept.
 const MAX_CHANNELS: NonZeroUsize = NonZeroUsize::new(256).unwrap();
@@ -35,7 +37,20 @@ const MAX_ANSWER_BYTES: usize = 64 << 10;
 
 /// Idle connections for bytes that are kept to a peer, and for how long.
 const MAX_IDLE: usize = 8;
-const IDLE: Duration = Duration::from_secs(20);
+pub(crate) const IDLE: Duration = Duration::from_secs(20);
+
+/// How long a connection may take: one that was lost on its way is tried again by the kernel after
+/// a second (RFC 6298, section 2).
+const CONNECT: Duration = Duration::from_secs(3);
+
+/// How long a peer may take to say something. A reader does not wait for who may be dead; what
+/// nobody waits for does not take a peer for dead whose link is full.
+const fn patience(urgency: Urgency) -> Duration {
+    match urgency {
+        Urgency::Demand => Duration::from_secs(1),
+        Urgency::Ahead | Urgency::Background => Duration::from_secs(4),
+    }
+}
 
 /// Why a peer gave nothing.
 #[derive(Debug)]
@@ -70,9 +85,10 @@ impl Client {
         &self,
         member: &Arc<str>,
         question: LocateRequest,
+        urgency: Urgency,
     ) -> Result<LocateReply, Failure> {
         let mut client = self.channel(member).ok_or(Failure::Gone)?;
-        match timeout(PATIENCE, client.locate(question)).await {
+        match timeout(patience(urgency), client.locate(question)).await {
             Ok(Ok(answer)) => Ok(answer.into_inner()),
             Ok(Err(error)) => {
                 tracing::debug!(%member, %error, "a peer does not answer");
@@ -89,7 +105,7 @@ impl Client {
         wanted: &Wanted,
     ) -> Result<Response<Incoming>, Failure> {
         let request = wanted.request(member, Empty::new()).ok_or(Failure::Gone)?;
-        let answer = match timeout(PATIENCE, self.bytes.request(request)).await {
+        let answer = match timeout(patience(wanted.urgency), self.bytes.request(request)).await {
             Ok(Ok(answer)) => answer,
             Ok(Err(error)) => {
                 tracing::debug!(member, error = said(&error), "a peer gives nothing");
@@ -160,7 +176,7 @@ impl Service<Uri> for Connector {
                 security.connect(stream, host, protocol).await
             };
             let late = |_| std::io::Error::from(std::io::ErrorKind::TimedOut);
-            let io = timeout(PATIENCE, connect).await.map_err(late)??;
+            let io = timeout(CONNECT, connect).await.map_err(late)??;
             Ok(Stream(TokioIo::new(io)))
         })
     }

@@ -23,7 +23,6 @@ use std::collections::HashMap;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
-use std::time::Duration;
 
 use tokio::runtime::Runtime;
 use weightfs_store::{Blob, BlobId, Digest, Form, Repository, Source};
@@ -270,6 +269,3 @@ fn hash(text: &str) -> u64 {
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
-
-/// How long a peer may take to say something.
-const PATIENCE: Duration = Duration::from_secs(1);

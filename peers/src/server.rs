@@ -3,7 +3,6 @@
 
 use std::convert::Infallible;
 use std::net::TcpListener as StdListener;
-use std::ops::Range;
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
@@ -25,8 +24,9 @@ use tower_service::Service as _;
 use weightfs_proto::peer::peer_server::{Peer, PeerServer};
 use weightfs_proto::peer::{Have, Later, LocateReply, LocateRequest, Nothing, Refer, locate_reply};
 use weightfs_store::{Blob, Slice};
-use weightfs_swarm::{Answer, Group, Here, Node};
+use weightfs_swarm::{Answer, Group, Here, Inquiry, Node};
 
+use crate::client::IDLE;
 use crate::table::node_of;
 use crate::tls::Security;
 use crate::wire::{self, TRUST, Wanted};
@@ -35,8 +35,12 @@ use crate::{Name, Peers};
 /// Connections at the most.
 const MAX_CONNECTIONS: usize = 4096;
 
-/// How long a handshake, and the headers of a request, may take.
+/// How long a handshake may take.
 const HANDSHAKE: Duration = Duration::from_secs(5);
+
+/// How long the headers of a request may take, and the next request: longer than who asks keeps a
+/// connection, or it would be closed while a request is on its way.
+const HEADERS: Duration = Duration::from_secs(2 * IDLE.as_secs());
 
 /// Largest question, and largest headers.
 const MAX_QUESTION_BYTES: usize = 64 << 10;
@@ -95,7 +99,7 @@ async fn connection(
     builder
         .http1()
         .timer(TokioTimer::new())
-        .header_read_timeout(HANDSHAKE)
+        .header_read_timeout(HEADERS)
         .max_buf_size(MAX_QUESTION_BYTES);
     builder.http2().max_concurrent_streams(MAX_QUESTIONS);
     let questions = PeerServer::new(Desk { peers: peers.clone() })
@@ -131,17 +135,16 @@ impl Peer for Desk {
         let bad = || Status::invalid_argument("not bytes of a group");
         let (name, inquiry, urgency) = wire::inquiry(&request).ok_or_else(bad)?;
         let blob = peers.shared(&name);
-        let here =
-            blob.as_ref().map_or(Here::Nothing, |blob| here(&peers, &name, blob, &inquiry.bytes));
+        let here = blob.as_ref().map_or(Here::Nothing, |blob| here(&peers, &name, blob, &inquiry));
         let answer = peers.table.locate(&inquiry, here, blob.is_some(), urgency);
         Ok(tonic::Response::new(reply(&peers, answer)))
     }
 }
 
-fn here(peers: &Peers, name: &Name, blob: &Blob, bytes: &Range<u64>) -> Here {
-    match blob.first_missing(bytes) {
+fn here(peers: &Peers, name: &Name, blob: &Blob, inquiry: &Inquiry) -> Here {
+    match blob.first_missing(&inquiry.bytes) {
         None => Here::Whole,
-        Some(at) if peers.coming.has(name, at) => Here::Coming,
+        Some(at) if peers.coming.has(name, at, inquiry.asker) => Here::Coming,
         Some(_) => Here::Nothing,
     }
 }
@@ -169,13 +172,13 @@ fn give(peers: &Weak<Peers>, request: &Request<Incoming>) -> Response<Body> {
     let Some(peers) = peers.upgrade() else { return empty(StatusCode::SERVICE_UNAVAILABLE) };
     let Some(blob) = peers.shared(&wanted.name) else { return empty(StatusCode::NOT_FOUND) };
     let Wanted { name, bytes, asker, urgency, pull } = wanted;
+    let node = node_of(&asker);
     let missing = blob.first_missing(&bytes);
-    let comes = missing.is_none_or(|at| at > bytes.start || peers.coming.has(&name, at));
+    let comes = missing.is_none_or(|at| at > bytes.start || peers.coming.has(&name, at, node));
     let pulls = pull && peers.table.is_home(Group::at(name.key(), bytes.start));
     if !comes && !pulls {
         return empty(StatusCode::CONFLICT);
     }
-    let node = node_of(&asker);
     if !peers.table.admit(node, urgency) {
         return empty(StatusCode::SERVICE_UNAVAILABLE);
     }
@@ -184,8 +187,7 @@ fn give(peers: &Weak<Peers>, request: &Request<Incoming>) -> Response<Body> {
         blob.pull(&(missing..bytes.end), urgency);
     }
     let trust = if blob.is_checked() { "checked" } else { "transport" };
-    let patience = if pulls { PULLED_BYTES } else { NEXT_BYTES };
-    let upload = Upload { blob, at: bytes.start, end: bytes.end, patience, slot };
+    let upload = Upload { blob, name, at: bytes.start, end: bytes.end, pulls, slot };
     let body = StreamBody::new(stream::unfold(upload, Upload::next));
     let answer = Response::builder().status(StatusCode::PARTIAL_CONTENT).header(TRUST, trust);
     answer.body(Body::new(body)).unwrap_or_else(|_| empty(StatusCode::INTERNAL_SERVER_ERROR))
@@ -212,19 +214,32 @@ impl Drop for Slot {
 /// Bytes on their way to a peer, chunk by chunk.
 struct Upload {
     blob: Arc<Blob>,
+    name: Name,
     at: u64,
     end: u64,
-    patience: Duration,
+    /// Whether this node gets them for who asks.
+    pulls: bool,
     slot: Slot,
 }
 
 impl Upload {
+    /// How long the next bytes are waited for.
+    fn patience(&self) -> Duration {
+        let Slot { peers, node } = &self.slot;
+        match self.pulls {
+            true => PULLED_BYTES,
+            false if peers.coming.has(&self.name, self.at, *node) => NEXT_BYTES,
+            // Who asks finds somebody else at once.
+            false => Duration::ZERO,
+        }
+    }
+
     /// The next bytes; the body ends when they don't come in time, or can't be had.
     async fn next(mut self) -> Option<(Result<Frame<Bytes>, Infallible>, Self)> {
         if self.at >= self.end {
             return None;
         }
-        let until = Instant::now() + self.patience;
+        let until = Instant::now() + self.patience();
         let slice = self.blob.published_by(self.at, self.end, until).await.ok()??;
         let bytes = Bytes::from_owner(Mapped(slice));
         self.at += bytes.len() as u64;

@@ -15,7 +15,7 @@ use futures::{SinkExt as _, StreamExt as _};
 use http_body_util::BodyExt as _;
 use hyper::body::Incoming;
 use tokio::time::{sleep, timeout};
-use tracing::warn;
+use tracing::{trace, warn};
 use weightfs_store::{ByteStream, Piece, Source, SourceError, SourceKind};
 use weightfs_swarm::{Answer, GROUP_BYTES, Group, Inquiry, Node, Quest, Step, Urgency, Way};
 
@@ -181,7 +181,9 @@ impl Inner {
             if self.was_wrong(&rest) {
                 return self.take_from_registry(rest, urgency, pieces).await;
             }
-            match table.step(&mut quest) {
+            let step = table.step(&mut quest);
+            trace!(blob = %self.name.digest, at, end = part.end, ?urgency, ?step);
+            match step {
                 Step::Wait(time) => sleep(time).await,
                 Step::Look => {
                     let inquiry = self.inquiry(&quest, &rest, true);
@@ -237,8 +239,9 @@ impl Inner {
         let names = [table.names(quest.except()), table.names(quest.gone())];
         let me = table.my_name().unwrap_or_default();
         let question = wire::question(&self.name, &inquiry, &me, urgency, names);
-        match client.locate(&member, question).await.ok().and_then(wire::answer) {
+        match client.locate(&member, question, urgency).await.ok().and_then(wire::answer) {
             Some(answer) => {
+                trace!(blob = %self.name.digest, at = bytes.start, ?peer, pull, ?answer);
                 let has_it = answer == Answer::Have;
                 table.answered(quest, peer, pull, answer);
                 has_it.then_some(peer)
@@ -279,7 +282,7 @@ impl Inner {
                 return Ok(bytes.start);
             }
         };
-        let _arrival = coming.note(&self.name, bytes.clone());
+        let _arrival = coming.note(&self.name, bytes.clone(), Some(peer));
         let mut body = Body { body, at: bytes.start, end: bytes.end };
         loop {
             let at = body.at;
@@ -321,7 +324,9 @@ impl Inner {
         urgency: Urgency,
         pieces: &mut Pieces,
     ) -> Result<(), Ended> {
-        let mut body = match self.registry.fetch(bytes.clone(), urgency).await {
+        // Its first byte may take long: whoever waits for this node knows that it comes.
+        let _arrival = self.peers.coming.note(&self.name, bytes.clone(), None);
+        let mut body = match self.registry.fetch(bytes, urgency).await {
             Ok(body) => body,
             Err(error) => {
                 if matches!(error, SourceError::NoRanges { .. }) {
@@ -330,7 +335,6 @@ impl Inner {
                 return fail(pieces, error).await;
             }
         };
-        let _arrival = self.peers.coming.note(&self.name, bytes);
         while let Some(piece) = body.next().await {
             match piece {
                 Ok(piece) => {

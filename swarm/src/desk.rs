@@ -7,28 +7,35 @@
 //! from one of those before it. All of it is soft state: it is lost with the process, bounded, and
 //! a wrong reference costs a round trip.
 //!
-//! Invariant: nobody is referred to somebody who asked after it, so nobody waits for itself.
+//! Who asked when is known of each *part* of a group: a node may ask for the parts one by one, and
+//! another for all of them.
+//!
+//! Invariant: nobody is referred to somebody who asked for that part after it, so nobody waits for
+//! itself.
 
 use std::ops::Range;
 use std::time::Duration;
 
 use lru::LruCache;
 
-use crate::{GROUP_BYTES, Group, Node};
+use crate::{Group, Node};
 
-/// How many get a group from one node while others wait for somebody to get it from. Simulated:
+/// Bytes of a part: what is fetched and published as one, a chunk of the store.
+const PART_BYTES: u64 = 1 << 20;
+
+/// How many get a part from one node while others wait for somebody to get it from. Simulated:
 /// with 1 the last one waits long, with 4 the first ones' links are full.
 const FAN_OUT: u32 = 2;
 
 /// Peers that somebody is referred to at once: if one is busy, the next is asked.
 const CANDIDATES: usize = 3;
 
-/// Holders of a group that are remembered: all nodes of a large cluster may ask for one at the same
+/// Holders of a part that are remembered: all nodes of a large cluster may ask for one at the same
 /// time. Nobody is sent to those beyond it.
 const MAX_HOLDERS: usize = 8192;
 
-/// Holders of all groups together (10 MB). What was asked for longest ago is forgotten first.
-const MAX_KNOWN: usize = 1 << 18;
+/// Holders of all parts together (8 MiB). What was asked for longest ago is forgotten first.
+const MAX_KNOWN: usize = 1 << 19;
 
 /// When to ask again: about as long as a few chunks take.
 const RETRY: Duration = Duration::from_millis(10);
@@ -98,11 +105,19 @@ pub enum Answer {
     Absent,
 }
 
-/// Who will have a group.
+/// A chunk's place in a group.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+struct Part {
+    /// As in [`Group`].
+    blob: u64,
+    /// Its first byte, in [`PART_BYTES`].
+    number: u64,
+}
+
+/// Who will have a part.
 #[derive(Debug)]
 struct Holder {
     node: Node,
-    bytes: Range<u64>,
     children: u32,
 }
 
@@ -116,15 +131,15 @@ struct Entry {
 #[derive(Debug)]
 pub struct Desk {
     me: Node,
-    groups: LruCache<Group, Entry>,
-    /// Holders of all groups.
+    parts: LruCache<Part, Entry>,
+    /// Holders of all parts.
     known: usize,
 }
 
 impl Desk {
     /// The desk of a node that has answered nobody yet.
     pub fn new(me: Node) -> Self {
-        Self { me, groups: LruCache::unbounded(), known: 0 }
+        Self { me, parts: LruCache::unbounded(), known: 0 }
     }
 
     /// Answers somebody. `has_room` is whether one more may be given something now.
@@ -133,44 +148,63 @@ impl Desk {
             return Answer::NotHome;
         }
         let me = self.me;
-        let entry = self.groups.get_or_insert_mut(inquiry.group, Entry::default);
+        let entry = self.first_part(inquiry);
         let before = entry.holders.len();
         let answer = match inquiry.pull {
             true => entry.answer(me, inquiry, here, role, has_room),
             false => entry.answer_home(me, inquiry, here, has_room),
         };
-        if matches!(answer, Answer::Have | Answer::Refer(_) | Answer::Absent) {
-            entry.will_hold(inquiry.asker, &inquiry.bytes);
-        }
         let more = entry.holders.len() - before;
         self.learned(more);
-        answer
-    }
-
-    /// So many holders more are known.
-    fn learned(&mut self, holders: usize) {
-        self.known += holders;
-        while self.known > MAX_KNOWN && self.groups.len() > 1 {
-            let Some((_, forgotten)) = self.groups.pop_lru() else { return };
-            self.known -= forgotten.holders.len();
+        if answer == Answer::Have && inquiry.pull {
+            self.will_hold(me, inquiry);
         }
+        if matches!(answer, Answer::Have | Answer::Refer(_) | Answer::Absent) {
+            self.will_hold(inquiry.asker, inquiry);
+        }
+        answer
     }
 
     /// Answers the node itself, which is a home of the group: who has the bytes, or will have them,
     /// without waiting for this node.
     pub fn locate_own(&mut self, inquiry: &Inquiry) -> Answer {
         let inquiry = &Inquiry { asker: self.me, ..inquiry.clone() };
-        let entry = self.groups.get_or_insert_mut(inquiry.group, Entry::default);
-        let before = entry.holders.len();
+        let entry = self.first_part(inquiry);
         let candidates = entry.candidates(inquiry, None);
         let awaits = entry.awaits_somebody(inquiry);
-        entry.will_hold(self.me, &inquiry.bytes);
-        let more = entry.holders.len() - before;
-        self.learned(more);
+        self.will_hold(self.me, inquiry);
         match candidates {
             candidates if !candidates.is_empty() => Answer::Refer(candidates),
             _ if awaits => Answer::Fetching { retry: RETRY },
             _ => Answer::NotHome,
+        }
+    }
+
+    /// What decides: what follows it is asked for again, from whom has not got it.
+    fn first_part(&mut self, inquiry: &Inquiry) -> &mut Entry {
+        let part = Part { blob: inquiry.group.blob, number: inquiry.bytes.start / PART_BYTES };
+        self.parts.get_or_insert_mut(part, Entry::default)
+    }
+
+    /// A node will have these bytes. It has its place behind those who asked before it.
+    fn will_hold(&mut self, node: Node, Inquiry { group, bytes, .. }: &Inquiry) {
+        let end = bytes.end.min(group.end()).div_ceil(PART_BYTES);
+        for number in bytes.start / PART_BYTES..end {
+            let part = Part { blob: group.blob, number };
+            let entry = self.parts.get_or_insert_mut(part, Entry::default);
+            let before = entry.holders.len();
+            entry.add(node);
+            let more = entry.holders.len() - before;
+            self.learned(more);
+        }
+    }
+
+    /// So many holders more are known.
+    fn learned(&mut self, holders: usize) {
+        self.known += holders;
+        while self.known > MAX_KNOWN && self.parts.len() > 1 {
+            let Some((_, forgotten)) = self.parts.pop_lru() else { return };
+            self.known -= forgotten.holders.len();
         }
     }
 }
@@ -184,15 +218,12 @@ impl Entry {
         role: Role,
         has_room: bool,
     ) -> Answer {
-        let is_known =
-            |holders: &Vec<Holder>, node| holders.iter().any(|holder: &Holder| holder.node == node);
         // What others get is not pulled a second time; and who asked before this node must not
         // wait for it.
-        let pulls = role == Role::Home
-            && !self.awaits_somebody(inquiry)
-            && !is_known(&self.holders, inquiry.asker);
-        if has_room && (here == Here::Whole || pulls) && !is_known(&self.holders, me) {
-            self.will_hold(me, &whole(inquiry.group));
+        let pulls =
+            role == Role::Home && !self.awaits_somebody(inquiry) && !self.knows(inquiry.asker);
+        if has_room && (here == Here::Whole || pulls) {
+            self.add(me);
         }
         let candidates = self.candidates(inquiry, (!has_room).then_some(me));
         match candidates.first() {
@@ -221,16 +252,11 @@ impl Entry {
         }
     }
 
-    /// Those who asked before the asker for the first of these bytes at least, and answer. What they
-    /// have not got of the rest is asked for again.
+    /// Those who asked before the asker, and answer.
     fn earlier(&mut self, inquiry: &Inquiry) -> impl Iterator<Item = &mut Holder> {
-        let start = inquiry.bytes.start;
         let before = self.holders.iter().take_while(|holder| holder.node != inquiry.asker).count();
-        self.holders
-            .iter_mut()
-            .take(before)
-            .filter(|holder| !inquiry.gone.contains(&holder.node))
-            .filter(move |holder| holder.bytes.contains(&start))
+        let earlier = self.holders.iter_mut().take(before);
+        earlier.filter(|holder| !inquiry.gone.contains(&holder.node))
     }
 
     /// Whether somebody is to get what is asked for.
@@ -257,30 +283,23 @@ impl Entry {
         best.into_iter().map(|holder| holder.node).collect()
     }
 
-    /// A node will have these bytes, beside what it has.
-    fn will_hold(&mut self, node: Node, bytes: &Range<u64>) {
-        if let Some(known) = self.holders.iter_mut().find(|holder| holder.node == node) {
-            let touches = known.bytes.start <= bytes.end && bytes.start <= known.bytes.end;
-            known.bytes = match touches {
-                true => known.bytes.start.min(bytes.start)..known.bytes.end.max(bytes.end),
-                false => bytes.clone(),
-            };
-            return;
-        }
-        if self.holders.len() == MAX_HOLDERS {
-            return;
-        }
-        self.holders.push(Holder { node, bytes: bytes.clone(), children: 0 });
+    fn knows(&self, node: Node) -> bool {
+        self.holders.iter().any(|holder| holder.node == node)
     }
-}
 
-fn whole(group: Group) -> Range<u64> {
-    group.number.saturating_mul(GROUP_BYTES)..group.end()
+    /// A node will have it.
+    fn add(&mut self, node: Node) {
+        if !self.knows(node) && self.holders.len() < MAX_HOLDERS {
+            self.holders.push(Holder { node, children: 0 });
+        }
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::GROUP_BYTES;
+    use crate::GROUP_BYTES;
 
     fn inquiry(asker: u64) -> Inquiry {
         let group = Group { blob: 1, number: 0 };
@@ -367,33 +386,52 @@ mod tests {
         let mut desk = Desk::new(ME);
         let mut ask =
             |inquiry: &Inquiry| desk.locate(inquiry, Here::Nothing, Role::Registrar, true);
-        let rest = |asker| Inquiry { bytes: GROUP_BYTES / 4..GROUP_BYTES, ..inquiry(asker) };
-        ask(&Inquiry { bytes: 0..GROUP_BYTES / 4, ..inquiry(1) });
+        let rest = |asker| Inquiry { bytes: PART_BYTES..GROUP_BYTES, ..inquiry(asker) };
+        ask(&Inquiry { bytes: 0..PART_BYTES, ..inquiry(1) });
         assert_eq!(ask(&rest(2)), Answer::Absent, "nobody has the first of these");
         assert_eq!(first(ask(&inquiry(3))), Some(1));
         assert_eq!(first(ask(&rest(4))), Some(2));
         let except = Inquiry { except: vec![Node(2), Node(3)], ..rest(5) };
         assert_eq!(first(ask(&except)), Some(4));
-        assert_eq!(ask(&rest(1)), Answer::Absent, "who asked later may wait for it");
-        assert_eq!(first(ask(&Inquiry { except: (2..6).map(Node).collect(), ..rest(6) })), Some(1));
+        assert_eq!(ask(&inquiry(1)), Answer::Absent, "who asked later may wait for it");
+        assert!(first(ask(&rest(1))).is_some(), "for this part it was the last to ask");
+    }
+
+    #[test]
+    fn a_home_waits_for_whom_it_has_sent_to_the_registry_whatever_it_got_itself_before() {
+        let mut desk = Desk::new(ME);
+        let own = |bytes| Inquiry { bytes, ..inquiry(ME.0) };
+        let (first_half, second_half) = (0..GROUP_BYTES / 2, GROUP_BYTES / 2..GROUP_BYTES);
+        assert_eq!(desk.locate_own(&own(first_half)), Answer::NotHome);
+        let other = Inquiry { bytes: second_half.clone(), ..inquiry(1) };
+        let answer = desk.locate(&other, Here::Nothing, Role::Registrar, true);
+        assert_eq!(answer, Answer::Absent);
+        assert_eq!(first(desk.locate_own(&own(second_half))), Some(1));
+    }
+
+    #[test]
+    fn a_home_pulls_no_more_than_it_is_asked_for() {
+        let mut desk = Desk::new(ME);
+        let one = Inquiry { bytes: 0..PART_BYTES, ..inquiry(1) };
+        assert_eq!(desk.locate(&one, Here::Nothing, HOME, true), Answer::Have);
+        let next = Inquiry { bytes: PART_BYTES..2 * PART_BYTES, ..inquiry(1) };
+        assert_eq!(desk.locate(&next, Here::Nothing, HOME, true), Answer::Have, "it pulls it, too");
     }
 
     #[test]
     fn what_is_remembered_is_bounded() {
         let mut desk = Desk::new(ME);
-        for asker in 0..10_000 {
-            let entry = desk.groups.get_or_insert_mut(inquiry(0).group, Entry::default);
-            entry.holders.push(Holder { node: Node(asker), bytes: 0..1, children: 0 });
-            entry.holders.truncate(MAX_HOLDERS);
+        let one = |asker| Inquiry { bytes: 0..PART_BYTES, ..inquiry(asker) };
+        for asker in 0..MAX_HOLDERS as u64 + 10 {
+            desk.locate(&one(asker), Here::Whole, HOME, true);
         }
-        desk.known = MAX_HOLDERS;
-        desk.locate(&inquiry(20_000), Here::Whole, HOME, true);
         assert_eq!(desk.known, MAX_HOLDERS);
         for number in 1..MAX_KNOWN as u64 {
             let group = Group { blob: 1, number };
-            desk.locate(&Inquiry { group, ..inquiry(1) }, Here::Whole, HOME, true);
+            let bytes = number * GROUP_BYTES..number * GROUP_BYTES + PART_BYTES;
+            desk.locate(&Inquiry { group, bytes, ..inquiry(1) }, Here::Whole, HOME, true);
         }
-        let known: usize = desk.groups.iter().map(|(_, entry)| entry.holders.len()).sum();
+        let known: usize = desk.parts.iter().map(|(_, entry)| entry.holders.len()).sum();
         assert!(known == desk.known && known <= MAX_KNOWN, "{known}");
     }
 }

@@ -17,7 +17,7 @@ use crate::{Answer, Fallback, Group, Health, Node, Now, Urgency, homes};
 /// that do get the bytes: on links of 100 Mbit/s that share 16 groups it takes seconds.
 const fn patience(urgency: Urgency) -> Duration {
     match urgency {
-        Urgency::Demand => Duration::from_secs(2),
+        Urgency::Demand => Duration::from_secs(5),
         Urgency::Ahead => Duration::from_secs(10),
         Urgency::Background => Duration::from_secs(30),
     }
