@@ -176,6 +176,7 @@ impl Inner {
         let mut quest = table.quest(group, urgency, self.expected_from(&part));
         let mut at = part.start;
         let mut told_to_pull = None;
+        let arrival = self.peers.coming.note(&self.name, part.clone());
         while at < part.end {
             let rest = at..part.end;
             if self.was_wrong(&rest) {
@@ -194,7 +195,9 @@ impl Inner {
                 }
                 Step::Fetch { peer } => {
                     let pull = told_to_pull == Some(peer);
+                    arrival.comes_from(Some(peer));
                     at = self.take_from_peer(&mut quest, peer, pull, rest, urgency, pieces).await?;
+                    arrival.comes_from(None);
                 }
                 Step::Registry(way) => {
                     let fallback = self.note_fallback(way);
@@ -263,7 +266,7 @@ impl Inner {
         urgency: Urgency,
         pieces: &mut Pieces,
     ) -> Result<u64, Ended> {
-        let Peers { table, client, counters, coming, .. } = &*self.peers;
+        let Peers { table, client, counters, .. } = &*self.peers;
         let Some(member) = table.name(peer) else {
             table.failed(quest, peer);
             return Ok(bytes.start);
@@ -282,7 +285,6 @@ impl Inner {
                 return Ok(bytes.start);
             }
         };
-        let _arrival = coming.note(&self.name, bytes.clone(), Some(peer));
         let mut body = Body { body, at: bytes.start, end: bytes.end };
         loop {
             let at = body.at;
@@ -324,8 +326,6 @@ impl Inner {
         urgency: Urgency,
         pieces: &mut Pieces,
     ) -> Result<(), Ended> {
-        // Its first byte may take long: whoever waits for this node knows that it comes.
-        let _arrival = self.peers.coming.note(&self.name, bytes.clone(), None);
         let mut body = match self.registry.fetch(bytes, urgency).await {
             Ok(body) => body,
             Err(error) => {
