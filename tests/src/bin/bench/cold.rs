@@ -5,6 +5,7 @@ use std::os::unix::fs::FileExt as _;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use weightfs_store::CHUNK_BYTES;
 use weightfs_tests::figures::Figures;
 use weightfs_tests::wait::holds_within;
 use weightfs_tests::{Mounted, Target};
@@ -98,6 +99,9 @@ fn touch(bench: &Bench, figures: &mut Figures) {
         // What a mount prefetches by itself is not the read's.
         wait_quiet(mounted.pid());
         figures.add("touch_4k_ms", read_middle(bench, mounted).as_secs_f64() * 1e3);
+        wait_quiet(mounted.pid());
+        let raw = bench.lab.blobs(Line::Direct).time_chunk(CHUNK_BYTES);
+        figures.add("touch_raw_ms", raw.as_secs_f64() * 1e3);
     });
     let model = &bench.lab.model;
     let reference = bench.lab.reference(Line::Direct, "model");

@@ -5,6 +5,7 @@ use std::io::Write as _;
 use std::path::Path;
 use std::sync::{Arc, Mutex};
 use std::thread;
+use std::time::{Duration, Instant};
 
 use reqwest::{Client, StatusCode};
 use sha2::{Digest as _, Sha256};
@@ -49,6 +50,23 @@ impl Blobs {
             }
             bytes
         })
+    }
+
+    /// How long it takes to get what a read of one byte needs, on a new connection: bytes in the
+    /// middle of a blob.
+    ///
+    /// # Panics
+    /// When they don't come.
+    pub(crate) fn time_chunk(&self, chunk: u64) -> Duration {
+        let (digest, size) = self.blobs.last().expect("a blob");
+        let start = size / 2 / chunk * chunk;
+        let jobs = Mutex::new(vec![(self.url(digest), start, start + chunk)]);
+        let client = client();
+        let begin = Instant::now();
+        let bytes = block_on(fetch_ranges(client, Arc::new(jobs)));
+        let time = begin.elapsed();
+        assert_eq!(bytes, chunk, "the raw download is incomplete");
+        time
     }
 
     /// Pulls every blob to a file of `dir`, all at once, each in one request, hashed on the way,

@@ -12,6 +12,7 @@ pub(crate) const CATALOGUE: &[Kind] = &[
     kind("four_readers_direct_mbps", Unit::Rate, "cold, 4 readers at once, direct"),
     kind("random_2000_s", Unit::Seconds, "cold, 2,000 random reads of 4 KiB"),
     kind("touch_4k_ms", Unit::Milliseconds, "cold, one read of 4 KiB"),
+    kind("touch_raw_ms", Unit::Milliseconds, "  raw download of its chunk, new connection"),
     kind("touch_4k_bytes", Unit::Bytes, "  bytes that the registry sent for it"),
     kind("first_byte_mount_s", Unit::Seconds, "first byte of last shard, mount"),
     kind("container_start_s", Unit::Seconds, "start of a container, image there"),
