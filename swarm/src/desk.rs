@@ -34,7 +34,8 @@ const CANDIDATES: usize = 3;
 /// time. Nobody is sent to those beyond it.
 const MAX_HOLDERS: usize = 8192;
 
-/// Holders of all parts together (8 MiB). What was asked for longest ago is forgotten first.
+/// Parts and their holders, all together (some 16 MiB). What was asked for longest ago is forgotten
+/// first.
 const MAX_KNOWN: usize = 1 << 19;
 
 /// When to ask again: about as long as a few chunks take.
@@ -202,7 +203,7 @@ impl Desk {
     /// So many holders more are known.
     fn learned(&mut self, holders: usize) {
         self.known += holders;
-        while self.known > MAX_KNOWN && self.parts.len() > 1 {
+        while self.known + self.parts.len() > MAX_KNOWN && self.parts.len() > 1 {
             let Some((_, forgotten)) = self.parts.pop_lru() else { return };
             self.known -= forgotten.holders.len();
         }
@@ -298,7 +299,6 @@ impl Entry {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::GROUP_BYTES;
     use crate::GROUP_BYTES;
 
     fn inquiry(asker: u64) -> Inquiry {
@@ -431,7 +431,15 @@ mod tests {
             let bytes = number * GROUP_BYTES..number * GROUP_BYTES + PART_BYTES;
             desk.locate(&Inquiry { group, bytes, ..inquiry(1) }, Here::Whole, HOME, true);
         }
+        // Of these nobody is remembered.
+        for number in MAX_KNOWN as u64..2 * MAX_KNOWN as u64 {
+            let group = Group { blob: 1, number };
+            let bytes = number * GROUP_BYTES..number * GROUP_BYTES + PART_BYTES;
+            let probe = Inquiry { group, bytes, pull: false, ..inquiry(1) };
+            assert_eq!(desk.locate(&probe, Here::Nothing, HOME, true), Answer::NotHome);
+        }
         let known: usize = desk.parts.iter().map(|(_, entry)| entry.holders.len()).sum();
-        assert!(known == desk.known && known <= MAX_KNOWN, "{known}");
+        let parts = desk.parts.len();
+        assert!(known == desk.known && known + parts <= MAX_KNOWN, "{known}, {parts}");
     }
 }
