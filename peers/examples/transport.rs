@@ -224,7 +224,8 @@ struct Tls {
 impl Tls {
     fn make(dir: &Path) -> Result<Self, Failure> {
         let line = "req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 2 \
-                    -subj /CN=peer -addext subjectAltName=DNS:peer -keyout key.pem -out cert.pem";
+                    -subj /CN=peer -addext subjectAltName=DNS:peer \
+                    -addext basicConstraints=critical,CA:FALSE -keyout key.pem -out cert.pem";
         let made =
             Command::new("openssl").current_dir(dir).args(line.split_whitespace()).output()?;
         if !made.status.success() {
