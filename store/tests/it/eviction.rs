@@ -113,8 +113,11 @@ async fn a_file_that_the_kernel_reads_is_never_touched() {
     file.read_exact_at(&mut bytes, 0).unwrap();
     assert!(bytes == data[8 * MIB as usize..]);
     drop(hold);
-    store.evict(id(&data)).unwrap();
-    assert_eq!(blob.stats().cached, 0);
+    // Whoever hashes it holds it, too.
+    while blob.stats().cached > 0 {
+        store.evict(id(&data)).unwrap();
+        tokio::task::yield_now().await;
+    }
     assert!(blob.segment_file(1).unwrap().is_none());
 }
 
