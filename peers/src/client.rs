@@ -22,7 +22,6 @@ use tonic::transport::{Channel, Endpoint};
 use tower_service::Service;
 use weightfs_proto::peer::peer_client::PeerClient;
 use weightfs_proto::peer::{LocateReply, LocateRequest};
-
 use weightfs_swarm::Urgency;
 
 use crate::lock;

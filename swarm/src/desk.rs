@@ -64,9 +64,9 @@ pub struct Inquiry {
 pub enum Here {
     /// All of it.
     Whole,
-    /// The rest comes in: somebody gives it.
+    /// The rest comes in, or is searched for.
     Coming,
-    /// Not all of it, and nobody gives the rest, though it may be searched for.
+    /// Not all of it, and the rest does not come.
     Nothing,
 }
 
